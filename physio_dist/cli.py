@@ -1,0 +1,139 @@
+"""``physio-dist VERB``: parses and dispatches."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from physio_dist import __version__, config, exits, storage
+from physio_dist.errors import DataError, UserError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="physio-dist", description="Pretraining for physiological signals, from recordings to encoders."
+    )
+    parser.add_argument("--version", action="version", version=f"physio-dist {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    shard = verbs.add_parser("shard", help="raw recordings -> shards and their index")
+    shard.add_argument("reader", metavar="READER", help="wfdb, code15 or simulate")
+    shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N")
+    shard.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or s3://")
+    shard.add_argument("options", nargs="*", metavar="key=value", help="see docs/data.md")
+
+    index = verbs.add_parser("index", help="an index for a WebDataset that somebody else wrote")
+    index.add_argument("url", metavar="URL")
+    index.add_argument("options", nargs="*", metavar="key=value", help="channels=I,II,... is needed; see docs/data.md")
+
+    verify = verbs.add_parser("verify", help="check every shard against the index")
+    verify.add_argument("url", metavar="URL")
+
+    inspect = verbs.add_parser("inspect", help="what a shard set holds")
+    inspect.add_argument("url", metavar="URL")
+    inspect.add_argument("--plot", nargs=2, metavar=("N", "OUT.png"), help="draw N windows")
+
+    export = verbs.add_parser("export", help="newest checkpoint of a run -> encoder folder")
+    export.add_argument("run", metavar="RUN", help="run.dir/run.name")
+    export.add_argument("out", metavar="OUT", help="folder for encoder.safetensors, config.json and the model card")
+
+    report = verbs.add_parser("report", help="report.html of a run, self-contained")
+    report.add_argument("run", metavar="RUN")
+    return parser
+
+
+def _shard(given: argparse.Namespace) -> None:
+    from physio_dist.shards import writer
+
+    options = config.load(config.ShardConfig, None, given.options, config.check_shard)
+    writer.tell(writer.convert(given.reader, given.input, given.out, options), print)
+
+
+def _index(given: argparse.Namespace) -> None:
+    from physio_dist.shards import verify
+
+    options = config.load(verify.IndexOptions, None, given.options, lambda _: None)
+    made = verify.adopt(given.url, options)
+    print(f"{made.nsamples} samples in {len(made.shards)} shards: {storage.join(made.url, 'index.json')}")
+
+
+def _verify(given: argparse.Namespace) -> None:
+    from physio_dist.shards import verify
+    from physio_dist.shards.index import open_set
+
+    faults = 0
+    for fault in verify.verify(given.url):
+        print(fault, flush=True)
+        faults += 1
+    if faults:
+        raise DataError(f"{given.url}: {faults} fault(s)")
+    shards = open_set(given.url)
+    print(f"{given.url}: {shards.nsamples} samples in {len(shards.shards)} shards, all as the index says")
+
+
+def _inspect(given: argparse.Namespace) -> None:
+    from physio_dist.shards import inspect
+
+    print("\n".join(inspect.describe(given.url)))
+    if given.plot is None:
+        return
+    count, out = given.plot
+    if not count.isdigit():
+        raise UserError(f"--plot {count}: the first word is how many windows to draw")
+    from physio_dist.report.windows_plot import draw_windows
+
+    shards, drawn = inspect.some_windows(given.url, int(count))
+    for name, windows in drawn.items():
+        target = Path(out) if len(drawn) == 1 else Path(out).with_stem(f"{Path(out).stem}-{name}")
+        note = ", SIMULATED" if shards.simulated else ""
+        headline = f"{name.upper()} windows of {shards.url.rsplit('/', 1)[-1]}{note}"
+        channels = shards.signals[name].channels
+        picture = draw_windows(windows.signal, windows.valid, channels, shards.rate, windows.keys, headline)
+        storage.write_bytes(str(target), picture)
+        print(target)
+
+
+def _export(given: argparse.Namespace) -> None:
+    from physio_dist.training import export
+
+    found = export.export(given.run, given.out, lambda text: print(f"warning: {text}", file=sys.stderr))
+    print(f"step {found.progress.step} of {given.run} -> {given.out}")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from physio_dist.report.page import render
+
+    def read(name: str) -> bytes | None:
+        try:
+            return storage.read_bytes(storage.join(given.run, name))
+        except storage.NotFoundError:
+            return None
+
+    page = render(read)
+    target = storage.join(given.run, "report.html")
+    storage.write_bytes(target, page.encode())
+    print(target)
+
+
+_VERBS = {
+    "shard": _shard, "index": _index, "verify": _verify, "inspect": _inspect, "export": _export, "report": _report,
+}  # fmt: skip
+
+
+def main() -> None:
+    """The console script."""
+    parser = _parser()
+    given, rest = parser.parse_known_args()
+    # argparse takes no second run of positional words after an option, and `--out URL key=value` is natural to write.
+    words = [word for word in rest if not word.startswith("-") and "=" in word]
+    if words != rest or (words and not hasattr(given, "options")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if words:
+        given.options = [*given.options, *words]
+    exits.interrupt_on_sigterm()
+    sys.exit(exits.status_of(lambda: _VERBS[given.verb](given)))
+
+
+if __name__ == "__main__":
+    main()

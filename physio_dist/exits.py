@@ -1,0 +1,83 @@
+"""How our processes end: one clear message and the documented status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from physio_dist.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, PhysioError
+
+_WORDS = {0: "done", 1: "failed", 2: "wrong input or configuration", 3: "data failed verification", 75: "stopped"}
+
+
+def status_of(action: Callable[[], None]) -> int:
+    """Run ``action``, tell a person what went wrong, and give the exit status."""
+    try:
+        action()
+        return EXIT_DONE
+    except PhysioError as error:
+        _tell_once(str(error), error.exit_status)
+        return error.exit_status
+    except KeyboardInterrupt:
+        _tell_once("interrupted; the same command goes on where it can", EXIT_STOPPED)
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does.
+        return EXIT_FAULT
+    except Exception:
+        traceback.print_exc()
+        _tell_once("this is a fault of physio-dist: please report it with the lines above", EXIT_FAULT)
+        return EXIT_FAULT
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM end a command as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def end_rank(status: int) -> None:
+    """End a rank of a distributed job at once.
+
+    Communication libraries leave threads behind that abort an interpreter that shuts down in order, and would turn a
+    finished run into a failed one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _tell_once(message: str, status: int) -> None:
+    """Print a message; of the ranks of one launcher on one host only the first does."""
+    held = _first_of_launcher()
+    if held is not None:
+        word = _WORDS.get(status, "failed")
+        print(f"physio-dist: {word}: {message} (exit status {status})", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        # The launcher ends the other ranks when it sees one go; the one that speaks needs to be heard first.
+        time.sleep(1.0 if held is not None else 2.0)
+
+
+_holds: list[socket.socket] = []
+
+
+def _first_of_launcher() -> object | None:
+    """Something, if no sibling rank has spoken; the claim ends with this process and leaves no file."""
+    if "RANK" not in os.environ or not sys.platform.startswith("linux"):
+        return True
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with contextlib.suppress(OSError):
+        claim.bind(f"\0physio-dist-told-{os.getppid()}")
+        _holds.append(claim)
+        return claim
+    claim.close()
+    return None

@@ -1,0 +1,47 @@
+"""One rank of pretraining: ``deepspeed physio_dist/pretrain.py --config FILE [key=value ...]``.
+
+``torchrun`` and plain ``python`` start it the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# A launcher puts this file's folder first on the import path, where our modules could hide others of the same name.
+_HERE = str(Path(__file__).resolve().parent)
+sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE]
+if (_ROOT := str(Path(_HERE).parent)) not in sys.path:
+    sys.path.insert(0, _ROOT)
+
+from physio_dist import config, exits  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the options, then train as one rank."""
+    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pretrain a masked encoder on shards.")
+    parser.add_argument("--config", required=True, help="YAML file; the ones that ship are in configs/pretrain/")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")
+    given = parser.parse_intermixed_args(arguments)
+    options = config.load(config.PretrainConfig, given.config, given.overrides, config.check_pretrain)
+
+    import torch
+
+    if not torch.cuda.is_available():
+        # Without this DeepSpeed probes for accelerators of every vendor.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_LOG_LEVEL", "error")
+    from physio_dist.training.guards import StopFlag
+
+    stop = StopFlag()
+    stop.install()
+    from physio_dist.training import rank
+
+    rank.run(options, stop)
+
+
+if __name__ == "__main__":
+    exits.end_rank(exits.status_of(main))

@@ -1,0 +1,288 @@
+"""The index of a shard set and its sidecar.
+
+``index.json`` is a ``wids-shard-index-v1`` document: the ``wids`` package reads its ``shardlist``. Our additions stand
+under the key ``physio_dist``. What training needs of every sample (member offset, validity, split, person, key) stands
+in a safetensors sidecar next to it, because parsing a JSON per sample would cost more than reading the signals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from physio_dist import storage
+from physio_dist.errors import DataError, UserError
+
+FORMAT = 1
+INDEX = "index.json"
+SIDECAR = "samples.safetensors"
+SPLITS = ("train", "val", "test")
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar: its name beside the index, samples, bytes, and hash (sha256, hex)."""
+
+    url: str
+    nsamples: int
+    filesize: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SignalInfo:
+    """One signal of every sample: int16 ``[channel, samples]`` in units of ``uv_per_bit`` microvolts."""
+
+    channels: tuple[str, ...]
+    samples: int
+    uv_per_bit: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sample's values."""
+        return 2 * len(self.channels) * self.samples
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Facts of every sample, in storage order (shard after shard).
+
+    Attributes:
+        offset: for each signal int64 ``[sample]``, where its first value stands in the tar.
+        valid: for each signal bool ``[sample, channel]``.
+        split: uint8 ``[sample]``, position in ``SPLITS``.
+        person: uint64 ``[sample]``, pseudonym.
+        waveform: uint64 ``[sample]``, hash of the recording's waveform; 0 where unknown.
+        key: ASCII keys, zero-padded uint8 ``[sample, longest]``.
+    """
+
+    offset: dict[str, npt.NDArray[np.int64]]
+    valid: dict[str, npt.NDArray[np.bool_]]
+    split: npt.NDArray[np.uint8]
+    person: npt.NDArray[np.uint64]
+    waveform: npt.NDArray[np.uint64]
+    key: npt.NDArray[np.uint8]
+
+    def keys(self, samples: npt.NDArray[np.int64]) -> list[str]:
+        """Keys of the given samples."""
+        return [row.tobytes().rstrip(b"\0").decode("ascii") for row in self.key[samples]]
+
+    def to_bytes(self) -> bytes:
+        """The sidecar file."""
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "split": self.split, "person": self.person, "waveform": self.waveform, "key": self.key,
+        }  # fmt: skip
+        for signal, values in self.offset.items():
+            tensors[f"offset.{signal}"] = values
+        for signal, flags in self.valid.items():
+            tensors[f"valid.{signal}"] = flags
+        return save_safetensors({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
+
+    @staticmethod
+    def from_bytes(data: bytes, name: str) -> Sidecar:
+        """Parse a sidecar file.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        try:
+            tensors = load_safetensors(data)
+            return Sidecar(
+                offset={k.removeprefix("offset."): v for k, v in tensors.items() if k.startswith("offset.")},
+                valid={k.removeprefix("valid."): v for k, v in tensors.items() if k.startswith("valid.")},
+                split=tensors["split"], person=tensors["person"], waveform=tensors["waveform"], key=tensors["key"],
+            )  # fmt: skip
+        except (SafetensorError, KeyError) as error:
+            raise DataError(f"{name} is damaged: {error}") from None
+
+
+def key_table(keys: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """Keys as zero-padded uint8 ``[sample, longest]``."""
+    width = max((len(key) for key in keys), default=1)
+    packed = b"".join(key.encode("ascii").ljust(width, b"\0") for key in keys)
+    return np.frombuffer(packed, dtype=np.uint8).reshape(len(keys), width).copy()
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """An opened shard set.
+
+    Attributes:
+        url: the folder.
+        shards: its tars, in order.
+        signals: by name (``ecg``, ``eeg``).
+        rate: Hz.
+        splits: samples in each split.
+        people: distinct pseudonyms.
+        simulated: whether any of it comes from a simulator.
+        sources: names of the corpora it was made from.
+        sidecar_sha256: hash of the sidecar.
+        fingerprint: one hash over all of it (shards, signals, sidecar).
+    """
+
+    url: str
+    shards: tuple[ShardInfo, ...]
+    signals: dict[str, SignalInfo]
+    rate: float
+    splits: dict[str, int]
+    people: int
+    simulated: bool
+    sources: tuple[str, ...]
+    sidecar_sha256: str
+    fingerprint: str
+    made_by: dict[str, Any]
+
+    @property
+    def nsamples(self) -> int:
+        """Samples in all splits."""
+        return sum(shard.nsamples for shard in self.shards)
+
+    def shard_url(self, shard: int) -> str:
+        """Where a tar lies."""
+        return storage.join(self.url, self.shards[shard].url)
+
+    def shard_starts(self) -> npt.NDArray[np.int64]:
+        """int64 ``[shard + 1]``: the first sample of every shard, and the number of samples."""
+        return np.concatenate([[0], np.cumsum([shard.nsamples for shard in self.shards])]).astype(np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        """The index document."""
+        return {
+            "__kind__": "wids-shard-index-v1",
+            "wids_version": 1,
+            "name": self.sources[0] if self.sources else "shards",
+            "shardlist": [asdict(shard) for shard in self.shards],
+            "physio_dist": {
+                "format": FORMAT,
+                "rate": self.rate,
+                "signals": {
+                    name: {
+                        "channels": list(info.channels),
+                        "samples": info.samples,
+                        "dtype": "int16",
+                        "uv_per_bit": info.uv_per_bit,
+                    }
+                    for name, info in sorted(self.signals.items())
+                },
+                "window_s": next(iter(self.signals.values())).samples / self.rate,
+                "splits": self.splits,
+                "people": self.people,
+                "simulated": self.simulated,
+                "sources": list(self.sources),
+                "sidecar": {"url": SIDECAR, "sha256": self.sidecar_sha256},
+                "fingerprint": self.fingerprint,
+                "made_by": self.made_by,
+            },
+        }
+
+
+def fingerprint_of(shards: Sequence[ShardInfo], signals: dict[str, SignalInfo], rate: float, sidecar: str) -> str:
+    """One hash over a set's content; where it lies and what made it do not count."""
+    content = {
+        "shards": [[shard.nsamples, shard.sha256] for shard in shards],
+        "signals": {name: asdict(info) for name, info in signals.items()},
+        "rate": float(rate),
+        "sidecar": sidecar,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def open_set(url: str) -> ShardSet:
+    """Read ``index.json`` of a shard set (the sidecar is read by :func:`read_sidecar`).
+
+    Raises:
+        UserError: there is no index, it is not one of ours, or a later version wrote it.
+        DataError: it contradicts itself.
+    """
+    url = url.removesuffix("/" + INDEX).rstrip("/")
+    where = storage.join(url, INDEX)
+    try:
+        document = storage.read_json(where)
+    except storage.NotFoundError:
+        raise UserError(
+            f"{url} holds no {INDEX}: it is not a finished shard set. `physio-dist shard` makes one; for a WebDataset "
+            f"made by something else, `physio-dist index {url}` does"
+        ) from None
+    if not isinstance(document, dict) or document.get("__kind__") != "wids-shard-index-v1":
+        raise UserError(f"{where} is not a wids-shard-index-v1 document")
+    ours = document.get("physio_dist")
+    if not isinstance(ours, dict):
+        raise UserError(f"{where} lacks what training needs; `physio-dist index {url}` adds it")
+    if ours.get("format") != FORMAT:
+        raise UserError(
+            f"{where} has format {ours.get('format')!r}, this version of physio-dist reads format {FORMAT}; upgrade it"
+        )
+    try:
+        shards = tuple(
+            ShardInfo(str(s["url"]), int(s["nsamples"]), int(s["filesize"]), str(s["sha256"]))
+            for s in document["shardlist"]
+        )
+        signals = {
+            str(name): SignalInfo(tuple(s["channels"]), int(s["samples"]), float(s["uv_per_bit"]))
+            for name, s in ours["signals"].items()
+        }
+        opened = ShardSet(
+            url=url, shards=shards, signals=signals, rate=float(ours["rate"]), splits=dict(ours["splits"]),
+            people=int(ours["people"]), simulated=bool(ours["simulated"]), sources=tuple(ours["sources"]),
+            sidecar_sha256=str(ours["sidecar"]["sha256"]), fingerprint=str(ours["fingerprint"]),
+            made_by=dict(ours["made_by"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where} is damaged: {type(error).__name__} {error}") from None
+    for shard in shards:
+        if "/" in shard.url or shard.url.startswith("."):
+            raise DataError(f"{where} names a shard outside its own folder: {shard.url!r}")
+    if opened.fingerprint != fingerprint_of(shards, signals, opened.rate, opened.sidecar_sha256):
+        raise DataError(f"{where} was altered: its fingerprint does not fit its content")
+    return opened
+
+
+def read_sidecar(shards: ShardSet) -> Sidecar:
+    """Read and check the sidecar of a set.
+
+    Raises:
+        DataError: its hash or its length disagrees with the index.
+    """
+    where = storage.join(shards.url, SIDECAR)
+    data = storage.read_bytes(where)
+    if hashlib.sha256(data).hexdigest() != shards.sidecar_sha256:
+        raise DataError(f"{where} disagrees with the index (sha256); make the set again or fetch it again")
+    sidecar = Sidecar.from_bytes(data, where)
+    if len(sidecar.split) != shards.nsamples:
+        raise DataError(f"{where} holds {len(sidecar.split)} samples, the index {shards.nsamples}")
+    return sidecar
+
+
+def publish(shards: ShardSet, sidecar: Sidecar) -> None:
+    """Write the sidecar, then the index: a set without an index is not there yet."""
+    storage.write_bytes(storage.join(shards.url, SIDECAR), sidecar.to_bytes())
+    storage.write_json(storage.join(shards.url, INDEX), shards.to_json())
+
+
+def split_of(person: int, val: float, test: float) -> int:
+    """Split of a person (position in ``SPLITS``): by hash, so that it is the same in every set and for ever."""
+    digest = hashlib.sha256(b"physio-dist split %d" % person).digest()
+    u = int.from_bytes(digest[:8], "big") / 2**64
+    if u < test:
+        return 2
+    return 1 if u < test + val else 0
+
+
+def pseudonym(source: str, person: str) -> int:
+    """64-bit pseudonym of a person of a corpus.
+
+    It hides the id from a reader of the shards, not from somebody who holds the list of ids.
+    """
+    digest = hashlib.sha256(f"physio-dist person {source}\n{person}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")

@@ -1,0 +1,347 @@
+"""Raw recordings to a shard set: parts in parallel, repeats left out, shards in parallel, the index last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from tqdm import tqdm
+
+from physio_dist import __version__, lifeline, storage
+from physio_dist.config import ShardConfig, flatten
+from physio_dist.errors import DataError, UserError, nearest
+from physio_dist.shards.assemble import Kept, make_shard, part_path, signals_of
+from physio_dist.shards.convert import Job, Part, make_part, read_part, record_keys
+from physio_dist.shards.index import (
+    INDEX,
+    SPLITS,
+    ShardInfo,
+    ShardSet,
+    Sidecar,
+    SignalInfo,
+    fingerprint_of,
+    key_table,
+    open_set,
+    publish,
+    read_sidecar,
+    split_of,
+)  # fmt: skip
+from physio_dist.shards.labels import read_labels
+from physio_dist.signals.montage import ECG_12, canonical
+from physio_dist.signals.readers import reader as reader_named
+from physio_dist.signals.windows import WindowSpec
+
+REJECTS = "rejects.jsonl"
+MARKER = "_writing.json"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion came to."""
+
+    url: str
+    records: int
+    windows: int
+    shards: int
+    rejected: Counter[str]
+    shard_set: ShardSet
+
+
+def spec_of(options: ShardConfig) -> WindowSpec:
+    """The window specification behind the options.
+
+    Raises:
+        UserError: an unknown lead name.
+    """
+    leads: tuple[str, ...] = ECG_12
+    if options.leads:
+        named = []
+        for name in options.leads.split(","):
+            lead = canonical(name.strip())
+            if lead is None:
+                raise UserError(f"leads: unknown lead {name.strip()!r}: {nearest(name.strip(), ECG_12)}")
+            named.append(lead)
+        leads = tuple(named)
+        if len(set(leads)) != len(leads):
+            raise UserError(f"leads: a lead is named twice in {options.leads!r}")
+    window = options.window
+    return WindowSpec(
+        rate=window.rate, seconds=window.seconds, leads=leads, band=(window.low, window.high),
+        uv_per_bit=window.uv_per_bit, missing=options.missing,
+    )  # fmt: skip
+
+
+def plan_job(reader: str, source: str, options: ShardConfig) -> Job:
+    """List the records and join the label file.
+
+    Raises:
+        UserError: unknown reader, nothing to read, a label file that fits nothing.
+    """
+    records = reader_named(reader).records(source)
+    name = options.source or (reader if "=" in source else Path(source).absolute().name)
+    labels, people = read_labels(options.labels, options.person, records) if options.labels else ({}, {})
+    return Job(
+        reader=reader, input=source, source=name, spec=spec_of(options), records=tuple(records),
+        keys=tuple(record_keys(records)), labels=labels, people=people,
+    )  # fmt: skip
+
+
+def convert(reader: str, source: str, out: str, options: ShardConfig) -> Summary:
+    """Convert recordings to a shard set at ``out``.
+
+    Killed at any moment and started again with the same options it goes on, and ends with the same bytes.
+
+    Raises:
+        UserError: nothing to convert, nothing kept, a folder in use by other data or another conversion.
+    """
+    out = storage.absolute(out)
+    # The first contact with the target comes before hours of work.
+    job = plan_job(reader, source, options)
+    others = [open_set(url) for url in _list(options.known)]
+    known = {other.url: set(read_sidecar(other).waveform.tolist()) - {0} for other in others}
+    decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in others]]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    if finished := _claim(out, digest):
+        return Summary(out, len(job.records), finished.nsamples, len(finished.shards), Counter(), finished)
+    spool = _spool(out, f"{job.digest()} {storage.absolute(job.input)}")
+    try:
+        spool.mkdir(parents=True, exist_ok=True)
+        with FileLock(spool / "lock", timeout=0), _pool(options.workers) as pool:
+            parts = _make_parts(job, spool, pool)
+            kept, rejects = _choose(parts, options.quality, known)
+            if not kept:
+                raise UserError(_nothing_kept(source, len(job.records), rejects))
+            infos, offsets = _make_shards(job, kept, spool, out, digest, options.samples_per_shard, pool)
+            finished = _finish(job, out, digest, options, kept, infos, offsets, rejects, spool)
+        shutil.rmtree(spool, ignore_errors=True)
+    except Timeout:
+        raise UserError(f"another conversion is writing {out} right now; wait for it to end") from None
+    except BrokenProcessPool:
+        raise UserError(
+            "a conversion process was killed (out of memory, or by hand); run the same command again to go on, with "
+            "workers=N to use less memory"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write the spool {spool}: {error.strerror}") from None
+    reasons = Counter(_kind(str(reject["reason"])) for reject in rejects)
+    return Summary(out, len(job.records), len(kept), len(infos), reasons, finished)
+
+
+def _of_bytes(options: ShardConfig) -> dict[str, Any]:
+    """The options that decide the shards' bytes beside the job and the content of the ``known`` sets."""
+    flat = flatten(options)
+    return {name: flat[name] for name in ("quality", "split.val", "split.test", "samples_per_shard")}
+
+
+def _list(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _claim(out: str, digest: str) -> ShardSet | None:
+    """Mark ``out`` as being written by this job; the finished set where it already did.
+
+    Raises:
+        UserError: something else is there.
+    """
+    found = storage.names(out)
+    if INDEX in found:
+        there = open_set(out)
+        if there.made_by.get("job") == digest:
+            return there
+        raise UserError(
+            f"{out} already holds a shard set made from other data or options (fingerprint {there.fingerprint[:12]}); "
+            "choose another --out or delete it first"
+        )
+    if MARKER in found:
+        if storage.read_json(storage.join(out, MARKER)).get("job") == digest:
+            return None
+    elif any(name.endswith(".tar") for name in found):
+        raise UserError(f"{out} holds tar files of something else; choose another --out")
+    storage.write_json(storage.join(out, MARKER), {"job": digest})
+    return None
+
+
+def _spool(out: str, what: str) -> Path:
+    digest = hashlib.sha256(what.encode()).hexdigest()
+    if storage.is_local(out):
+        return storage.local_path(out) / f".work-{digest[:16]}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    where = hashlib.sha256(out.encode()).hexdigest()[:8]
+    return cache / "physio-dist" / "convert" / f"{digest[:16]}-{where}"
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lifeline.die_with_parent()
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Spawned, not forked: the S3 client does not survive a fork.
+    return ProcessPoolExecutor(
+        workers or os.cpu_count() or 1, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+
+
+def _in_order(pool: ProcessPoolExecutor, futures: dict[Future[Any], int]) -> Iterator[tuple[int, Any]]:
+    """Results as they come; the first failure ends the rest at once."""
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _bar(total: int, unit: str, doing: str) -> Any:
+    return tqdm(total=total, unit=unit, desc=doing, file=sys.stderr, dynamic_ncols=True, mininterval=0.5)
+
+
+def _make_parts(job: Job, spool: Path, pool: ProcessPoolExecutor) -> list[Part]:
+    parts: dict[int, Part] = {}
+    with _bar(len(job.records), "record", "reading") as bar:
+        for number in range(job.parts()):
+            if part := read_part(part_path(spool, number)):
+                parts[number] = part
+                bar.update(part.records)
+        futures: dict[Future[Any], int] = {
+            pool.submit(make_part, job, number, str(part_path(spool, number))): number
+            for number in range(job.parts())
+            if number not in parts
+        }
+        for number, _ in _in_order(pool, futures):
+            made = read_part(part_path(spool, number))
+            if made is None:
+                raise DataError(f"the spooled part {part_path(spool, number)} cannot be read back")
+            parts[number] = made
+            bar.update(made.records)
+    return [parts[number] for number in range(job.parts())]
+
+
+def _choose(parts: Sequence[Part], quality: str, known: dict[str, set[int]]) -> tuple[list[Kept], list[dict[str, Any]]]:
+    """Which windows are kept: repeats are left out (the first record in order stays), then unfit ones if asked."""
+    kept: list[Kept] = []
+    rejects: list[dict[str, Any]] = []
+    first: dict[int, str] = {}
+    for number, part in enumerate(parts):
+        rejects += part.rejects
+        repeats: set[str] = set()
+        for row, window in enumerate(part.windows):
+            original = first.setdefault(window.waveform, window.record)
+            elsewhere = next((url for url, hashes in known.items() if window.waveform in hashes), None)
+            if original != window.record or elsewhere:
+                if window.record not in repeats:
+                    repeats.add(window.record)
+                    where = f"in {elsewhere}" if elsewhere else f"record {original}"
+                    rejects.append({"record": window.record, "reason": f"repeat: the same waveform as {where}"})
+            elif quality == "reject" and not window.fit:
+                reason = "unfit: " + "; ".join(window.reasons)
+                rejects.append({"record": window.record, "start_s": window.start_s, "reason": reason})
+            else:
+                kept.append(Kept(number, row, window))
+    return kept, rejects
+
+
+def _kind(reason: str) -> str:
+    return reason.split(":", 1)[0][:60]
+
+
+def _nothing_kept(source: str, records: int, rejects: Sequence[dict[str, Any]]) -> str:
+    lines = [f"{source}: none of its {records} records gave a window that can be used; the first reasons:"]
+    lines += [f"  {reject['record']}: {reject['reason']}" for reject in rejects[:5]]
+    return "\n".join(lines)
+
+
+def _make_shards(
+    job: Job, kept: Sequence[Kept], spool: Path, out: str, digest: str, per_shard: int, pool: ProcessPoolExecutor
+) -> tuple[list[ShardInfo], list[dict[str, int]]]:
+    prefix = "-".join(signals_of(spool, kept[0].part))
+    groups = [kept[i : i + per_shard] for i in range(0, len(kept), per_shard)]
+    futures = {
+        pool.submit(make_shard, job.source, group, str(spool), out, f"{prefix}-{n:06d}.tar", digest): n
+        for n, group in enumerate(groups)
+    }
+    made: dict[int, tuple[ShardInfo, list[dict[str, int]]]] = {}
+    with _bar(len(groups), "shard", "writing") as bar:
+        for n, result in _in_order(pool, futures):
+            made[n] = result
+            bar.update()
+    return [made[n][0] for n in range(len(groups))], [place for n in range(len(groups)) for place in made[n][1]]
+
+
+def _finish(
+    job: Job, out: str, digest: str, options: ShardConfig, kept: Sequence[Kept], infos: list[ShardInfo],
+    offsets: list[dict[str, int]], rejects: list[dict[str, Any]], spool: Path,
+) -> ShardSet:  # fmt: skip
+    signals = signals_of(spool, kept[0].part)
+    valid: dict[str, list[Any]] = {name: [] for name in signals}
+    samples: dict[str, int] = {}
+    for number in sorted({item.part for item in kept}):
+        rows = [item.row for item in kept if item.part == number]
+        with safe_open(part_path(spool, number), framework="numpy") as file:
+            for name in signals:
+                valid[name].append(file.get_tensor(f"valid.{name}")[rows])
+                samples[name] = int(file.get_slice(name).get_shape()[2])
+    split = [split_of(item.facts.person, options.split.val, options.split.test) for item in kept]
+    person = np.array([item.facts.person for item in kept], dtype=np.uint64)
+    sidecar = Sidecar(
+        offset={name: np.array([place[name] for place in offsets], dtype=np.int64) for name in signals},
+        valid={name: np.concatenate(valid[name]) for name in signals},
+        split=np.array(split, dtype=np.uint8),
+        person=person,
+        waveform=np.array([item.facts.waveform for item in kept], dtype=np.uint64),
+        key=key_table([item.facts.key for item in kept]),
+    )
+    infos_of = {name: SignalInfo(job.spec.leads, samples[name], job.spec.uv_per_bit) for name in signals}
+    sidecar_sha256 = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    shard_set = ShardSet(
+        url=out, shards=tuple(infos), signals=infos_of, rate=float(job.spec.rate),
+        splits={name: split.count(code) for code, name in enumerate(SPLITS)},
+        people=len(np.unique(person)), simulated=reader_named(job.reader).simulated, sources=(job.source,),
+        sidecar_sha256=sidecar_sha256, fingerprint=fingerprint_of(infos, infos_of, job.spec.rate, sidecar_sha256),
+        made_by={
+            "job": digest, "physio_dist": __version__, "reader": job.reader,
+            "options": {k: v for k, v in flatten(options).items() if k not in ("workers", "labels", "known")},
+        },
+    )  # fmt: skip
+    lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
+    storage.write_bytes(storage.join(out, REJECTS), lines.encode())
+    stale = set(storage.names(out)) - {info.url for info in infos}
+    for name in stale:
+        if name.endswith(".tar"):
+            storage.remove(storage.join(out, name))
+    publish(shard_set, sidecar)
+    storage.remove(storage.join(out, MARKER))
+    return shard_set
+
+
+def tell(summary: Summary, say: Callable[[str], None]) -> None:
+    """Say what a conversion came to."""
+    made = summary.shard_set
+    splits: Iterable[str] = (f"{made.splits[name]} {name}" for name in SPLITS)
+    say(
+        f"{summary.windows} windows of {made.people} people from {summary.records} records in {summary.shards} shards "
+        f"({', '.join(splits)})" + (" - SIMULATED signals" if made.simulated else "")
+    )
+    for reason, count in summary.rejected.most_common():
+        say(f"  left out: {count} x {reason}")
+    if summary.rejected:
+        say(f"  each with its reason in {storage.join(summary.url, REJECTS)}")
+    say(storage.join(summary.url, INDEX))

@@ -1,0 +1,147 @@
+"""Lead names, their order and aliases, and the arithmetic that ties the limb leads together.
+
+The six limb leads are differences of three electrode potentials, so they span two dimensions only (Einthoven
+1912, Goldberger 1942): III = II - I, aVR = -(I + II)/2, aVL = I - II/2, aVF = II - I/2. Any two of them give the
+other four. The code below uses this to fill in leads, to check them, and to tell masking which leads belong together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from physio_dist.signals.recording import RecordError, Signal
+
+LIMB = ("I", "II", "III", "aVR", "aVL", "aVF")
+ECG_12 = (*LIMB, "V1", "V2", "V3", "V4", "V5", "V6")
+
+LEAD_MATRIX: dict[str, tuple[float, float]] = {
+    "I": (1.0, 0.0),
+    "II": (0.0, 1.0),
+    "III": (-1.0, 1.0),
+    "aVR": (-0.5, -0.5),
+    "aVL": (1.0, -0.5),
+    "aVF": (-0.5, 1.0),
+}
+"""Each limb lead as coefficients over (I, II)."""
+
+_BY_LOWER = {lead.lower(): lead for lead in ECG_12}
+# CODE and other corpora from the Portuguese- and Spanish-speaking world write "derivação" before the numeral.
+# Modified leads (MLI, MLII, CM5) are absent on purpose: their electrodes sit elsewhere, so calling them II or V5
+# would put another lead under a standard name.
+_BY_LOWER.update({"d1": "I", "d2": "II", "d3": "III", "di": "I", "dii": "II", "diii": "III"})
+_PREFIX = re.compile(r"^(?:(?:ecg|ekg|lead)[\s_:\-]*)+", re.IGNORECASE)
+
+
+def canonical(name: str) -> str | None:
+    """The standard name of an ECG lead, or None for a name that is no standard lead.
+
+    Case does not matter, nor do a leading "lead", "ECG" or "EKG": ``AVR`` -> ``aVR``, ``Lead II`` -> ``II``,
+    ``DIII`` -> ``III``.
+    """
+    return _BY_LOWER.get(_PREFIX.sub("", name.strip()).lower())
+
+
+def channel_key(name: str) -> str:
+    """What two names of the same channel have in common: the standard lead name, else the name without case."""
+    return canonical(name) or name.strip().casefold()
+
+
+def derivation(signal: Signal) -> tuple[str, str] | None:
+    """The two limb leads of ``signal`` from which missing ones are computed; None with fewer than two.
+
+    Leads that never change are passed over while others remain: a dead lead is in the file but says nothing.
+    """
+    rows = _rows(signal)
+    present = [lead for lead in LIMB if lead in rows]
+    alive = [lead for lead in present if _varies(signal.data[rows[lead]])]
+    chosen = alive if len(alive) >= 2 else present
+    return (chosen[0], chosen[1]) if len(chosen) >= 2 else None
+
+
+def select(signal: Signal, leads: Sequence[str]) -> tuple[NDArray[np.float32], list[str]]:
+    """The asked leads by name, in the asked order.
+
+    Limb leads that the signal lacks are computed from two that it has (`derivation`); NaN in either makes NaN.
+
+    Returns:
+        data: float32 ``[len(leads), time]`` in microvolts; a lead that can neither be found nor computed is NaN.
+        missing: the names of those leads.
+
+    Raises:
+        RecordError: two channels of the signal carry the same lead, so a choice would be a guess.
+    """
+    rows = _rows(signal)
+    pair = derivation(signal)
+    data = np.full((len(leads), signal.data.shape[1]), np.nan, np.float32)
+    missing = []
+    for i, lead in enumerate(leads):
+        key = channel_key(lead)
+        if key in rows:
+            data[i] = signal.data[rows[key]]
+        elif key in LEAD_MATRIX and pair is not None:
+            # lead = c (I, II) and (a, b) = M (I, II), hence lead = c M^-1 (a, b).
+            matrix = np.array([LEAD_MATRIX[pair[0]], LEAD_MATRIX[pair[1]]])
+            a, b = np.linalg.solve(matrix.T, np.array(LEAD_MATRIX[key]))
+            data[i] = a * signal.data[rows[pair[0]]] + b * signal.data[rows[pair[1]]]
+        else:
+            missing.append(lead)
+    return data, missing
+
+
+def identity_error(data: NDArray[np.floating], leads: Sequence[str]) -> float:
+    """How far the limb leads are from obeying their identities.
+
+    The limb leads are projected on the plane that `LEAD_MATRIX` spans, by least squares; the result is the norm of
+    what is left over the norm of the leads: 0 when the identities hold, up to 1. It does not depend on gain.
+
+    Args:
+        data: ``[len(leads), time]``; rows of leads that do not count are all NaN. Samples at which any counted limb
+            lead is NaN are left out.
+
+    Returns:
+        The relative residual; 0 where fewer than three limb leads count, for there is nothing to check then.
+    """
+    names = [channel_key(lead) for lead in leads]
+    kept = [i for i, name in enumerate(names) if name in LEAD_MATRIX and not np.isnan(data[i]).all()]
+    if len(kept) < 3:
+        return 0.0
+    x = np.asarray(data[kept], np.float64)
+    x = x[:, ~np.isnan(x).any(axis=0)]
+    # The residual needs the leads' products only; a few numbers instead of every sample.
+    products = x @ x.T
+    total = float(np.trace(products))
+    if total <= 0.0:
+        return 0.0
+    matrix = np.array([LEAD_MATRIX[names[i]] for i in kept])
+    outside = np.eye(len(kept)) - matrix @ np.linalg.pinv(matrix)
+    return float(np.sqrt(max(0.0, float(np.trace(outside @ products))) / total))
+
+
+def mask_groups(channels: Sequence[str]) -> list[list[int]]:
+    """Channel indices that have to be hidden together, because any two of a group give the rest.
+
+    The limb leads are one group; every other channel (a V lead, an EEG electrode) is a group of its own. Groups stand
+    in the order of their first channel.
+    """
+    limb = [i for i, name in enumerate(channels) if canonical(name) in LEAD_MATRIX]
+    groups = [[i] for i, name in enumerate(channels) if canonical(name) not in LEAD_MATRIX]
+    return sorted([limb, *groups] if limb else groups)
+
+
+def _rows(signal: Signal) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for i, name in enumerate(signal.channels):
+        key = channel_key(name)
+        if key in rows:
+            raise RecordError(f"two channels are lead {key}: {signal.channels[rows[key]]!r} and {name!r}")
+        rows[key] = i
+    return rows
+
+
+def _varies(row: NDArray[np.float32]) -> bool:
+    values = row[np.isfinite(row)]
+    return bool(values.size) and float(values.max()) > float(values.min())

@@ -1,0 +1,194 @@
+"""Which leads of a window can be trusted, and why not.
+
+Flatness and saturation are judged on the raw samples, since any filter turns a constant into something that moves;
+amplitude and the limb leads' identities are judged in the band, since a drifting baseline is no fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from physio_dist.signals.montage import LEAD_MATRIX, identity_error
+
+MAX_GAP_S = 0.1
+"""Longest run of missing samples that is bridged. Shorter than a QRS complex, so no beat is invented or lost whole."""
+MAX_MISSING = 0.05
+"""Largest share of a window that may be missing in short gaps."""
+HOLD_S = 1.0
+"""A lead that repeats one value for this long is not moving; a connected electrode's noise never does."""
+MAX_HELD = 0.2
+"""Largest share of a window that a lead may stand still."""
+RAIL_S = 0.04
+"""Shortest stay at the extreme that counts as saturation; a peak touches its extreme for a few samples only."""
+MAX_RAILED = 0.05
+"""Largest share of a window that may be saturated."""
+MIN_RAIL_UV = 2000.0
+"""Nearest that an amplifier's rail comes to the lead's middle. A quiet baseline may be a lead's lowest value too, at
+coarse resolution for long stretches; it differs from a rail in lying well inside the amplifier's range."""
+MAX_UV = 10_000.0
+"""Largest in-band amplitude that a heart brings to the skin, with a margin."""
+MIN_SPAN_UV = 40.0
+"""An ECG lead whose in-band peak-to-peak value is below this shows no heart beat (0.4 mm on paper): an open input
+that dithers around a constant. One in a thousand leads that readers call acceptable is below 110 uV."""
+MAX_IDENTITY_ERROR = 0.15
+"""Relative residual above which limb leads contradict each other. Rounding alone leaves 0.02-0.03 (largest of 1000 real
+records at 1 to 5 uV a bit); two exchanged names leave 0.2-0.9."""
+EXCHANGED_ERROR = 0.05
+"""Exchanging two names explains a residual if it brings it below this, and to a fifth, and no other exchange does."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``valid`` is bool ``[channel]``; ``reasons`` say what is wrong, by fault, with the channels' names."""
+
+    valid: NDArray[np.bool_]
+    reasons: tuple[str, ...]
+
+
+def bridge_gaps(raw: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Straight lines over non-finite samples, and where those samples are.
+
+    Gaps of any length are filled, for the filter's sake; which of them leave a window usable is up to `judge`.
+    Channels without any value become zero.
+
+    Args:
+        raw: ``[channel, time]``.
+
+    Returns:
+        filled: float64 ``[channel, time]``, finite.
+        missing: bool ``[channel, time]``.
+    """
+    filled = np.array(raw, np.float64)
+    missing = ~np.isfinite(filled)
+    at = np.arange(filled.shape[1])
+    for i in np.flatnonzero(missing.any(axis=1)):
+        gone = missing[i]
+        filled[i, gone] = 0.0 if gone.all() else np.interp(at[gone], at[~gone], filled[i, ~gone])
+    return filled, missing
+
+
+def in_runs(flags: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
+    """The true elements of ``flags`` ``[..., time]`` that belong to runs of at least ``length``."""
+    found = np.zeros(flags.shape, np.bool_)
+    padded = np.zeros((*flags.shape[:-1], flags.shape[-1] + 2), np.int8)
+    padded[..., 1:-1] = flags
+    edges = np.diff(padded.ravel())  # the padding keeps the runs of different channels apart
+    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    rows = found.reshape(-1, flags.shape[-1])
+    long = ends - starts >= length
+    for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
+        row, at = divmod(start, padded.shape[-1])
+        rows[row, at : at + end - start] = True
+    return found
+
+
+def held_share(raw: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
+    """Share of time that each channel of ``raw`` ``[channel, time]`` repeats one value for `HOLD_S` or longer."""
+    share: NDArray[np.float64] = in_runs(np.diff(raw, axis=1) == 0.0, int(HOLD_S * rate)).mean(axis=1)
+    return share
+
+
+def railed_share(raw: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
+    """Share of time that each channel of ``raw`` ``[channel, time]`` in microvolts sits at its own extreme values."""
+    share = np.zeros(len(raw))
+    high, low = raw.max(axis=1), raw.min(axis=1)
+    for i in np.flatnonzero(high - low >= MIN_RAIL_UV):
+        middle = np.median(raw[i])
+        # Where the lead sits at one rail most of the time that is its middle, and the other end is far away instead.
+        if max(high[i] - middle, middle - low[i]) >= MIN_RAIL_UV:
+            at_extreme = np.stack([raw[i] == high[i], raw[i] == low[i]])
+            share[i] = in_runs(at_extreme, max(2, int(RAIL_S * rate))).mean(axis=1).sum()
+    return share
+
+
+def exchanged_names(limb: NDArray[np.float64], leads: Sequence[str]) -> tuple[str, str] | None:
+    """The two limb leads that carry each other's name, where the identities leave no doubt about it.
+
+    Args:
+        limb: in-band ``[len(leads), time]``, all six limb leads; with fewer, an exchange has other explanations.
+    """
+    before = identity_error(limb, leads)
+    if len(leads) < len(LEAD_MATRIX) or before <= EXCHANGED_ERROR:
+        return None
+    after = sorted((identity_error(limb, _swap(leads, a, b)), (a, b)) for a, b in combinations(leads, 2))
+    best, names = after[0]
+    return names if best < EXCHANGED_ERROR and 5 * best < before and 2 * best < after[1][0] else None
+
+
+def contradicting(limb: NDArray[np.float64], leads: Sequence[str]) -> tuple[list[int], float]:
+    """The limb leads that break the identities, as rows of ``limb`` ``[len(leads), time]``, and the residual.
+
+    One lead is named when the others agree without it, so at least three others are needed; where several break
+    the identities nobody can tell which, and all are named. Rows that do not count are all NaN.
+    """
+    before = identity_error(limb, leads)
+    if before <= MAX_IDENTITY_ERROR:
+        return [], before
+    counted = [i for i in range(len(leads)) if not np.isnan(limb[i]).all()]
+    if len(counted) >= 4:
+        without = []
+        for i in counted:
+            rest = limb.copy()
+            rest[i] = np.nan
+            without.append((identity_error(rest, leads), i))
+        without.sort()
+        if without[0][0] < MAX_IDENTITY_ERROR and 2 * without[0][0] < without[1][0]:
+            return [without[0][1]], before
+    return counted, before
+
+
+def judge(
+    raw: NDArray[np.float64],
+    missing: NDArray[np.bool_],
+    rate: float,
+    band: NDArray[np.float64],
+    leads: Sequence[str],
+    limb: Sequence[int],
+    absent: NDArray[np.bool_],
+    is_ecg: bool,
+) -> Verdict:
+    """The verdict on each channel of one window.
+
+    Args:
+        raw: ``[channel, time]`` in microvolts as recorded at ``rate``, gaps bridged (`bridge_gaps`).
+        missing: ``[channel, time]`` as `bridge_gaps` gives it.
+        band: ``[channel, time]`` in microvolts after the band-pass, at any rate.
+        leads: the channels' names.
+        limb: rows that were recorded as limb leads; computed ones obey the identities by construction.
+        absent: bool ``[channel]``, channels that the recording does not have.
+        is_ecg: whether the limits for hearts apply.
+    """
+    valid = np.ones(len(leads), np.bool_)
+    reasons = []
+
+    def fail(bad: NDArray[np.bool_], fault: str) -> None:
+        bad = bad & valid
+        if bad.any():
+            reasons.append(f"{fault}: {', '.join(leads[i] for i in np.flatnonzero(bad).tolist())}")
+            valid[bad] = False
+
+    fail(absent, "not in the record")
+    long = in_runs(missing, int(MAX_GAP_S * rate) + 1).any(axis=1)
+    fail(long | (missing.mean(axis=1) > MAX_MISSING), "missing samples")
+    flat = held_share(raw, rate) > MAX_HELD
+    fail(flat | (np.ptp(band, axis=1) < MIN_SPAN_UV) if is_ecg else flat, "flat")
+    fail(railed_share(raw, rate) > MAX_RAILED, "saturated")
+    fail(np.abs(band).max(axis=1) > MAX_UV, f"beyond {MAX_UV / 1000:g} mV")
+    if is_ecg:
+        rows = list(limb)
+        counted = band[rows].copy()
+        counted[~valid[rows]] = np.nan
+        wrong, error = contradicting(counted, [leads[i] for i in rows])
+        bad = np.zeros(len(leads), np.bool_)
+        bad[[rows[i] for i in wrong]] = True
+        fail(bad, f"contradicts the limb leads' identities (residual {error:.2f})")
+    return Verdict(valid, tuple(reasons))
+
+
+def _swap(leads: Sequence[str], a: str, b: str) -> list[str]:
+    return [{a: b, b: a}.get(lead, lead) for lead in leads]

@@ -1,0 +1,91 @@
+"""A run's newest committed checkpoint -> an encoder folder that anybody can load; needs neither GPU nor DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from physio_dist import __version__, storage
+from physio_dist.errors import UserError
+from physio_dist.models.criss_cross import EncoderConfig, MaskedModel
+from physio_dist.models.weights import save_encoder
+from physio_dist.training import checkpoint
+from physio_dist.training.checkpoint import Checkpoint
+
+PEOPLE = "people.json"
+
+
+def export(run: str, out: str, warn: Callable[[str], None]) -> Checkpoint:
+    """Write ``encoder.safetensors``, ``config.json``, ``people.json`` and a model card to ``out``.
+
+    Args:
+        run: URL of a run.
+        out: URL of a folder.
+        warn: told when the newest checkpoint is damaged and an older one is used.
+
+    Returns:
+        The checkpoint that was exported.
+
+    Raises:
+        UserError: the run is not there or has no committed checkpoint.
+        DataError: all of its checkpoints are damaged.
+    """
+    found = checkpoint.newest(run, warn)
+    if found is None:
+        names = storage.names(run)
+        there = "it has no committed checkpoint yet" if names else "there is nothing there"
+        raise UserError(f"{run}: {there}; give the folder run.dir/run.name of a run")
+    model = MaskedModel(EncoderConfig(**found.progress.encoder))
+    model.load_state_dict(found.model)
+    about: dict[str, Any] = {
+        **found.progress.signal,
+        "step": found.progress.step,
+        "samples_seen": found.progress.samples,
+        "data_fingerprints": found.progress.fingerprints,
+        "physio_dist": __version__,
+    }
+    files = save_encoder(model.encoder.eval(), about)
+    files["README.md"] = _card(found).encode()
+    try:
+        files[PEOPLE] = storage.read_bytes(storage.join(run, PEOPLE))
+    except storage.NotFoundError:
+        warn(f"{run} has no {PEOPLE}: the export cannot tell whose signals it was trained on")
+    # config.json last: without it the folder is not an export.
+    for name in sorted(files, key=lambda name: name == "config.json"):
+        storage.write_bytes(storage.join(out, name), files[name])
+    return found
+
+
+def _card(found: Checkpoint) -> str:
+    progress, signal = found.progress, found.progress.signal
+    shape = progress.encoder
+    simulated = (
+        "\n> **Trained on SIMULATED signals.** It shows that the system works and is of no use on real recordings.\n"
+        if signal.get("simulated")
+        else ""
+    )
+    return f"""# {str(signal["signal"]).upper()} encoder
+{simulated}
+A criss-cross transformer ({shape["layers"]} layers, {shape["d"]} features, {shape["heads"]} heads), pretrained by
+reconstructing what a dual mask hid: stretches of time, and whole leads.
+
+| | |
+|---|---|
+| Input | float `[batch, channel, patch, 200]`, units of {signal["unit_uv"]:g} uV, {signal["rate"]:g} Hz |
+| Channels in training | {" ".join(signal["channels"])} |
+| Output | features `[batch, channel, patch, {shape["d"]}]` |
+| Steps | {progress.step} |
+| Windows seen | {progress.samples} |
+| Data | {", ".join(f"`{fingerprint[:12]}`" for fingerprint in progress.fingerprints)} (fingerprints) |
+
+```python
+from physio_dist.models.weights import load_encoder
+
+encoder = load_encoder("path/to/this/folder")
+features = encoder(signals)  # valid=... leaves out leads that are off
+```
+
+`people.json` lists pseudonyms of the people whose signals it was trained on, so that they can be kept out of a test.
+
+Not a medical device. It has not been evaluated for clinical use.
+"""

@@ -1,0 +1,56 @@
+"""What ends a rank in good order: signals, a launcher that is gone, a loss that is no number."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from physio_dist import lifeline
+from physio_dist.errors import EXIT_FAULT, PhysioError
+
+# A peer that is gone, or storage that hangs, must not keep a rank alive after its launcher.
+_GRACE_S = 60.0
+
+
+class NonFiniteError(PhysioError):
+    """A loss became NaN or infinite; it was caught before any weight moved."""
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGINT or the loss of the launcher; the training loop looks at it once a step."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._lock = threading.Lock()
+
+    def set(self, reason: str) -> None:
+        """Ask for a stop; the first reason stands."""
+        with self._lock:
+            if self.reason is not None:
+                return
+            self.reason = reason
+        lifeline.hard_exit_after(_GRACE_S, EXIT_FAULT, f"asked to stop ({reason}) but could not")
+
+    def install(self) -> None:
+        """Catch the signals of this process (main thread only), and watch the launchers above it."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        if "RANK" in os.environ:
+            lifeline.die_with_parent(signal.SIGTERM)
+        lifeline.watch_launchers(lambda: self.set("its launcher is gone"))
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self.set(signal.Signals(number).name)
+
+
+def all_finite(loss: torch.Tensor) -> bool:
+    """Whether the loss is finite on every rank; every rank gets the same answer (a collective)."""
+    bad = (~torch.isfinite(loss.detach())).to(torch.int32).reshape(1)
+    if dist.is_initialized():
+        dist.all_reduce(bad)
+    return int(bad.item()) == 0

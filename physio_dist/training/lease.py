@@ -1,0 +1,140 @@
+"""One writer a run: a lease in the run's directory, renewed by heartbeats.
+
+It compares nobody's clock: a holder on this host is looked up in the process table, one elsewhere is alive as long as
+its beat is seen to change. Its counter of attempts is what orders the starts of a run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from physio_dist import storage
+from physio_dist.errors import UserError
+
+NAME = "lease.json"
+_BEAT_S = 10.0
+# A run whose launcher was just ended may still be saving.
+_PATIENCE_S = 30.0
+
+
+def _host() -> str:
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return f"{socket.gethostname()} {namespace}".strip()
+
+
+class Lease:
+    """The right to write a run, held by one process (rank 0).
+
+    Args:
+        url: of the run.
+        on_loss: called from a thread when another process turns out to hold it.
+
+    Raises:
+        UserError: another live process holds it.
+    """
+
+    def __init__(self, url: str, on_loss: Callable[[str], None], say: Callable[[str], None]) -> None:
+        self._url = storage.join(url, NAME)
+        self._on_loss = on_loss
+        self._token = uuid.uuid4().hex
+        self._ended = threading.Event()
+        previous = self._wait_for_its_end(say)
+        self.attempt = int(previous.get("attempt", 0)) + 1
+        self._beat = 0
+        self._write(released=False)
+        # Two that start at once both write; the later write stands, and both look again.
+        time.sleep(0.3 if storage.is_local(self._url) else 1.5)
+        if self._read().get("token") != self._token:
+            raise UserError(f"another process has just started this run ({url}); only one can write it")
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the run back, so that the next start need not wait."""
+        self._ended.set()
+        self._thread.join(timeout=_BEAT_S)
+        if self._read().get("token") == self._token:
+            self._write(released=True)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            document = storage.read_json(self._url)
+        except storage.NotFoundError:
+            return {}
+        return document if isinstance(document, dict) else {}
+
+    def _write(self, released: bool) -> None:
+        process = psutil.Process()
+        storage.write_json(
+            self._url,
+            {
+                "token": self._token, "attempt": self.attempt, "beat": self._beat, "released": released,
+                "host": _host(), "pid": process.pid, "started": process.create_time(),
+            },
+        )  # fmt: skip
+
+    def _wait_for_its_end(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """What the last holder left, once it is gone."""
+        first = self._read()
+        told = False
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            now = self._read()
+            if not now or now.get("released") or self._is_dead_here(now):
+                return now
+            elsewhere = now.get("host") != _host()
+            if elsewhere and now.get("beat") != first.get("beat"):
+                raise UserError(self._refusal(now))
+            if time.monotonic() > deadline:
+                if elsewhere:
+                    return now
+                raise UserError(self._refusal(now))
+            if not told:
+                say(f"waiting for the run's other process to end (pid {now.get('pid')} on {now.get('host')})")
+                told = True
+            time.sleep(0.5)
+
+    def _is_dead_here(self, document: dict[str, Any]) -> bool:
+        if document.get("host") != _host():
+            return False
+        try:
+            process = psutil.Process(int(document["pid"]))
+            return process.create_time() != document["started"] or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def _refusal(self, document: dict[str, Any]) -> str:
+        return (
+            f"the run at {self._url.removesuffix('/' + NAME)} is live: process {document.get('pid')} on "
+            f"{document.get('host')} is writing it; end that one or choose another run.name"
+        )
+
+    def _keep(self) -> None:
+        while not self._ended.wait(_BEAT_S):
+            try:
+                if self._read().get("token") != self._token:
+                    self._on_loss("another process has taken this run over")
+                    return
+                self._beat += 1
+                self._write(released=False)
+            except storage.StorageError:
+                # An outage of storage is not a loss: nobody else can write there either.
+                continue
+
+
+def end_process(why: str, status: int) -> None:
+    """End at once; for threads that find that the process must not write any more."""
+    print(f"physio-dist: {why}", flush=True)
+    os._exit(status)

@@ -1,0 +1,146 @@
+"""The directory of a run: what grows line by line, and what is compared when the run goes on.
+
+Objects in a bucket cannot be appended to, so for a remote run the growing files are spooled on the node and sent when
+:meth:`RunDir.sync` is called, which is before each checkpoint is committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from physio_dist import storage
+from physio_dist.config import PretrainConfig, flatten, to_yaml
+from physio_dist.errors import UserError
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+# Options that say where and how fast a run trains, not what it computes.
+_TRAIN_MAY_DIFFER = ("micro_batch", "precision", "log_every", "save_every", "keep", "trace", "threads")
+MAY_DIFFER = frozenset(
+    ["resume", "zero.stage", "data.cache_dir", "data.cache_gb", *(f"train.{name}" for name in _TRAIN_MAY_DIFFER)]
+)
+
+
+class RunDir:
+    """A run's directory as one rank sees it.
+
+    Args:
+        url: ``run.dir/run.name``.
+        rank: of this process.
+    """
+
+    def __init__(self, url: str, rank: int) -> None:
+        self.url = storage.absolute(url)
+        self.rank = rank
+        self._local = storage.is_local(self.url)
+        if self._local:
+            self.spool = storage.local_path(self.url)
+        else:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+            self.spool = cache / "physio-dist" / "runs" / digest / f"rank-{rank}"
+            # The bucket is the truth; what an interrupted run had not sent is behind its newest checkpoint.
+            shutil.rmtree(self.spool, ignore_errors=True)
+        self._growing: dict[str, TextIO] = {}
+        self._sent: dict[Path, tuple[int, float]] = {}
+
+    def file(self, *parts: str) -> str:
+        """URL of a file of the run."""
+        return storage.join(self.url, *parts)
+
+    def open_lines(self, name: str, keep_up_to: int | None = None) -> None:
+        """Open a growing file of JSON lines, with what it already holds.
+
+        Args:
+            name: relative to the run.
+            keep_up_to: drop lines of later steps; None keeps all.
+        """
+        try:
+            old = storage.read_bytes(self.file(name)).decode("utf-8", errors="replace")
+        except storage.NotFoundError:
+            old = ""
+        kept = "".join(line + "\n" for line in old.splitlines() if _step_of(line, keep_up_to))
+        path = self.spool / name
+        storage.write_bytes(str(path), kept.encode())
+        self._growing[name] = path.open("a", encoding="utf-8")
+
+    def add_line(self, name: str, line: dict[str, Any]) -> None:
+        """Append an object to a growing file, so that a killed process has written it.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        try:
+            self._growing[name].write(json.dumps(line) + "\n")
+            self._growing[name].flush()
+        except OSError as error:
+            raise storage.StorageError(
+                f"cannot write {self.spool / name}: {error.strerror}; free some space and start again"
+            ) from None
+
+    def sync(self) -> None:
+        """Send what has grown to the bucket; nothing to do where the run is local."""
+        if self._local:
+            return
+        for path in sorted(self.spool.rglob("*")):
+            facts = path.stat()
+            if path.is_file() and self._sent.get(path) != (facts.st_size, facts.st_mtime):
+                storage.put_file(path, self.file(path.relative_to(self.spool).as_posix()))
+                self._sent[path] = (facts.st_size, facts.st_mtime)
+
+    def close(self) -> None:
+        """Send the rest and drop the spool."""
+        for file in self._growing.values():
+            file.close()
+        self.sync()
+        if not self._local:
+            shutil.rmtree(self.spool, ignore_errors=True)
+
+
+def _step_of(line: str, up_to: int | None) -> bool:
+    """Whether a line is kept: it is whole, and of a step that counts."""
+    try:
+        document = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(document, dict) and (up_to is None or int(document.get("step", 0)) <= up_to)
+
+
+def settle_config(run: RunDir, options: PretrainConfig) -> bool:
+    """Write the resolved configuration, or compare it with that of the run that is there.
+
+    Returns:
+        Whether the run was there already.
+
+    Raises:
+        UserError: an option differs that must not (all of them are named), or ``resume=none`` on an existing run.
+    """
+    try:
+        there = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(run.file(CONFIG)).decode()))
+    except storage.NotFoundError:
+        there = None
+    if there is None:
+        storage.write_bytes(run.file(CONFIG), to_yaml(options).encode())
+        return False
+    if options.resume == "none":
+        raise UserError(f"{run.url} exists already: choose another run.name, or resume=auto to go on with it")
+    old, new = flatten(there), flatten(options)
+    fixed = sorted((set(old) | set(new)) - MAY_DIFFER)
+    differing = [name for name in fixed if old.get(name) != new.get(name)]
+    if "train.steps" in differing and new["train.steps"] > old["train.steps"]:
+        differing.remove("train.steps")
+    if differing:
+        told = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing)
+        raise UserError(
+            f"{run.url} was started with another configuration ({told}). Give the same options to go on, or choose "
+            "another run.name"
+        )
+    storage.write_bytes(run.file(CONFIG), to_yaml(options).encode())
+    return True

@@ -1,0 +1,271 @@
+"""The page as a whole: alone, true, safe, and honest about what is missing."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_samples import (
+    INTERP,
+    LEADS,
+    ZERO,
+    config_yaml,
+    data_json,
+    example_tensors,
+    examples_file,
+    jsonl,
+    metric_rows,
+    reader,
+    write_run,
+)
+
+from physio_dist.errors import UserError
+from physio_dist.report.page import render
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Elements, texts and alternative texts of a page; fails where tags do not close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def images(self) -> list[dict[str, str | None]]:
+        return [attrs for tag, attrs in self.tags if tag == "img"]
+
+
+def page_of(folder: Path) -> tuple[str, Page]:
+    text = render(reader(folder))
+    return text, Page(text)
+
+
+def percent_of(value: float, reference: float) -> str:
+    share = 100 * value / reference
+    return f"{share:.1f} %" if share < 10 else f"{share:.0f} %"
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    text, page = page_of(write_run(tmp_path))
+    for tag, attrs in page.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        for name in ("src", "href", "srcset", "data", "poster", "action"):
+            value = attrs.get(name) or ""
+            assert not value or value.startswith(("data:image/", "#")), (tag, name, value[:80])
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert "default-src 'none'" in text
+    assert str(tmp_path) not in text
+    assert len(text) < 3_000_000
+
+
+def test_the_page_does_not_grow_with_windows_or_steps(tmp_path):
+    tensors = example_tensors(n=16)
+    rng = np.random.default_rng(0)
+    tensors["target"] = (200 * rng.standard_normal(tensors["target"].shape)).astype(np.float32)
+    rows = metric_rows(20_000, every=2, validate=50)
+    folder = write_run(tmp_path, examples=examples_file(tensors, LEADS), metrics=jsonl(rows), attempts=None)
+    text, page = page_of(folder)
+    assert len(text) < 3_000_000
+    assert "6 of 16 held-out windows" in page.text
+
+
+def test_summary_tells_the_final_numbers(tmp_path):
+    rows = metric_rows()
+    final = rows[-1]
+    assert final["val_loss"] is not None
+    _, page = page_of(write_run(tmp_path))
+    for key in ("intra", "inter"):
+        assert f"{final[f'val_{key}']:#.3g}" in page.text
+        assert f"error is {percent_of(final[f'val_{key}'], ZERO[key])} of that of predicting zero" in page.text
+    assert f"and {percent_of(final['val_intra'], INTERP['intra'])} of that of interpolating in time" in page.text
+    assert f"{100 * math.sqrt(final['val_intra']):.0f} µV" in page.text
+    assert f"{np.median([row['samples_per_s'] for row in rows]):#.3g}".rstrip(".") + " /s" in page.text
+    assert f"{100 * np.median([row['data_wait_frac'] for row in rows]):.1f} %" in page.text
+    assert "Steps 60 of 60 planned" in page.text
+    assert "Samples 3,840" in page.text
+    assert "5,000" in page.text and "731 people" in page.text
+    assert "1 restart" in page.text
+
+
+def test_a_term_without_interpolation_of_its_own_is_not_compared_to_it(tmp_path):
+    _, page = page_of(write_run(tmp_path))
+    lead_wise = next(text for text in page.texts if text.startswith("Lead-wise (leads hidden whole)"))
+    assert "interpolating" not in lead_wise
+
+
+def test_a_model_worse_than_trivial_is_called_so(tmp_path):
+    rows = metric_rows()
+    rows[-1] |= {"val_intra": 1.0, "val_inter": 1.5}
+    _, page = page_of(write_run(tmp_path, metrics=jsonl(rows)))
+    assert "111 % of that of predicting zero and 83 % of that of interpolating in time — no better" in page.text
+    assert "no better than predicting zero or interpolation." in page.text
+    assert any(attrs.get("class") == "warn" for _, attrs in page.tags)
+
+
+@pytest.mark.parametrize(
+    ("told", "badge"), [([True], "SIMULATED"), ([True, False], "PARTLY SIMULATED"), ([False], None), ([], None)]
+)
+def test_badge(tmp_path, told, badge):
+    indexes = [index for flag in told for index in data_json(flag)["indexes"]]
+    raw = json.dumps({"indexes": indexes}).encode() if told else None
+    _, page = page_of(write_run(tmp_path, data=raw, examples=None))
+    badges = [index for index, (_, attrs) in enumerate(page.tags) if attrs.get("class") == "badge"]
+    assert bool(badges) == (badge is not None)
+    if badge is not None:
+        assert badge in page.texts
+    if not told:
+        assert "does not tell whether its signals are recorded or simulated" in page.text
+
+
+def test_lead_table(tmp_path):
+    tensors = example_tensors(n=2)
+    _, page = page_of(write_run(tmp_path, examples=examples_file(tensors, LEADS)))
+    hidden = np.repeat(tensors["inter"] * tensors["valid"][:, :, None], 200, axis=2).astype(bool)
+    target, made = tensors["target"].astype(float), tensors["reconstruction"].astype(float)
+    v5 = LEADS.index("V5")
+    share = ((made - target)[:, v5][hidden[:, v5]] ** 2).sum() / (target[:, v5][hidden[:, v5]] ** 2).sum()
+    every = ((made - target)[hidden] ** 2).sum() / (target[hidden] ** 2).sum()
+    assert f"V5 – 0 {percent_of(share, 1)} 20" in page.text
+    assert re.search(rf"All leads \S+ % \d+ {re.escape(percent_of(every, 1))} 30", page.text)
+    assert "From 2 example windows only" in page.text
+
+
+def test_every_image_has_an_alternative_text_and_every_figure_a_caption(tmp_path):
+    _, page = page_of(write_run(tmp_path))
+    assert len(page.images()) == 2 + 2 + 2 + 2
+    assert all(len(attrs["alt"] or "") > 20 for attrs in page.images())
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("figure") == tags.count("figcaption") == 1 + 2 + 1 + 1
+
+
+def test_utilisation_is_drawn_where_it_was_measured(tmp_path):
+    rows = [row | {"mfu": 0.42} for row in metric_rows()]
+    _, page = page_of(write_run(tmp_path, metrics=jsonl(rows)))
+    assert len(page.images()) == 9
+    assert "MFU 42 %" in page.text
+
+
+def test_sections_without_data_say_so_in_a_line(tmp_path):
+    folder = write_run(tmp_path, config=None, examples=None, data=None, attempts=None)
+    _, page = page_of(folder)
+    for line in (
+        "The run holds no examples of a validation.",
+        "The run holds no examples to compare leads on.",
+        "The run holds no data.json",
+        "The run keeps no record of its attempts.",
+        "The run holds no config.yaml.",
+        "unnamed run",
+    ):
+        assert line in page.text
+
+
+def test_a_run_of_bare_steps(tmp_path):
+    folder = write_run(tmp_path, metrics=b'{"step": 1}\n', config=None, examples=None, data=None, attempts=None)
+    _, page = page_of(folder)
+    assert page.images() == []
+    assert "No mask term has a finite value" in page.text
+    assert "Neither throughput nor data wait was logged." in page.text
+
+
+def test_one_step(tmp_path):
+    _, page = page_of(write_run(tmp_path, metrics=jsonl(metric_rows()[:1]), attempts=None))
+    assert "Steps 1 of 60 planned" in page.text
+    assert "No validation result was logged" in page.text
+
+
+def test_no_validation(tmp_path):
+    _, page = page_of(write_run(tmp_path, metrics=jsonl(metric_rows(validate=0))))
+    assert "No validation result was logged" in page.text
+    assert "Held-out error" not in page.text
+    assert len(page.images()) == 8
+
+
+def test_null_and_nan(tmp_path):
+    rows = metric_rows()
+    rows[3] |= {"loss": float("nan"), "loss_intra": None, "grad_norm": float("inf")}
+    rows[4] |= {"loss_intra": float("nan"), "samples_per_s": None}
+    rows[-1] |= {"val_inter": float("nan"), "val_interp_intra": None}
+    _, page = page_of(write_run(tmp_path, metrics=jsonl(rows)))
+    assert "2 of 60 logged steps have no finite loss_intra" in page.text
+    assert "1 of 60 logged steps have no finite grad_norm" in page.text
+    assert "nan" not in page.text.lower().replace("unnamed", "")
+    assert "Lead-wise (leads" not in page.text, "nothing can be said about a term whose result is not finite"
+
+
+def test_a_term_that_is_switched_off_is_left_out(tmp_path):
+    rows = [row | {"loss_inter": None, "val_inter": None} for row in metric_rows()]
+    _, page = page_of(write_run(tmp_path, metrics=jsonl(rows)))
+    assert "the lead-wise term is not drawn" in page.text
+    assert len(page.images()) == 7
+
+
+def test_two_channels(tmp_path):
+    raw = examples_file(example_tensors(n=1, channels=2), ["F3-C3", "F4-C4"], simulated=False)
+    _, page = page_of(write_run(tmp_path, examples=raw))
+    assert "1 held-out window as" in page.text
+    assert "hidden F3-C3" in page.text
+
+
+def test_what_a_run_says_is_escaped(tmp_path):
+    evil = "<script>alert('x')</script>\" onload=\"y"
+    data = data_json()
+    data["indexes"][0]["url"] = f"s3://b/{evil}"
+    folder = write_run(
+        tmp_path,
+        config=config_yaml(evil).encode(),
+        data=json.dumps(data).encode(),
+        examples=examples_file(example_tensors(n=1, channels=2), [evil, "B"]),
+    )
+    text, page = page_of(folder)
+    assert "<script" not in text
+    assert html.escape("<script>") in text
+    assert evil in page.texts
+    assert all("onload" not in attrs for _, attrs in page.tags)
+
+
+def test_credentials_stay_out(tmp_path):
+    text, _ = page_of(write_run(tmp_path))
+    assert "secret" not in text
+    assert "s3://bucket/ecg/index.json" in text
+
+
+def test_an_unfinished_line_is_told(tmp_path):
+    _, page = page_of(write_run(tmp_path, metrics=jsonl(metric_rows()) + b'{"step": 61, "lo'))
+    assert "last line of metrics.jsonl was not finished" in page.text
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    read = reader(write_run(tmp_path))
+    assert render(read) == render(read)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        render(reader(tmp_path))

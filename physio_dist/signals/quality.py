@@ -6,6 +6,7 @@ amplitude and the limb leads' identities are judged in the band, since a driftin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -106,18 +107,30 @@ def railed_share(raw: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
     return share
 
 
-def exchanged_names(limb: NDArray[np.float64], leads: Sequence[str]) -> tuple[str, str] | None:
+def exchanged_names(limb: NDArray[np.float64], leads: Sequence[str], samples: int) -> tuple[str, str] | None:
     """The two limb leads that carry each other's name, where the identities leave no doubt about it.
+
+    Every window has a voice, so that a fault in some of them does not hide what the others show.
 
     Args:
         limb: in-band ``[len(leads), time]``, all six limb leads; with fewer, an exchange has other explanations.
+        samples: samples in a window.
     """
-    before = identity_error(limb, leads)
-    if len(leads) < len(LEAD_MATRIX) or before <= EXCHANGED_ERROR:
+    if len(leads) < len(LEAD_MATRIX):
         return None
-    after = sorted((identity_error(limb, _swap(leads, a, b)), (a, b)) for a, b in combinations(leads, 2))
-    best, names = after[0]
-    return names if best < EXCHANGED_ERROR and 5 * best < before and 2 * best < after[1][0] else None
+    votes: Counter[tuple[str, str] | None] = Counter()
+    for start in range(0, limb.shape[1] - samples + 1, samples):
+        window = limb[:, start : start + samples]
+        before = identity_error(window, leads)
+        if before <= EXCHANGED_ERROR:
+            # Dead leads agree with any name, so only a window of living ones speaks for the names as they are.
+            votes[None] += int(np.ptp(window, axis=1).min() >= MIN_SPAN_UV)
+            continue
+        after = sorted((identity_error(window, _swap(leads, a, b)), (a, b)) for a, b in combinations(leads, 2))
+        best, names = after[0]
+        if best < EXCHANGED_ERROR and 5 * best < before and 2 * best < after[1][0]:
+            votes[names] += 1
+    return votes.most_common(1)[0][0] if votes else None
 
 
 def contradicting(limb: NDArray[np.float64], leads: Sequence[str]) -> tuple[list[int], float]:

@@ -209,7 +209,7 @@ def _with_limb_leads(part: _Prepared, signal: Signal, spec: WindowSpec) -> _Prep
     computed = [i for i, name in enumerate(part.names) if name in LIMB and name not in here]
     sources = dict.fromkeys(computed, (row[pair[0]], row[pair[1]])) if pair else {}
     order, notes = np.arange(len(part.names)), tuple[str, ...]()
-    traded = quality.exchanged_names(part.band[limb], [part.names[i] for i in limb])
+    traded = quality.exchanged_names(part.band[limb], [part.names[i] for i in limb], spec.samples)
     if traded is not None:
         note = f"{traded[0]} and {traded[1]} bear each other's name"
         if spec.exchanged == "reject":

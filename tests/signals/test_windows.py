@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,14 +79,31 @@ def test_same_recording_gives_same_windows(clean: Recording) -> None:
         assert a.reasons == b.reasons
 
 
-def test_offset_of_electrodes_does_not_matter(clean: Recording) -> None:
-    before = windows_of(clean, WindowSpec())
-    offsets = np.array([LEAD_MATRIX[lead] for lead in LIMB]) @ [[150_000.0], [-80_000.0]]
-    clean.signals["ecg"].data[:6] += offsets
-    after = windows_of(clean, WindowSpec())
-    assert all(window.fit and not window.reasons for window in after)
-    difference = before[3].data["ecg"].astype(int) - after[3].data["ecg"]
-    assert np.abs(difference).max() <= 2
+def test_offset_and_drift_of_electrodes_do_not_matter() -> None:
+    beating = sines(500, 30, 7)
+    still = windows_of(recording(beating, 500), WindowSpec())
+    two = np.array([[150_000.0], [-80_000.0]]) + np.array([[6000.0], [-9000.0]]) * np.linspace(0, 1, 15_000)
+    drifting = beating.copy()
+    drifting[:6] += np.array([LEAD_MATRIX[lead] for lead in LIMB]) @ two
+    for before, after in zip(still, windows_of(recording(drifting, 500), WindowSpec()), strict=True):
+        assert after.fit and not after.reasons
+        difference = before.data["ecg"].astype(int) - after.data["ecg"]
+        assert np.abs(difference).max() <= 10
+
+
+def test_quiet_baseline_is_not_saturation(clean: Recording) -> None:
+    data = clean.signals["ecg"].data
+    # Upward beats of 1.5 mV from a baseline that coarse resolution holds at one value for most of the time.
+    data[6] = 0.0
+    for start in range(0, data.shape[1] - 20, 160):
+        data[6, start : start + 20] = 1500 * np.hanning(20)
+    assert all(window.reasons == () for window in windows_of(clean, WindowSpec()))
+
+
+def test_dead_limb_leads_do_not_accuse_the_living(clean: Recording) -> None:
+    for lead in ("aVL", "aVF"):
+        changed(clean, lead, 0, 10, 0.0)
+    assert windows_of(clean, WindowSpec())[0].reasons == ("flat: aVL, aVF",)
 
 
 @settings(max_examples=20, deadline=None)
@@ -172,6 +190,8 @@ def test_exchanged_names_are_put_right_and_told(clean: Recording) -> None:
         np.testing.assert_array_equal(window.data["ecg"], wanted.data["ecg"])
     with pytest.raises(RecordError, match="aVL and aVF bear each other's name"):
         windows_of(swapped, WindowSpec(exchanged="reject"))
+    window = windows_of(changed(swapped, "aVF", 0, 10, 3.0), WindowSpec())[0]
+    assert window.reasons[1:] == ("flat: aVL",), "the fault follows the lead, not the name"
 
 
 def test_permuted_limb_leads_are_rejected(clean: Recording) -> None:
@@ -266,7 +286,7 @@ def test_other_modalities_keep_their_channels(clean: Recording) -> None:
         {"exchanged": "keep"},
     ],
 )
-def test_senseless_specifications_are_refused(wrong: dict) -> None:
+def test_senseless_specifications_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         WindowSpec(**wrong)
 

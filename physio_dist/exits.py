@@ -24,6 +24,9 @@ def status_of(action: Callable[[], None]) -> int:
     except PhysioError as error:
         _tell_once(str(error), error.exit_status)
         return error.exit_status
+    except SystemExit as end:
+        # argparse has said what it had to say.
+        return end.code if isinstance(end.code, int) else EXIT_FAULT
     except KeyboardInterrupt:
         _tell_once("interrupted; the same command goes on where it can", EXIT_STOPPED)
         return EXIT_STOPPED

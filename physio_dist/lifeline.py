@@ -15,11 +15,18 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send ``signum`` to this process when its parent ends, however it ends (Linux only)."""
+def die_with_parent(signum: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
+    """Have the kernel send ``signum`` to this process when its parent ends, however it ends (Linux only).
+
+    Args:
+        signum: the signal.
+        parent: process id of the parent, where it is known: if that one has ended already, so does this process.
+    """
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signum)
 
 
 def launcher_chain() -> list[int]:

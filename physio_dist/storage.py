@@ -21,19 +21,22 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import fsspec
-from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential_jitter
 
 from physio_dist.errors import UserError
 
 # Until an endpoint has answered once, silence means a wrong address, and a person is waiting at the screen.
-FIRST_CONTACT_S = 15.0
+FIRST_CONTACT_S = float(os.environ.get("PHYSIO_DIST_STORAGE_FIRST_CONTACT_S", "15"))
 # Afterwards it means an outage, which a run of days should sit out.
 OUTAGE_S = float(os.environ.get("PHYSIO_DIST_STORAGE_OUTAGE_S", "300"))
 _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 30
+# Faults of a local disk or network file system that may pass; all others (a name too long, a full disk) stay.
+_PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT)
+# Client errors by their status, yet a second try is what servers ask for.
+_PASSING_CODES = ("RequestTimeout", "IncompleteBody", "OperationAborted", "XAmzContentSHA256Mismatch")
 
 _contacted: set[str] = set()
-_contacted_lock = threading.Lock()
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,7 +67,11 @@ def absolute(url: str) -> str:
 
 def join(url: str, *parts: str) -> str:
     """``url`` with path parts appended."""
-    return "/".join([url.rstrip("/") or "/", *(part.strip("/") for part in parts if part)])
+    folder = url.rstrip("/")
+    words = [part.strip("/") for part in parts if part]
+    if not folder:
+        return ("/" if url else "") + "/".join(words)
+    return "/".join([folder, *words])
 
 
 def _protocol(url: str) -> str:
@@ -77,15 +84,23 @@ def _filesystem(protocol: str, pid: int) -> Any:
     if protocol == "file":
         return fsspec.filesystem("file")
     if protocol in ("s3", "s3a"):
-        return fsspec.filesystem(
+        fs = fsspec.filesystem(
             "s3",
+            skip_instance_cache=True,
             use_listings_cache=False,
             config_kwargs={
                 "connect_timeout": _CONNECT_TIMEOUT_S,
                 "read_timeout": _READ_TIMEOUT_S,
                 "retries": {"max_attempts": 1},
+                # Servers that send a whole object's checksum with a part of it would fail every ranged read;
+                # shards and checkpoints carry hashes of our own.
+                "response_checksum_validation": "when_required",
+                "request_checksum_calculation": "when_required",
             },
         )
+        # One place counts the tries: `_patiently`.
+        fs.retries = 1
+        return fs
     try:
         return fsspec.filesystem(protocol)
     except (ValueError, ImportError) as error:
@@ -97,40 +112,48 @@ def _resolve(url: str) -> tuple[Any, str]:
     return fs, str(local_path(url)) if is_local(url) else fs._strip_protocol(url)
 
 
-def _status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error of the S3 client, if there is one."""
+def _answer(error: BaseException) -> tuple[int | None, str]:
+    """The HTTP status and the S3 error code behind an error of the client, if there are any."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if isinstance(status, int):
-                return status
-    return None
+                return status, str(response.get("Error", {}).get("Code", ""))
+    return None, ""
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether trying again later may succeed."""
     if isinstance(error, StorageError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
-    status = _status_of(error)
+    status, code = _answer(error)
     if status is not None:
-        return status >= 500 or status in (408, 429)
+        return status >= 500 or status in (408, 429) or code in _PASSING_CODES
     name = type(error).__name__
     if name in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "NoRegionError"):
         return False
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTEMPTY):
-        return False
     if isinstance(error, ConnectionError | TimeoutError) or "Timeout" in name or "Connection" in name:
         return True
-    # The S3 client wraps unknown faults, a reset in mid-body among them, into OSError or its own classes.
-    module = type(error).__module__
-    return isinstance(error, OSError) or module.startswith(("botocore", "aiobotocore", "aiohttp"))
+    # The S3 client wraps unknown faults, a reset in mid-body among them, into its own classes or a bare OSError.
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _PASSING
+    return isinstance(error, OSError) or _of_s3_client(error)
 
 
-def _explain(url: str, doing: str, error: BaseException) -> StorageError:
-    status = _status_of(error)
+def _of_s3_client(error: BaseException) -> bool:
+    return type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp"))
+
+
+def explain(url: str, doing: str, error: BaseException) -> StorageError:
+    """What happened, on which URL, and what to check, as an error a person can read."""
+    status, code = _answer(error)
     name = type(error).__name__
-    where = f" (endpoint {endpoint()})" if not is_local(url) and endpoint() else ""
+    s3 = _protocol(url) in ("s3", "s3a")
+    where = f" (endpoint {endpoint()})" if s3 and endpoint() else ""
+    if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and doing == "write" and s3):
+        bucket = url.split("://", 1)[1].split("/", 1)[0]
+        return NotFoundError(f"cannot {doing} {url}{where}: there is no bucket {bucket!r}; create it or change the URL")
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"cannot {doing} {url}{where}: there is nothing there")
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in name:
@@ -141,9 +164,9 @@ def _explain(url: str, doing: str, error: BaseException) -> StorageError:
         return StorageError(f"cannot {doing} {url}{where}: access denied ({error}); {hint}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"cannot {doing} {url}: the disk is full; free some space and start again")
-    if isinstance(error, IsADirectoryError | NotADirectoryError):
+    if is_local(url) and isinstance(error, OSError) and error.strerror:
         return StorageError(f"cannot {doing} {url}: {error.strerror}")
-    hint = "" if is_local(url) else "; check AWS_ENDPOINT_URL and that the server is up"
+    hint = "; check AWS_ENDPOINT_URL and that the server is up" if s3 else ""
     return StorageError(f"cannot {doing} {url}{where}: {name}: {error}{hint}")
 
 
@@ -157,29 +180,21 @@ def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
     protocol = _protocol(url)
     budget = OUTAGE_S if protocol in _contacted else FIRST_CONTACT_S
     try:
-        for attempt in Retrying(
+        result = Retrying(
             retry=retry_if_exception(is_transient),
             wait=wait_exponential_jitter(initial=0.2, max=10.0, jitter=1.0),
-            stop=stop_after_delay(budget),
-            reraise=False,
-        ):
-            with attempt:
-                result = action()
-                with _contacted_lock:
-                    _contacted.add(protocol)
-        return result
-    except StorageError:
-        raise
-    except RetryError as error:
-        cause = error.last_attempt.exception()
-        assert cause is not None
-        raise _explain(url, doing, cause) from cause
+            stop=stop_before_delay(budget),
+            reraise=True,
+        )(action)
     except Exception as error:
-        if isinstance(error, OSError) or _status_of(error) is not None or "Credentials" in type(error).__name__:
-            raise _explain(url, doing, error) from error
-        if type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
-            raise _explain(url, doing, error) from error
+        if _answer(error)[0] is not None:
+            _contacted.add(protocol)
+        # The client calls a malformed endpoint a ValueError.
+        if isinstance(error, OSError) or _of_s3_client(error) or (isinstance(error, ValueError) and not is_local(url)):
+            raise explain(url, doing, error) from error
         raise
+    _contacted.add(protocol)
+    return result
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -252,7 +267,7 @@ def get_file(url: str, target: Path) -> None:
         StorageError: it cannot be read, or the local disk is full.
     """
     fs, path = _resolve(url)
-    _patiently(url, "fetch", lambda: fs.get_file(path, str(target)))
+    _patiently(url, f"fetch to {target} from", lambda: fs.get_file(path, str(target)))
 
 
 def exists(url: str) -> bool:
@@ -268,15 +283,23 @@ def size(url: str) -> int:
 
 
 def names(url: str) -> list[str]:
-    """Names in a folder, sorted; empty where there is no such folder."""
+    """Names in a folder, sorted; empty where there is no such folder.
+
+    Raises:
+        StorageError: it cannot be listed, or there is not even a bucket.
+    """
     fs, path = _resolve(url)
 
     def listing() -> list[str]:
         try:
-            entries = fs.ls(path, detail=False)
-        except (FileNotFoundError, NotADirectoryError):
+            entries = [str(entry).rstrip("/") for entry in fs.ls(path, detail=False)]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if _answer(error)[1] == "NoSuchBucket":
+                raise
             return []
-        return sorted({str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {""})
+        # A file lists itself, and so does a folder that is an empty object.
+        own = str(fs._strip_protocol(path)).rstrip("/")
+        return sorted({entry.rsplit("/", 1)[-1] for entry in entries if entry != own})
 
     return _patiently(url, "list", listing)
 
@@ -287,7 +310,12 @@ def remove(url: str, recursive: bool = False) -> None:
 
     def delete() -> None:
         with contextlib.suppress(FileNotFoundError):
-            fs.rm(path, recursive=recursive)
+            if is_local(url):
+                fs.rm(path, recursive=recursive)
+            else:
+                # Not `fs.rm`, which takes a name with `*` or `[` for a pattern.
+                for name in fs.find(path) if recursive else [path]:
+                    fs.rm_file(name)
 
     _patiently(url, "delete", delete)
 
@@ -307,7 +335,7 @@ def _publishing(url: str) -> Iterator[Path]:
         finally:
             os.close(folder)
     except OSError as error:
-        raise _explain(url, "write", error) from error
+        raise explain(url, "write", error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

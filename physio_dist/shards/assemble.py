@@ -48,8 +48,11 @@ def make_shard(
         if storage.exists(url) and storage.size(url) == told["info"]["filesize"]:
             return ShardInfo(**told["info"]), told["offsets"]
     local = Path(spool) / name
-    with local.open("wb") as file:
-        offsets = tar.write(_samples(source, group, Path(spool)), file)
+    try:
+        with local.open("wb") as file:
+            offsets = tar.write(_samples(source, group, Path(spool)), file)
+    except OSError as error:
+        raise storage.explain(str(local), "write", error) from error
     info = ShardInfo(name, len(group), local.stat().st_size, sha256_of(local))
     storage.put_file(local, url)
     storage.write_json(str(note), {"info": asdict(info), "offsets": offsets})

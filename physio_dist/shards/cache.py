@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
-from physio_dist.shards.index import ShardSet
+from physio_dist.shards.index import ShardInfo, ShardSet
 
 log = logging.getLogger("physio_dist")
 
@@ -45,6 +45,8 @@ class ShardCache:
         self.folder = Path(folder).expanduser() / "shards"
         self.limit_bytes = limit_bytes
         self._maps: OrderedDict[str, npt.NDArray[np.uint8]] = OrderedDict()
+        # Those of them that are files of the cache rather than of a local set.
+        self._fetched: set[str] = set()
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
         try:
@@ -69,7 +71,7 @@ class ShardCache:
             if (found := self._maps.get(info.sha256)) is not None:
                 return found
             url = shards.shard_url(shard)
-            opened = self._local(url, info.sha256) if storage.is_local(url) else self._remote(url, info.sha256)
+            opened = self._local(url, info.sha256) if storage.is_local(url) else self._remote(url, info)
             with self._lock:
                 self._maps[info.sha256] = opened
                 while len(self._maps) > _OPEN_MAPS:
@@ -81,46 +83,54 @@ class ShardCache:
         # A second look, because a file that is still being copied into place settles.
         for _ in range(2):
             try:
-                opened = _map(path)
+                opened = _verified(path, sha256)
             except OSError as error:
-                raise DataError(f"shard {url} is in the index but cannot be opened: {error}") from None
-            if _digest(opened) == sha256:
+                raise DataError(f"shard {url} is in the index but cannot be opened: {error.strerror}") from None
+            if opened is not None:
                 return opened
             time.sleep(0.2)
         raise DataError(f"shard {url} disagrees with its index (sha256): it was truncated or altered")
 
-    def _remote(self, url: str, sha256: str) -> npt.NDArray[np.uint8]:
-        path = self.folder / f"{sha256}.tar"
-        with FileLock(path.with_suffix(".lock")):
-            with contextlib.suppress(OSError, ValueError):
-                opened = _map(path)
-                if _digest(opened) == sha256:
-                    os.utime(path)
-                    return opened
-                log.warning("cached copy of %s is damaged; fetching it again", url)
-            for attempt in range(2):
-                self._make_room(storage.size(url))
-                temporary = path.with_suffix(f".{os.getpid()}.part")
-                try:
-                    storage.get_file(url, temporary)
-                    if _digest(_map(temporary)) == sha256:
-                        temporary.replace(path)
-                        return _map(path)
-                except storage.NotFoundError:
-                    raise DataError(f"shard {url} is in the index but not in storage") from None
-                except ValueError:  # an empty file cannot be mapped
-                    pass
-                finally:
-                    with contextlib.suppress(OSError):
-                        temporary.unlink()
-                if attempt == 0:
-                    log.warning("shard %s disagrees with its index; fetching it again", url)
+    def _remote(self, url: str, info: ShardInfo) -> npt.NDArray[np.uint8]:
+        path = self.folder / f"{info.sha256}.tar"
+        try:
+            with FileLock(path.with_suffix(".lock")):
+                with contextlib.suppress(FileNotFoundError):
+                    if (opened := _verified(path, info.sha256)) is not None:
+                        os.utime(path)
+                        self._fetched.add(info.sha256)
+                        return opened
+                    log.warning("cached copy of %s is damaged; fetching it again", url)
+                for attempt in range(2):
+                    if attempt == 1:
+                        log.warning("shard %s disagrees with its index; fetching it again", url)
+                    self._make_room(info.filesize)
+                    if (opened := self._fetch(url, path, info.sha256)) is not None:
+                        self._fetched.add(info.sha256)
+                        return opened
+        except OSError as error:
+            raise storage.explain(str(path), "use the cached shard", error) from error
         raise DataError(f"shard {url} disagrees with its index (sha256), also when fetched again")
+
+    def _fetch(self, url: str, path: Path, sha256: str) -> npt.NDArray[np.uint8] | None:
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            storage.get_file(url, temporary)
+            opened = _verified(temporary, sha256)
+            if opened is not None:
+                temporary.replace(path)
+            return opened
+        except storage.NotFoundError:
+            raise DataError(f"shard {url} is in the index but not in storage") from None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def _make_room(self, needed: int) -> None:
         """Drop the least recently opened files until ``needed`` more bytes fit.
 
-        A file that another rank has open goes on being readable there until it is closed.
+        A file that another rank has open goes on being readable, and takes its place on the disk, until that rank
+        makes room in its turn.
         """
         entries = []
         for path in self.folder.glob("*"):
@@ -132,20 +142,27 @@ class ShardCache:
                 elif path.suffix == ".tar":
                     entries.append((facts.st_mtime, facts.st_size, path))
         total = sum(size for _, size, _ in entries)
+        kept = {path.stem for _, _, path in entries}
         for _, size, path in sorted(entries):
             if total + needed <= self.limit_bytes:
-                return
+                break
             with contextlib.suppress(OSError):
                 path.unlink()
-                total -= size
+            total -= size
+            kept.discard(path.stem)
+        with self._lock:
+            for sha256 in [sha256 for sha256 in self._maps if sha256 in self._fetched and sha256 not in kept]:
+                del self._maps[sha256]
+                self._fetched.discard(sha256)
 
 
-def _map(path: Path) -> npt.NDArray[np.uint8]:
-    return np.memmap(path, dtype=np.uint8, mode="r")
-
-
-def _digest(data: npt.NDArray[np.uint8]) -> str:
+def _verified(path: Path, sha256: str) -> npt.NDArray[np.uint8] | None:
+    """A read-only map of a file; None where its content has another hash."""
+    if path.stat().st_size == 0:  # nothing can be mapped
+        return None
+    # A plain view, because slices of a `memmap` cost several times as much.
+    opened = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
     digest = hashlib.sha256()
-    for start in range(0, len(data), _PIECE):
-        digest.update(data[start : start + _PIECE].data)
-    return digest.hexdigest()
+    for start in range(0, len(opened), _PIECE):
+        digest.update(opened[start : start + _PIECE].data)
+    return opened if digest.hexdigest() == sha256 else None

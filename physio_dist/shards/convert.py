@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,29 @@ class Job:
     people: dict[str, str]
 
     def digest(self) -> str:
-        """Hash of everything that decides the bytes of the parts; where the input lies does not."""
+        """Hash of everything that decides the bytes of the parts; where a folder of recordings lies does not."""
         content = {**asdict(self), "converter": CONVERTER}
-        del content["input"]
+        # A simulator's input is no place: it says what is simulated.
+        if not reader_named(self.reader).simulated:
+            del content["input"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def parts(self) -> int:
         """How many parts there are."""
         return -(-len(self.records) // PART_RECORDS)
 
+    def part(self, number: int) -> Job:
+        """The job of one part alone, small enough to be sent to another process."""
+        mine = slice(number * PART_RECORDS, (number + 1) * PART_RECORDS)
+        records = self.records[mine]
+        return replace(
+            self, records=records, keys=self.keys[mine],
+            labels={record: self.labels[record] for record in records if record in self.labels},
+            people={record: self.people[record] for record in records if record in self.people},
+        )  # fmt: skip
 
-@dataclass
+
+@dataclass(slots=True)
 class WindowFacts:
     """A window of a part, without its samples."""
 
@@ -77,58 +90,68 @@ class Part:
 
 
 def record_keys(records: Sequence[str]) -> list[str]:
-    """A key for every record: its name in the characters that WebDataset keys may hold, made unique by a hash."""
-    plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", record).strip("_") for record in records]
-    taken: dict[str, int] = {}
-    for name in plain:
-        taken[name] = taken.get(name, 0) + 1
+    """A key for every record: the last part of its name in the characters that WebDataset keys may hold.
+
+    Folders are left out because they may be named after people. A hash of the whole name tells records apart that end
+    alike.
+    """
+    plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", record.rsplit("/", 1)[-1]).strip("_") for record in records]
+    taken = Counter(plain)
     return [
         name if 0 < len(name) <= 60 and taken[name] == 1
-        else f"{name[:50]}-{hashlib.sha256(record.encode()).hexdigest()[:12]}"
+        else f"{name[:47]}-{hashlib.sha256(record.encode()).hexdigest()[:12]}"
         for record, name in zip(records, plain, strict=True)
     ]  # fmt: skip
 
 
-def make_part(job: Job, number: int, path: str) -> None:
-    """Convert the records of part ``number`` and publish them at ``path``.
+def make_part(job: Job, path: str) -> None:
+    """Convert the records of a part (:meth:`Job.part`) and publish them at ``path``.
 
     Raises:
-        StorageError: the spool cannot be written, a full disk among the reasons.
+        StorageError: a record cannot be read though it may be fine, or the spool cannot be written, a full disk among
+            the reasons.
     """
     part = Part()
     windows: list[Window] = []
     reader = reader_named(job.reader)
-    first = number * PART_RECORDS
-    for record, key in zip(job.records[first:], job.keys[first : first + PART_RECORDS], strict=False):
+    for record, key in zip(job.records, job.keys, strict=True):
         part.records += 1
+        person = job.people.get(record)
         try:
             recording = reader.read(job.input, record)
+            if person is None:
+                person = recording.person
             cut = windows_of(recording, job.spec)
         except RecordError as error:
-            part.rejects.append({"record": record, "reason": str(error)})
+            shown = key if reader.simulated else without_person(key, job.source, person)
+            part.rejects.append({"record": shown, "reason": str(error)})
             continue
+        except OSError as error:
+            raise storage.explain(storage.join(job.input, record), "read", error) from error
+        who = pseudonym(job.source, person if person is not None else f"record {record}")
+        name = key if reader.simulated else without_person(key, job.source, person)
         waveform = int(waveform_hash(recording)[:16], 16)
-        person = job.people.get(record, recording.person)
-        shown = _without_person(record, person)
         labels = {**recording.labels, **job.labels.get(record, {})}
         for i, window in enumerate(cut):
             part.windows.append(
                 WindowFacts(
-                    key=f"{key}-{i:05d}", record=shown,
-                    person=pseudonym(job.source, person if person is not None else f"record {record}"),
-                    waveform=waveform, start_s=window.start_s, fit=window.fit, reasons=list(window.reasons),
-                    labels=labels,
+                    key=f"{name}-{i:05d}", record=name, person=who, waveform=waveform, start_s=window.start_s,
+                    fit=window.fit, reasons=list(window.reasons), labels=labels,
                 )
             )  # fmt: skip
         windows += cut
     storage.write_bytes(path, _pack(part, windows))
 
 
-def _without_person(record: str, person: str | None) -> str:
-    """The record's name, with folders named after the person (as MIMIC has them) left out."""
+def without_person(name: str, source: str, person: str | None) -> str:
+    """A record's name in which the person's id, if it stands there as a word of its own, is the pseudonym."""
     if person is None:
-        return record
-    return "/".join(step for step in record.split("/") if step.lstrip("pP") != person.lstrip("pP") or step == record)
+        return name
+    # MIMIC writes p10000032 in one place and 10000032 in another.
+    bare = person.lstrip("pP") or person
+    hidden = f"{pseudonym(source, person):016x}"
+    found = re.sub(rf"(?<![A-Za-z0-9])[pP]?{re.escape(bare)}(?![A-Za-z0-9])", hidden, name)
+    return found if len(found) <= 70 else f"{hidden}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _pack(part: Part, windows: Sequence[Window]) -> bytes:

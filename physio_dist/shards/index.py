@@ -103,7 +103,7 @@ class Sidecar:
                 valid={k.removeprefix("valid."): v for k, v in tensors.items() if k.startswith("valid.")},
                 split=tensors["split"], person=tensors["person"], waveform=tensors["waveform"], key=tensors["key"],
             )  # fmt: skip
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, TypeError) as error:
             raise DataError(f"{name} is damaged: {error}") from None
 
 
@@ -252,16 +252,51 @@ def read_sidecar(shards: ShardSet) -> Sidecar:
     """Read and check the sidecar of a set.
 
     Raises:
-        DataError: its hash or its length disagrees with the index.
+        DataError: it is not there, or disagrees with the index.
     """
     where = storage.join(shards.url, SIDECAR)
-    data = storage.read_bytes(where)
+    try:
+        data = storage.read_bytes(where)
+    except storage.NotFoundError:
+        raise DataError(f"{where} is missing; make the set again or fetch it again") from None
     if hashlib.sha256(data).hexdigest() != shards.sidecar_sha256:
         raise DataError(f"{where} disagrees with the index (sha256); make the set again or fetch it again")
     sidecar = Sidecar.from_bytes(data, where)
-    if len(sidecar.split) != shards.nsamples:
-        raise DataError(f"{where} holds {len(sidecar.split)} samples, the index {shards.nsamples}")
+    if wrong := _contradictions(shards, sidecar):
+        raise DataError(f"{where} contradicts the index: {', '.join(wrong)}")
     return sidecar
+
+
+def _contradictions(shards: ShardSet, sidecar: Sidecar) -> list[str]:
+    """What of a sidecar does not fit its index: the hash vouches for the bytes, not for whoever wrote both."""
+    n, ends = shards.nsamples, np.repeat([s.filesize for s in shards.shards], [s.nsamples for s in shards.shards])
+    wanted: dict[str, tuple[npt.NDArray[Any] | None, str, tuple[int, ...]]] = {
+        "split": (sidecar.split, "uint8", (n,)),
+        "person": (sidecar.person, "uint64", (n,)),
+        "waveform": (sidecar.waveform, "uint64", (n,)),
+    }
+    for name, info in shards.signals.items():
+        wanted[f"offset.{name}"] = (sidecar.offset.get(name), "int64", (n,))
+        wanted[f"valid.{name}"] = (sidecar.valid.get(name), "bool", (n, len(info.channels)))
+    wrong = [
+        name
+        for name, (values, dtype, shape) in wanted.items()
+        if values is None or values.dtype != dtype or values.shape != shape
+    ]
+    if sidecar.key.dtype != np.uint8 or sidecar.key.ndim != 2 or len(sidecar.key) != n:
+        wrong.append("key")
+    if wrong:
+        return wrong
+    counts = np.bincount(sidecar.split, minlength=len(SPLITS)).tolist()
+    if counts != [shards.splits.get(name) for name in SPLITS]:
+        wrong.append("splits")
+    if len(np.unique(sidecar.person)) != shards.people:
+        wrong.append("people")
+    for name, info in shards.signals.items():
+        offset = sidecar.offset[name]
+        if ((offset < 0) | (offset + info.nbytes > ends)).any():
+            wrong.append(f"offset.{name}")
+    return wrong
 
 
 def publish(shards: ShardSet, sidecar: Sidecar) -> None:

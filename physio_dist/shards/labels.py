@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,32 +26,51 @@ def read_labels(
         UserError: no such file or column, or no row that names one of the records.
     """
     try:
-        rows = list(csv.DictReader(storage.read_bytes(file).decode("utf-8-sig").splitlines()))
+        text = storage.read_bytes(file).decode("utf-8-sig")
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows, columns = list(table), list(table.fieldnames or ())
     except UnicodeDecodeError:
         raise UserError(f"labels={file} is not a UTF-8 text file") from None
-    columns = list(rows[0]) if rows else []
+    except csv.Error as error:
+        raise UserError(f"labels={file} is not a CSV file: {error}") from None
     by = next((column for column in ("record", "file") if column in columns), None)
     if by is None:
         raise UserError(f"labels={file} has no column `record` or `file`; its columns: {', '.join(columns) or 'none'}")
     if person is not None and person not in columns:
         raise UserError(f"person={person}: {file} has no such column: {nearest(person, columns)}")
-    short = {record.rsplit("/", 1)[-1]: record for record in records}
     known = set(records)
+    # A record may go by the last part of its name, as long as no other record ends alike.
+    short: dict[str, str | None] = {}
+    for record in records:
+        last = record.rsplit("/", 1)[-1]
+        short[last] = None if last in short else record
     labels: dict[str, dict[str, Any]] = {}
     people: dict[str, str] = {}
     for row in rows:
-        stem = row[by].strip()
-        for ending in (".hea", ".dat", ".mat", ".edf"):
-            stem = stem.removesuffix(ending)
-        record = stem if stem in known else short.get(stem)
-        if record is None:
+        name = _stem(row[by])
+        found = name if name in known else short.get(name, "")
+        if found is None:
+            raise UserError(f"labels={file}: several records end in {name!r}; name them by their whole path")
+        if not found:
             continue
-        labels[record] = {k: _typed(v) for k, v in row.items() if k is not None and k not in (by, person)}
-        if person is not None and row[person].strip():
-            people[record] = row[person].strip()
+        values = {k: _typed(v) for k, v in row.items() if k and k not in ("record", "file", person)}
+        who = (row[person] or "").strip() if person is not None else ""
+        if found in labels and (labels[found] != values or people.get(found, "") != who):
+            raise UserError(f"labels={file}: two rows say different things about record {name!r}")
+        labels[found] = values
+        if who:
+            people[found] = who
     if not labels:
         raise UserError(f"labels={file}: none of its {len(rows)} rows names one of the {len(records)} records")
     return labels, people
+
+
+def _stem(text: str | None) -> str:
+    """A record's name as a table gives it, without the endings of the files it lies in."""
+    stem = (text or "").strip().removeprefix("./")
+    for ending in (".hea", ".dat", ".mat", ".edf"):
+        stem = stem.removesuffix(ending)
+    return stem
 
 
 def _typed(text: str | None) -> str | int | float | bool | None:
@@ -57,11 +79,12 @@ def _typed(text: str | None) -> str | int | float | bool | None:
         return None
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            continue
-        # JSON has no word for NaN or infinity.
-        return value if math.isfinite(value) else None
+    # A number with a leading zero is a code, and stays as it is written.
+    if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)?\.?[0-9]*([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", text, re.IGNORECASE):
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            # JSON has no word for NaN or infinity.
+            return value if math.isfinite(value) else None
     return text

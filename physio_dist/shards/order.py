@@ -69,13 +69,6 @@ class SetOrder:
     seed: int
     name: str
 
-    def __post_init__(self) -> None:
-        if self.total < self.batch:
-            raise UserError(
-                f"{self.name}: the split holds {self.total} samples, fewer than the {self.batch} that one global batch "
-                "takes from it; use a smaller train.global_batch"
-            )
-
     @property
     def total(self) -> int:
         """Samples in the split."""
@@ -118,6 +111,7 @@ class SetOrder:
         return out
 
     def _block(self, epoch: int, lane: int, block: int, size: int) -> Ints:
+        # Threads share the caches: whatever another does to them, this one returns what it holds.
         cache: dict[tuple[int, int], tuple[int, Ints]] = self.__dict__.setdefault("_blocks", {})
         held = cache.get((epoch, lane))
         if held is None or held[0] != block:
@@ -130,14 +124,14 @@ class SetOrder:
     def _storage(self, epoch: int, places: Ints) -> Ints:
         """Turn places in the epoch's sequence of permuted shards into ordinals in storage order."""
         cache: dict[int, tuple[Ints, Ints, Ints]] = self.__dict__.setdefault("_epochs", {})
-        if epoch not in cache:
+        held = cache.get(epoch)
+        if held is None:
             if len(cache) >= 2:
                 cache.clear()
             shards = permutation(len(self.counts), self.seed, self.name, "shards", epoch)
-            ends = np.cumsum(self.counts[shards])
-            begins = np.cumsum(self.counts) - self.counts
-            cache[epoch] = (shards, ends, begins)
-        shards, ends, begins = cache[epoch]
+            held = (shards, np.cumsum(self.counts[shards]), np.cumsum(self.counts) - self.counts)
+            cache[epoch] = held
+        shards, ends, begins = held
         index = np.searchsorted(ends, places, side="right")
         shard = shards[index]
         return begins[shard] + places - (ends[index] - self.counts[shard])
@@ -173,7 +167,12 @@ class Mixture:
 
 
 def mixture(
-    counts: Sequence[Ints], weights: Sequence[float], names: Sequence[str], global_batch: int, seed: int
+    counts: Sequence[Ints],
+    weights: Sequence[float],
+    names: Sequence[str],
+    global_batch: int,
+    seed: int,
+    shown: Sequence[str] | None = None,
 ) -> Mixture:
     """The order of a run.
 
@@ -183,16 +182,23 @@ def mixture(
         names: for each set its fingerprint: two runs on the same data then have the same order wherever it lies.
         global_batch: samples a step, over all ranks.
         seed: the run's seed.
+        shown: what messages call the sets, where it is not their names.
 
     Raises:
         UserError: a set without a place in the batch, or smaller than its part of one batch.
     """
     parts = shares(global_batch, weights)
-    for name, weight, part in zip(names, weights, parts, strict=True):
-        if part == 0:
+    for i, called in enumerate(shown or names):
+        if parts[i] == 0:
             raise UserError(
-                f"{name}: its weight {weight:g} leaves it no sample in a global batch of {global_batch}; "
+                f"{called}: its weight {weights[i]:g} leaves it no sample in a global batch of {global_batch}; "
                 "use a larger train.global_batch or weight"
+            )
+        total = int(np.sum(counts[i]))
+        if total < parts[i]:
+            raise UserError(
+                f"{called} holds {total} samples, fewer than the {parts[i]} that one global batch takes from it; "
+                "use a smaller train.global_batch"
             )
     # The same set given twice must not be walked twice in the same order.
     unique = [f"{name}#{i}" if name in names[:i] else name for i, name in enumerate(names)]

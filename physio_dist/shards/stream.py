@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,19 +94,12 @@ class Source:
         Raises:
             UserError: a split with fewer samples than its part of one global batch.
         """
-        members = self.members(split)
-        total = sum(len(ids) for ids in members)
-        if total < global_batch:
-            raise UserError(
-                f"{', '.join(shards.url for shards in self.sets)}: split {split} holds {total} samples, fewer than one "
-                f"global batch of {global_batch}; use a smaller train.global_batch"
-            )
         counts = [
-            np.histogram(ids, bins=starts)[0] if len(ids) else np.zeros(len(starts) - 1, dtype=np.int64)
-            for ids, starts in zip(members, self._starts, strict=True)
+            np.diff(np.searchsorted(ids, starts)) for ids, starts in zip(self.members(split), self._starts, strict=True)
         ]
         names = [f"{shards.fingerprint}/{split}" for shards in self.sets]
-        return mixture(counts, self.weights, names, global_batch, seed)
+        shown = [f"{shards.url}: split {split}" for shards in self.sets]
+        return mixture(counts, self.weights, names, global_batch, seed, shown)
 
     def keys(self, samples: tuple[Ints, Ints]) -> list[str]:
         """Keys of ``(set, sample)`` pairs."""
@@ -230,17 +224,16 @@ class Feed(Generic[T]):
     def _produce(self) -> None:
         with ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch") as pool:
             try:
-                asked: set[tuple[int, int]] = set()
-                ahead = self._range.start
+                coming: deque[tuple[tuple[Ints, Ints, Ints], set[tuple[int, int]]]] = deque()
                 for step in self._range:
-                    while ahead < min(step + _STEPS_AHEAD, self._range.stop):
-                        sets, ids, _ = self._mine(ahead)
-                        for where in sorted(self._source.shards_of(sets, ids) - asked):
+                    for ahead in range(step + len(coming), min(step + _STEPS_AHEAD, self._range.stop)):
+                        mine = self._mine(ahead)
+                        shards = self._source.shards_of(mine[0], mine[1])
+                        for where in sorted(shards.difference(*(asked for _, asked in coming))):
                             # An error of a fetch ahead of need is raised when the shard is needed.
                             pool.submit(self._source.cache.open, self._source.sets[where[0]], where[1])
-                            asked.add(where)
-                        ahead += 1
-                    sets, ids, positions = self._mine(step)
+                        coming.append((mine, shards))
+                    (sets, ids, positions), _ = coming.popleft()
                     self._put(self._prepare(self._source.gather(step, sets, ids, positions, self._size)))
                     if self._closed.is_set():
                         break

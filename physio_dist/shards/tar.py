@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -90,11 +91,13 @@ def scan(data: BinaryIO, name: str) -> list[Member]:
     try:
         with tarfile.open(fileobj=data, mode="r:") as tar:
             for info in tar:
-                if not info.isfile() or info.name.startswith("/") or ".." in info.name.split("/"):
+                if info.name.startswith("/") or ".." in info.name.split("/") or not (info.isfile() or info.isdir()):
                     raise DataError(f"{name}: member {info.name!r} is not a plain file with a plain name")
-                if info.offset_data + info.size > size:
+                if info.isdir():
+                    continue
+                if info.issparse() or info.offset_data + info.size > size:
                     raise DataError(f"{name}: truncated in member {info.name!r}")
-                key, _, ending = info.name.partition(".")
+                key, _, ending = info.name.removeprefix("./").partition(".")
                 member = members.setdefault(key, Member(key))
                 if ending == "json":
                     _once(member.facts is None, name, info.name)
@@ -104,7 +107,9 @@ def scan(data: BinaryIO, name: str) -> list[Member]:
                     _once(signal not in member.offset, name, info.name)
                     shape, dtype, offset = _array(data, info, name)
                     member.shape[signal], member.dtype[signal], member.offset[signal] = shape, dtype, offset
-    except tarfile.TarError as error:
+            if tar.offset + BLOCK > size:
+                raise DataError(f"{name}: truncated: it has no end mark")
+    except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{name}: not a whole tar: {error}") from None
     return list(members.values())
 
@@ -118,7 +123,7 @@ def _facts(data: BinaryIO, info: tarfile.TarInfo, shard: str) -> dict[str, Any]:
     data.seek(info.offset_data)
     try:
         facts = json.loads(data.read(info.size))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{shard}: member {info.name!r} is not JSON: {error}") from None
     if not isinstance(facts, dict):
         raise DataError(f"{shard}: member {info.name!r} is not a JSON object")
@@ -132,12 +137,12 @@ def _array(data: BinaryIO, info: tarfile.TarInfo, shard: str) -> tuple[tuple[int
         version = np.lib.format.read_magic(head)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(head)
-    except ValueError as error:
-        raise DataError(f"{shard}: member {info.name!r} is not a NumPy array: {error}") from None
+    except Exception as error:  # the header is parsed as Python, which can fail in many ways
+        raise DataError(f"{shard}: member {info.name!r} is not a NumPy array: {type(error).__name__}") from None
     if dtype.hasobject:
         raise DataError(f"{shard}: member {info.name!r} holds pickled objects, which are never opened")
     if fortran and len(shape) > 1:
         raise DataError(f"{shard}: member {info.name!r} is stored column by column; store it row by row")
-    if head.tell() + int(np.prod(shape)) * dtype.itemsize != info.size:
+    if head.tell() + math.prod(shape) * dtype.itemsize != info.size:
         raise DataError(f"{shard}: member {info.name!r} has {info.size} bytes, its header promises another size")
     return tuple(shape), dtype, info.offset_data + head.tell()

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from tqdm import tqdm
 
 from physio_dist import __version__, lifeline, storage
 from physio_dist.config import ShardConfig, flatten
@@ -42,12 +43,18 @@ from physio_dist.shards.index import (
     split_of,
 )  # fmt: skip
 from physio_dist.shards.labels import read_labels
+from physio_dist.shards.progress import Progress
 from physio_dist.signals.montage import ECG_12, canonical
 from physio_dist.signals.readers import reader as reader_named
 from physio_dist.signals.windows import WindowSpec
 
 REJECTS = "rejects.jsonl"
 MARKER = "_writing.json"
+
+_HELD = (signal.SIGINT, signal.SIGTERM)
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -56,32 +63,26 @@ class Summary:
 
     url: str
     records: int
-    windows: int
-    shards: int
     rejected: Counter[str]
     shard_set: ShardSet
+    already: bool
 
 
 def spec_of(options: ShardConfig) -> WindowSpec:
     """The window specification behind the options.
 
     Raises:
-        UserError: an unknown lead name.
+        UserError: an unknown lead name, or windows that make no sense.
     """
-    leads: tuple[str, ...] = ECG_12
-    if options.leads:
-        named = []
-        for name in options.leads.split(","):
-            lead = canonical(name.strip())
-            if lead is None:
-                raise UserError(f"leads: unknown lead {name.strip()!r}: {nearest(name.strip(), ECG_12)}")
-            named.append(lead)
-        leads = tuple(named)
-        if len(set(leads)) != len(leads):
-            raise UserError(f"leads: a lead is named twice in {options.leads!r}")
+    leads = []
+    for name in _list(options.leads):
+        lead = canonical(name)
+        if lead is None:
+            raise UserError(f"leads: unknown lead {name!r}: {nearest(name, ECG_12)}")
+        leads.append(lead)
     window = options.window
     return WindowSpec(
-        rate=window.rate, seconds=window.seconds, leads=leads, band=(window.low, window.high),
+        rate=window.rate, seconds=window.seconds, leads=tuple(leads) or ECG_12, band=(window.low, window.high),
         uv_per_bit=window.uv_per_bit, missing=options.missing,
     )  # fmt: skip
 
@@ -92,11 +93,12 @@ def plan_job(reader: str, source: str, options: ShardConfig) -> Job:
     Raises:
         UserError: unknown reader, nothing to read, a label file that fits nothing.
     """
-    records = reader_named(reader).records(source)
-    name = options.source or (reader if "=" in source else Path(source).absolute().name)
+    reads, spec = reader_named(reader), spec_of(options)
+    records = reads.records(source)
+    name = options.source or ("" if reads.simulated else Path(os.path.abspath(source)).name) or reader  # noqa: PTH100
     labels, people = read_labels(options.labels, options.person, records) if options.labels else ({}, {})
     return Job(
-        reader=reader, input=source, source=name, spec=spec_of(options), records=tuple(records),
+        reader=reader, input=source, source=name, spec=spec, records=tuple(records),
         keys=tuple(record_keys(records)), labels=labels, people=people,
     )  # fmt: skip
 
@@ -110,36 +112,74 @@ def convert(reader: str, source: str, out: str, options: ShardConfig) -> Summary
         UserError: nothing to convert, nothing kept, a folder in use by other data or another conversion.
     """
     out = storage.absolute(out)
-    # The first contact with the target comes before hours of work.
     job = plan_job(reader, source, options)
-    others = [open_set(url) for url in _list(options.known)]
-    known = {other.url: set(read_sidecar(other).waveform.tolist()) - {0} for other in others}
-    decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in others]]
+    known = [open_set(url) for url in _list(options.known)]
+    decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in known]]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    if finished := _claim(out, digest):
-        return Summary(out, len(job.records), finished.nsamples, len(finished.shards), Counter(), finished)
     spool = _spool(out, f"{job.digest()} {storage.absolute(job.input)}")
+    # The first contact with the target comes before hours of work.
+    finished = _claim(out, digest)
+    rejects: list[dict[str, Any]] = []
+    already = finished is not None
     try:
-        spool.mkdir(parents=True, exist_ok=True)
-        with FileLock(spool / "lock", timeout=0), _pool(options.workers) as pool:
-            parts = _make_parts(job, spool, pool)
-            kept, rejects = _choose(parts, options.quality, known)
-            if not kept:
-                raise UserError(_nothing_kept(source, len(job.records), rejects))
-            infos, offsets = _make_shards(job, kept, spool, out, digest, options.samples_per_shard, pool)
-            finished = _finish(job, out, digest, options, kept, infos, offsets, rejects, spool)
-        shutil.rmtree(spool, ignore_errors=True)
-    except Timeout:
-        raise UserError(f"another conversion is writing {out} right now; wait for it to end") from None
+        with _alone(spool, out, needed=not already or MARKER in storage.names(out)):
+            if finished is None:
+                with _pool(options.workers) as pool:
+                    parts = _make_parts(job, spool, pool)
+                    kept, rejects = _choose(parts, options.quality, _hashes(known))
+                    if not kept:
+                        _tidy(out, spool)
+                        raise UserError(_nothing_kept(source, len(job.records), rejects))
+                    made = _make_shards(job, kept, spool, out, digest, options.samples_per_shard, pool)
+                finished = _finish(job, out, digest, options, kept, *made, rejects, spool)
+                _tidy(out, spool)
     except BrokenProcessPool:
         raise UserError(
             "a conversion process was killed (out of memory, or by hand); run the same command again to go on, with "
             "workers=N to use less memory"
         ) from None
-    except OSError as error:
-        raise UserError(f"cannot write the spool {spool}: {error.strerror}") from None
     reasons = Counter(_kind(str(reject["reason"])) for reject in rejects)
-    return Summary(out, len(job.records), len(kept), len(infos), reasons, finished)
+    return Summary(out, len(job.records), reasons, finished, already)
+
+
+@contextlib.contextmanager
+def _alone(spool: Path, out: str, needed: bool) -> Iterator[None]:
+    """Hold the lock of the spool, which is made if need be.
+
+    Raises:
+        UserError: another conversion holds it, or the spool cannot be written.
+    """
+    if not needed:
+        yield
+        return
+    lock = FileLock(spool / "lock", timeout=0)
+    try:
+        spool.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another conversion is writing {out} right now; wait for it to end") from None
+    except OSError as error:
+        raise storage.explain(str(spool), "write", error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _tidy(out: str, spool: Path) -> None:
+    """Remove what is only there while a conversion runs, also what a killed one left."""
+    for name in storage.names(out):
+        if name == MARKER or (name.startswith(".") and name.endswith(".tmp")):
+            storage.remove(storage.join(out, name))
+    shutil.rmtree(spool, ignore_errors=True)
+
+
+def _hashes(known: Sequence[ShardSet]) -> dict[str, set[int]]:
+    found = {other.url: set(read_sidecar(other).waveform.tolist()) - {0} for other in known}
+    for url, hashes in found.items():
+        if not hashes:
+            raise UserError(f"known={url}: it was made by `physio-dist index` and has no waveform hashes to compare")
+    return found
 
 
 def _of_bytes(options: ShardConfig) -> dict[str, Any]:
@@ -168,9 +208,13 @@ def _claim(out: str, digest: str) -> ShardSet | None:
             "choose another --out or delete it first"
         )
     if MARKER in found:
-        if storage.read_json(storage.join(out, MARKER)).get("job") == digest:
+        if storage.read_json(storage.join(out, MARKER)) == {"job": digest}:
             return None
-    elif any(name.endswith(".tar") for name in found):
+        raise UserError(
+            f"{out} holds an unfinished conversion of other data or with other options; finish it with its own command, "
+            "choose another --out, or delete the folder first"
+        )
+    if any(name.endswith(".tar") for name in found):
         raise UserError(f"{out} holds tar files of something else; choose another --out")
     storage.write_json(storage.join(out, MARKER), {"job": digest})
     return None
@@ -186,47 +230,64 @@ def _spool(out: str, what: str) -> Path:
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    lifeline.die_with_parent()
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")
+    # Ctrl-C and a job's end reach the whole process group; the parent alone decides what they mean.
+    for signum in _HELD:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+    parent = multiprocessing.parent_process()
+    lifeline.die_with_parent(parent=parent.pid if parent else None)
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for the parts and shards; where the block ends badly they are killed, for all they do is resumable."""
+    before = set(multiprocessing.active_children())
+    environment = dict(os.environ)
+    # Sums over several threads depend on their number, and the cores are taken by the processes.
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
     # Spawned, not forked: the S3 client does not survive a fork.
-    return ProcessPoolExecutor(
-        workers or os.cpu_count() or 1, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    pool = ProcessPoolExecutor(
+        workers or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), initializer=_start_worker
     )
-
-
-def _in_order(pool: ProcessPoolExecutor, futures: dict[Future[Any], int]) -> Iterator[tuple[int, Any]]:
-    """Results as they come; the first failure ends the rest at once."""
     try:
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        yield pool
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
         raise
+    finally:
+        for name in _THREADS:
+            os.environ.pop(name)
+        os.environ.update(environment)
+        pool.shutdown(cancel_futures=True)
 
 
-def _bar(total: int, unit: str, doing: str) -> Any:
-    return tqdm(total=total, unit=unit, desc=doing, file=sys.stderr, dynamic_ncols=True, mininterval=0.5)
+def _as_they_come(
+    pool: ProcessPoolExecutor, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, R]]:
+    """(number of the task, result) in the order in which they are done."""
+    # A process is started when a task is submitted, and inherits the mask: no signal reaches it before it is ready.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+    for future in as_completed(futures):
+        yield futures[future], future.result()
 
 
 def _make_parts(job: Job, spool: Path, pool: ProcessPoolExecutor) -> list[Part]:
     parts: dict[int, Part] = {}
-    with _bar(len(job.records), "record", "reading") as bar:
+    with Progress(len(job.records), "records", "reading") as bar:
         for number in range(job.parts()):
             if part := read_part(part_path(spool, number)):
                 parts[number] = part
                 bar.update(part.records)
-        futures: dict[Future[Any], int] = {
-            pool.submit(make_part, job, number, str(part_path(spool, number))): number
-            for number in range(job.parts())
-            if number not in parts
-        }
-        for number, _ in _in_order(pool, futures):
+        missing = [number for number in range(job.parts()) if number not in parts]
+        tasks = [(job.part(number), str(part_path(spool, number))) for number in missing]
+        for i, _ in _as_they_come(pool, make_part, tasks):
+            number = missing[i]
             made = read_part(part_path(spool, number))
             if made is None:
                 raise DataError(f"the spooled part {part_path(spool, number)} cannot be read back")
@@ -264,9 +325,8 @@ def _kind(reason: str) -> str:
 
 
 def _nothing_kept(source: str, records: int, rejects: Sequence[dict[str, Any]]) -> str:
-    lines = [f"{source}: none of its {records} records gave a window that can be used; the first reasons:"]
-    lines += [f"  {reject['record']}: {reject['reason']}" for reject in rejects[:5]]
-    return "\n".join(lines)
+    first = "; ".join(f"{reject['record']}: {reject['reason']}" for reject in rejects[:3])
+    return f"{source}: none of its {records} records gave a window that can be used; the first reasons: {first}"
 
 
 def _make_shards(
@@ -274,13 +334,12 @@ def _make_shards(
 ) -> tuple[list[ShardInfo], list[dict[str, int]]]:
     prefix = "-".join(signals_of(spool, kept[0].part))
     groups = [kept[i : i + per_shard] for i in range(0, len(kept), per_shard)]
-    futures = {
-        pool.submit(make_shard, job.source, group, str(spool), out, f"{prefix}-{n:06d}.tar", digest): n
-        for n, group in enumerate(groups)
-    }
+    tasks = [
+        (job.source, group, str(spool), out, f"{prefix}-{n:06d}.tar", digest) for n, group in enumerate(groups)
+    ]  # fmt: skip
     made: dict[int, tuple[ShardInfo, list[dict[str, int]]]] = {}
-    with _bar(len(groups), "shard", "writing") as bar:
-        for n, result in _in_order(pool, futures):
+    with Progress(len(groups), "shards", "writing") as bar:
+        for n, result in _as_they_come(pool, make_shard, tasks):
             made[n] = result
             bar.update()
     return [made[n][0] for n in range(len(groups))], [place for n in range(len(groups)) for place in made[n][1]]
@@ -293,8 +352,8 @@ def _finish(
     signals = signals_of(spool, kept[0].part)
     valid: dict[str, list[Any]] = {name: [] for name in signals}
     samples: dict[str, int] = {}
-    for number in sorted({item.part for item in kept}):
-        rows = [item.row for item in kept if item.part == number]
+    for number, items in itertools.groupby(kept, key=lambda item: item.part):
+        rows = [item.row for item in items]
         with safe_open(part_path(spool, number), framework="numpy") as file:
             for name in signals:
                 valid[name].append(file.get_tensor(f"valid.{name}")[rows])
@@ -328,16 +387,17 @@ def _finish(
         if name.endswith(".tar"):
             storage.remove(storage.join(out, name))
     publish(shard_set, sidecar)
-    storage.remove(storage.join(out, MARKER))
     return shard_set
 
 
 def tell(summary: Summary, say: Callable[[str], None]) -> None:
     """Say what a conversion came to."""
     made = summary.shard_set
+    if summary.already:
+        say("already there, nothing to do:")
     splits: Iterable[str] = (f"{made.splits[name]} {name}" for name in SPLITS)
     say(
-        f"{summary.windows} windows of {made.people} people from {summary.records} records in {summary.shards} shards "
+        f"{made.nsamples} windows of {made.people} people from {summary.records} records in {len(made.shards)} shards "
         f"({', '.join(splits)})" + (" - SIMULATED signals" if made.simulated else "")
     )
     for reason, count in summary.rejected.most_common():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from physio_dist import lifeline
-from physio_dist.errors import EXIT_FAULT, PhysioError
+from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, PhysioError
 
 # A peer that is gone, or storage that hangs, must not keep a rank alive after its launcher.
 _GRACE_S = 60.0
@@ -22,10 +23,14 @@ class NonFiniteError(PhysioError):
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT or the loss of the launcher; the training loop looks at it once a step."""
+    """Set by SIGTERM, SIGINT or the loss of the launcher; the training loop looks at it once a step.
+
+    Before training begins there is nothing to save, and the same events end the process at once.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.training = False
         self._lock = threading.Lock()
 
     def set(self, reason: str) -> None:
@@ -36,16 +41,33 @@ class StopFlag:
             self.reason = reason
         lifeline.hard_exit_after(_GRACE_S, EXIT_FAULT, f"asked to stop ({reason}) but could not")
 
+    def came_within(self, seconds: float) -> bool:
+        """Wait a while for a request to stop; whether there is one."""
+        end = time.monotonic() + seconds
+        while self.reason is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.reason is not None
+
     def install(self) -> None:
         """Catch the signals of this process (main thread only), and watch the launchers above it."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if "RANK" in os.environ:
             lifeline.die_with_parent(signal.SIGTERM)
-        lifeline.watch_launchers(lambda: self.set("its launcher is gone"))
+        lifeline.watch_launchers(self._on_loss)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        self.set(signal.Signals(number).name)
+        if self.training:
+            self.set(signal.Signals(number).name)
+            return
+        if os.environ.get("RANK", "0") == "0":
+            print("physio-dist: stopped before training began; the same command starts it", flush=True)
+        raise SystemExit(EXIT_STOPPED)
+
+    def _on_loss(self) -> None:
+        if not self.training:
+            os._exit(EXIT_STOPPED)
+        self.set("its launcher is gone")
 
 
 def all_finite(loss: torch.Tensor) -> bool:

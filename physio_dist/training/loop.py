@@ -54,7 +54,7 @@ class Hooks:
 
     log: Callable[[dict[str, Any]], None]
     trace: Callable[[int, list[str]], None] | None
-    examples: Callable[[int, bytes], None]
+    examples: Callable[[bytes], None]
     save: Callable[[int], None]
     show: Callable[[int, float, float, float], None]
 
@@ -109,10 +109,10 @@ def train(
             clock.reset()
         if validated:
             began = time.perf_counter()
-            means, examples = validation.run(engine)
+            means, examples = validation.run(engine, step)
             line |= means
             if examples is not None:
-                hooks.examples(step, examples)
+                hooks.examples(examples)
             clock.exclude(time.perf_counter() - began)
         if line:
             hooks.log(line)

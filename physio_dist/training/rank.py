@@ -37,6 +37,9 @@ from physio_dist.training.rundir import METRICS, RunDir, settle_config
 from physio_dist.training.step import UNIT_UV, Prepared, pin, prepare, to_device
 from physio_dist.training.validation import Validation
 
+# A launcher ends the other ranks within about a second of one's death.
+_LAUNCHER_S = 5.0
+
 
 class PeerLostError(PhysioError):
     """Another rank is gone; this one cannot go on alone."""
@@ -114,6 +117,9 @@ def run(options: PretrainConfig, stop: StopFlag) -> None:
     except RuntimeError as error:
         # What the collectives say when a peer is gone.
         if any(word in str(error) for word in ("Connection", "gloo", "NCCL", "Socket")):
+            if stop.came_within(_LAUNCHER_S):
+                # The lost rank or its launcher has said what there is to say.
+                raise SystemExit(EXIT_FAULT) from error
             raise PeerLostError(
                 f"another rank is gone ({str(error).splitlines()[0][:120]}); the same command goes on from the newest "
                 "checkpoint"
@@ -243,6 +249,7 @@ class _Rank:
             self.engine.prepare((dry.x, dry.hidden, dry.valid))
             if found is not None:
                 self.engine.load_optimizer_state(found.optimizer)
+            self.stop.training = True
             try:
                 train(
                     self.engine, source, feed, validation, options, share, start, self.stop, hooks, order.epoch
@@ -323,7 +330,7 @@ class _Rank:
     def _trace(self, step: int, keys: list[str]) -> None:
         self.run_dir.add_line(self.trace_name, {"step": step, "attempt": self.attempt, "keys": keys})
 
-    def _examples(self, step: int, data: bytes) -> None:
+    def _examples(self, data: bytes) -> None:
         storage.write_bytes(self.run_dir.file("examples.safetensors"), data)
 
     def _show(self, step: int, loss: float, rate: float, wait: float) -> None:

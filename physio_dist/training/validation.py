@@ -59,8 +59,8 @@ class Validation:
         return prepare(batch, self._mask, self._groups, self._seed, "val")
 
     @torch.no_grad()
-    def run(self, engine: Engine) -> tuple[dict[str, float], bytes | None]:
-        """Validate (a collective).
+    def run(self, engine: Engine, step: int) -> tuple[dict[str, float], bytes | None]:
+        """Validate after ``step`` (a collective).
 
         Returns:
             ``val_loss``, ``val_intra``, ``val_inter`` and the same terms of the two predictors, in (100 uV)^2; and on
@@ -81,13 +81,13 @@ class Validation:
                 columns += [t.loss * w, w, t.intra * w, t.has_intra * w, t.inter * w, t.has_inter * w]
             sums += torch.stack([column.double().sum() for column in columns])
             if number == 0 and self._rank == 0:
-                examples = self._examples(prepared, micro, predicted)
+                examples = self._examples(prepared, micro, predicted, step)
         if dist.is_initialized():
             dist.all_reduce(sums)
         engine.train(True)
         return _means(sums.tolist()), examples
 
-    def _examples(self, prepared: Prepared, micro: Micro, predicted: torch.Tensor) -> bytes:
+    def _examples(self, prepared: Prepared, micro: Micro, predicted: torch.Tensor, step: int) -> bytes:
         n = min(EXAMPLES, len(prepared.batch.samples[1]))
 
         def wave(x: torch.Tensor) -> Any:
@@ -103,6 +103,7 @@ class Validation:
                 "valid": prepared.valid[:n].numpy().astype(np.uint8),
             },
             {
+                "step": str(step),
                 "rate": f"{sets[0].rate:g}",
                 "unit": "uV",
                 "channels": json.dumps(self._source.info.channels),

@@ -1,0 +1,28 @@
+# Image for GPU nodes, also as nodes of a Ray cluster (install the cluster's own Ray version with RAY=ray[default]==...).
+# Build: docker build -t physio-dist .
+FROM nvidia/cuda:12.8.1-cudnn-runtime-ubuntu24.04
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ENV DEBIAN_FRONTEND=noninteractive PYTHONUNBUFFERED=1
+# A compiler and Python's headers are for what torch and DeepSpeed compile at run time; ssh is for DeepSpeed's own
+# multi-node launcher; the rest is what Ray's cluster launcher expects of an image.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends \
+        build-essential ca-certificates git openssh-client numactl procps python3 python3-dev python3-venv rsync tini wget \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN useradd --create-home --shell /bin/bash physio
+USER physio
+WORKDIR /home/physio/physio-dist
+
+ENV PHYSIO_DIST_VENV=/home/physio/venv PATH=/home/physio/venv/bin:$PATH
+ARG TORCH="torch>=2.6"
+ARG RAY="ray[default,train,tune]"
+COPY --chown=physio:physio pyproject.toml README.md LICENSE ./
+COPY --chown=physio:physio physio_dist physio_dist
+COPY --chown=physio:physio tools tools
+COPY --chown=physio:physio configs configs
+RUN PHYSIO_DIST_TORCH="$TORCH" bash tools/setup.sh && pip install --no-cache-dir "$RAY"
+
+ENTRYPOINT ["tini", "--"]
+CMD ["bash"]

@@ -1,0 +1,200 @@
+"""What a person gets wrong: one clear message, the documented status, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.launching import CONFIG, Run, end_session, free_port, physio
+
+Make = Callable[..., Run]
+
+
+def told(run: Run, status: int, *words: str) -> None:
+    """The launcher passed ``status`` on, and one message holds the words."""
+    text = run.said()
+    messages = [line for line in text.splitlines() if "(exit status" in line and line.startswith("physio-dist: ")]
+    assert len(messages) == 1, text
+    assert f"exit status {status}" in messages[0]
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("train.stepz=3", ("train.stepz", "train.steps")),
+        ("model.preset=tinny", ("tinny", "tiny")),
+        ("train.steps=many", ("train.steps", "many")),
+        ("train.precision=fp8", ("fp8", "bf16")),
+        ("zero.stage=4", ("zero.stage", "3")),
+        ("mask.intra_ratio=1.5", ("mask.intra_ratio", "1.5")),
+        ("mask.intra_ratio=1.0", ("mask.intra_ratio",)),
+        ("train.global_batch=100000", ("100000", "smaller train.global_batch")),
+        ("train.global_batch=1", ("2 ranks",)),
+        ("data.index=/no/such/place", ("/no/such/place", "index.json")),
+        ("data.signal=eeg", ("eeg", "ecg")),
+        ("resume=/no/such/run", ("/no/such/run", "checkpoint")),
+        ("nonsense", ("nonsense", "key=value")),
+    ],
+)
+def test_wrong_options(new_run: Make, option: str, words: tuple[str, ...]) -> None:
+    run = new_run(option)
+    assert run() == 2, run.said()
+    told(run, 2, *words)
+    assert not list(run.path.glob("checkpoints/*"))
+
+
+def test_no_such_configuration_file(tmp_path: Path, simulated: str) -> None:
+    from tests.system.launching import BIN, ROOT
+
+    done = subprocess.run(
+        [str(BIN / "python"), str(ROOT / "physio_dist" / "pretrain.py"), "--config", str(tmp_path / "none.yaml")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "none.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def odd_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Shard sets that the model cannot train on, or not together."""
+    folder = tmp_path_factory.mktemp("odd")
+    sets = {
+        "rate": ("window.rate=100",),
+        "leads": ("leads=I,II,V1",),
+        "length": ("window.seconds=9.5",),
+    }
+    for name, options in sets.items():
+        done = physio("shard", "simulate", "people=12,windows=3,seed=1", "--out", str(folder / name), *options)
+        assert done.returncode == 0, done.stderr
+    return {name: str(folder / name) for name in sets}
+
+
+def test_another_rate(odd_sets: dict[str, str], new_run: Make) -> None:
+    run = new_run(f"data.index={odd_sets['rate']}")
+    assert run() == 2
+    told(run, 2, "100 Hz", "200", odd_sets["rate"])
+
+
+def test_a_window_that_is_no_whole_number_of_patches(odd_sets: dict[str, str], new_run: Make) -> None:
+    run = new_run(f"data.index={odd_sets['length']}")
+    assert run() == 2
+    told(run, 2, "1900 samples")
+
+
+def test_sets_of_other_leads_do_not_mix(odd_sets: dict[str, str], new_run: Make, simulated: str) -> None:
+    run = new_run(f"data.index=[{{url: {simulated}, weight: 1}}, {{url: {odd_sets['leads']}, weight: 1}}]")
+    assert run() == 2
+    told(run, 2, "channels", odd_sets["leads"])
+
+
+def test_a_checkpoint_of_another_lead_set_or_data_is_refused(odd_sets: dict[str, str], new_run: Make) -> None:
+    first = new_run("train.steps=5", name="first")
+    assert first() == 0, first.said()
+    other = new_run(f"data.index={odd_sets['leads']}", f"resume={first.url}", name="other")
+    assert other() == 2
+    told(other, 2, "channels")
+
+
+def test_another_configuration_of_an_existing_run(new_run: Make) -> None:
+    run = new_run("train.steps=5")
+    assert run() == 0
+    run.log.unlink()
+    assert run(extra=("train.lr=0.1", "mask.inter_ratio=0.4")) == 2
+    told(run, 2, "train.lr", "mask.inter_ratio", "another run.name")
+    run.log.unlink()
+    assert run(extra=("resume=none",)) == 2
+    told(run, 2, "exists already")
+
+
+def test_a_run_that_is_live_is_not_written_twice(new_run: Make) -> None:
+    run = new_run("train.steps=100000", "train.save_every=100000")
+    process = run.start()
+    try:
+        run.wait_for_step(process, 2)
+        second = Run(run.folder, run.name, run.index, run.options)
+        second_log = run.folder / "second.log"
+        run_log = run.log
+        run_log.rename(second_log)  # the first one's open file moves along
+        assert second() == 2
+        text = run_log.read_text()
+        assert "is live" in text
+        assert "Traceback" not in text
+        assert process.poll() is None
+    finally:
+        end_session(process)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_damaged_shard_stops_the_run_and_is_named(simulated: str, new_run: Make, tmp_path: Path, damage: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(simulated, copy)
+    victim = copy / "ecg-000001.tar"
+    data = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    else:
+        data[5000] ^= 4
+        victim.write_bytes(data[:-512] if damage == "truncated" else data)
+    run = new_run(f"data.index={copy}")
+    assert run() == 3, run.said()
+    told(run, 3, "ecg-000001.tar")
+    done = physio("verify", str(copy))
+    assert done.returncode == 3
+    assert "ecg-000001.tar" in done.stdout
+
+
+def test_an_unreachable_endpoint(new_run: Make) -> None:
+    env = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}", "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    run = new_run("data.index=s3://bucket/set")
+    run.env = env
+    assert run() == 2
+    told(run, 2, env["AWS_ENDPOINT_URL"], "AWS_ENDPOINT_URL")
+
+
+@pytest.fixture()
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(new_run: Make, small_disk: Path) -> None:
+    run = new_run()
+    run.run_dir = str(small_disk)
+    assert run() == 2, run.said()
+    told(run, 2, "disk is full")
+    for folder in (run.path / "checkpoints").iterdir():
+        if (folder / "manifest.json").exists():
+            manifest = json.loads((folder / "manifest.json").read_text())
+            for name, facts in manifest["files"].items():
+                assert (folder / name).stat().st_size == facts["bytes"]
+
+
+def test_a_loss_that_explodes_ends_the_run_and_says_so(new_run: Make) -> None:
+    run = new_run("train.lr=1e30", "train.min_lr=1e30", "train.save_every=1000", "train.precision=fp32")
+    assert run() == 1
+    told(run, 1, "not", "finite", "train.lr")
+
+
+def test_the_shipped_configurations_load(simulated: str) -> None:
+    from physio_dist.config import PretrainConfig, check_pretrain, load
+
+    folder = Path(CONFIG).parent
+    for file in folder.glob("*.yaml"):
+        options = load(PretrainConfig, str(file), [f"data.index={simulated}"], check_pretrain)
+        assert options.data.index == simulated

@@ -1,0 +1,160 @@
+"""Processes that die and signals that come, each at a random moment: what is trained on stays exact."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.system.launching import Run, end_session, wait_until
+
+Make = Callable[..., Run]
+FP32 = ("train.precision=fp32", "model.dropout=0")
+RANDOM = random.Random(os.environ.get("PHYSIO_DIST_TEST_SEED"))
+
+
+def kill_rank(process: subprocess.Popen[bytes], run: Run) -> None:
+    RANDOM.choice(run.ranks()).kill()
+
+
+def kill_launcher(process: subprocess.Popen[bytes], run: Run) -> None:
+    process.kill()
+
+
+def kill_inner_launcher(process: subprocess.Popen[bytes], run: Run) -> None:
+    (inner,) = psutil.Process(process.pid).children()
+    inner.kill()
+
+
+def interrupt(process: subprocess.Popen[bytes], run: Run) -> None:
+    # A terminal sends Ctrl-C to the whole foreground group.
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def terminate(process: subprocess.Popen[bytes], run: Run) -> None:
+    process.terminate()
+
+
+def terminate_rank(process: subprocess.Popen[bytes], run: Run) -> None:
+    RANDOM.choice(run.ranks()).terminate()
+
+
+def disturb(run: Run, fault: Callable[[subprocess.Popen[bytes], Run], None], ranks: int = 2) -> int:
+    """Start a run, strike after a random step, see that no rank lives on; the launcher's status."""
+    moment = RANDOM.randint(6, 13)
+    process = run.start(ranks)
+    try:
+        run.wait_for_step(process, moment)
+        fault(process, run)
+        status = process.wait(timeout=90)
+        wait_until(lambda: not run.ranks(), f"the ranks of {run.name} to end", seconds=90)
+    finally:
+        end_session(process)
+    print(f"{fault.__name__} after step {moment}: status {status}")
+    return status
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_kill_9_of_a_rank_costs_only_time(undisturbed: Make, new_run: Make, stage: int) -> None:
+    """Bit-equal to the undisturbed run, dropout on."""
+    run, reference = new_run(f"zero.stage={stage}"), undisturbed(f"zero.stage={stage}")
+    assert disturb(run, kill_rank) != 0
+    assert run() == 0, run.said()
+    assert run.starts() in ([0, 5], [0, 10])
+    assert run.trace() == reference.trace()
+    ours, theirs = run.metrics(), reference.metrics()
+    for step, line in theirs.items():
+        for name in ("loss", "loss_intra", "loss_inter", "val_loss", "grad_norm", "lr"):
+            assert ours[step][name] == line[name], f"{name} of step {step}"
+
+
+@pytest.mark.parametrize(
+    ("fault", "statuses"),
+    [
+        (kill_launcher, {-signal.SIGKILL}),
+        (kill_inner_launcher, {0, 1, 75, 255, -signal.SIGKILL}),
+        (interrupt, {1, 130, -signal.SIGINT}),
+        (terminate, {143, -signal.SIGTERM}),
+        (terminate_rank, {75}),
+    ],
+)
+def test_launchers_that_die_take_their_ranks_along(
+    undisturbed: Make, new_run: Make, fault: Callable[[subprocess.Popen[bytes], Run], None], statuses: set[int]
+) -> None:
+    run, reference = new_run("zero.stage=1"), undisturbed("zero.stage=1")
+    assert disturb(run, fault) in statuses
+    assert run() == 0, run.said()
+    assert run.trace() == reference.trace()
+    assert [line["loss"] for line in run.metrics().values()] == [line["loss"] for line in reference.metrics().values()]
+
+
+def test_a_terminated_rank_saves_the_step_it_was_in(new_run: Make) -> None:
+    run = new_run("train.save_every=1000")
+    assert disturb(run, terminate_rank) == 75
+    assert "stopped" in run.said().splitlines()[-1] or "exit status 75" in run.said()
+    assert run() == 0, run.said()
+    assert run.starts()[1] >= 6
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (3, 2), (3, 3), (2, 0), (1, 3)])
+def test_a_killed_run_goes_on_at_another_world_size_and_stage(
+    undisturbed: Make, new_run: Make, ranks: int, stage: int
+) -> None:
+    run, reference = new_run(*FP32, "zero.stage=1"), undisturbed(*FP32, "zero.stage=1")
+    assert disturb(run, kill_rank) != 0
+    assert run(ranks, extra=(f"zero.stage={stage}", "train.micro_batch=5")) == 0, run.said()
+    assert run.trace() == reference.trace()
+    ours = [line["loss"] for line in run.metrics().values()]
+    np.testing.assert_allclose(ours, [line["loss"] for line in reference.metrics().values()], atol=1e-3)
+
+
+def test_precision_and_more_steps_may_change_on_resume(new_run: Make) -> None:
+    run = new_run("train.precision=bf16")
+    assert run() == 0, run.said()
+    assert run(extra=("train.precision=fp32", "train.steps=20")) == 0, run.said()
+    assert run.starts() == [0, 16]
+    assert list(run.metrics()) == list(range(1, 21))
+
+
+def test_a_finished_run_started_again_does_nothing(new_run: Make) -> None:
+    run = new_run()
+    assert run() == 0
+    before = (run.path / "metrics.jsonl").read_bytes()
+    assert run() == 0
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no_manifest"])
+def test_a_damaged_newest_checkpoint_falls_back(undisturbed: Make, new_run: Make, damage: str) -> None:
+    run = new_run()
+    assert disturb(run, kill_rank) != 0
+    newest = sorted((run.path / "checkpoints").glob("*/manifest.json"))[-1].parent
+    victim = newest / ("manifest.json" if damage == "no_manifest" else "optimizer.safetensors")
+    data = bytearray(victim.read_bytes())
+    if damage == "truncate":
+        victim.write_bytes(data[:-100])
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    else:
+        victim.unlink()
+    assert run() == 0, run.said()
+    if damage != "no_manifest":
+        assert "going back" in run.said()
+    assert run.starts()[1] == int(newest.name.removeprefix("step-")) - 5
+    assert run.trace() == undisturbed().trace()
+
+
+def test_a_run_goes_on_from_anothers_checkpoint(undisturbed: Make, new_run: Make) -> None:
+    other = undisturbed()
+    run = new_run(f"resume={other.path / 'checkpoints' / 'step-00000010'}")
+    assert run() == 0, run.said()
+    assert run.starts() == [10]
+    assert {step: run.trace()[step] for step in range(11, 17)} == {step: other.trace()[step] for step in range(11, 17)}
+    assert run.metrics()[16]["loss"] == other.metrics()[16]["loss"]

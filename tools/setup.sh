@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Makes .venv and installs physio-dist into it: `bash tools/setup.sh [EXTRA ...]`, for example `test`.
+#
+# PHYSIO_DIST_VENV   where the environment lies (default: .venv beside this checkout)
+# PHYSIO_DIST_TORCH  what to ask pip for (default: a release with a CPU build where there is no NVIDIA driver)
+# PIP_EXTRA_INDEX_URL and pip's other variables work as usual, for example to name PyTorch's index of CPU builds.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=${PHYSIO_DIST_VENV:-.venv}
+python=${PYTHON:-python3}
+
+say() { printf '\033[1m== %s\033[0m\n' "$*"; }
+
+need_debian() {  # need_debian COMMAND PACKAGE: install a Debian package if the command is missing
+    command -v "$1" >/dev/null 2>&1 && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+        say "installing $2"
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2" >/dev/null
+    else
+        echo "tools/setup.sh: $1 is missing: install the package $2 and start again" >&2
+        exit 2
+    fi
+}
+
+need_debian "$python" python3
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "tools/setup.sh: $("$python" --version) is too old: physio-dist needs Python 3.10 or newer (set PYTHON=...)" >&2
+    exit 2
+fi
+if ! "$python" -c 'import ensurepip' >/dev/null 2>&1; then
+    need_debian no-such-command-so-always python3-venv
+fi
+
+if [ ! -x "$venv/bin/python" ]; then
+    say "making $venv"
+    "$python" -m venv "$venv"
+fi
+
+# What was installed, and for what: a second start is quick.
+extras=$(IFS=,; echo "$*")
+stamp="$venv/.physio-dist-installed"
+wanted=$(cat pyproject.toml tools/setup.sh | sha256sum; echo "${PHYSIO_DIST_TORCH:-} $PWD")
+if [ -f "$stamp" ] && grep -qxF "[$extras]" "$stamp" && [ "$(sed 1,/^---$/d "$stamp")" = "$wanted" ]; then
+    exit 0
+fi
+
+# torch first and by itself: asked for by another package it would come in its newest build, several GB of CUDA
+# libraries on a machine that cannot use them.
+if [ -n "${PHYSIO_DIST_TORCH:-}" ]; then
+    torch=$PHYSIO_DIST_TORCH
+elif command -v nvidia-smi >/dev/null 2>&1; then
+    torch='torch>=2.6'
+else
+    torch='torch==2.13.0'
+fi
+say "installing $torch"
+# shellcheck disable=SC2086  # several words may be meant
+"$venv/bin/pip" install --quiet --disable-pip-version-check $torch
+say "installing physio-dist${extras:+[$extras]}"
+"$venv/bin/pip" install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+
+if [ -f "$stamp" ] && [ "$(sed 1,/^---$/d "$stamp")" = "$wanted" ]; then
+    done_before=$(sed '/^---$/,$d' "$stamp")
+fi
+{ printf '%s\n' "${done_before:-}" "[$extras]" | sed '/^$/d'; echo '---'; echo "$wanted"; } > "$stamp.new"
+mv "$stamp.new" "$stamp"

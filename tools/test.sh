@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Installs what the tests need, then checks style, types and behaviour: `bash tools/test.sh [pytest arguments]`.
+#
+# PHYSIO_DIST_DATA  folder of real recordings (default: ../shared/data)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash tools/setup.sh test
+venv=$(realpath "${PHYSIO_DIST_VENV:-.venv}")
+export PATH="$venv/bin:$PATH"
+
+if [ $# = 0 ]; then
+    echo '== ruff';  ruff check .
+    echo '== mypy';  mypy
+    for script in tools/*.sh .ci/run; do bash -n "$script"; done
+fi
+echo '== pytest'
+exec python -m pytest "$@"

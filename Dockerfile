@@ -11,8 +11,9 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
         build-essential ca-certificates git openssh-client numactl procps python3 python3-dev python3-venv rsync tini wget \
     && rm -rf /var/lib/apt/lists/*
 
-RUN useradd --create-home --shell /bin/bash physio
-USER physio
+RUN useradd --create-home --shell /bin/bash --uid 10001 physio
+# By number, so that a cluster can see that it is not root.
+USER 10001
 WORKDIR /home/physio/physio-dist
 
 ENV PHYSIO_DIST_VENV=/home/physio/venv PATH=/home/physio/venv/bin:$PATH
@@ -22,6 +23,8 @@ COPY --chown=physio:physio pyproject.toml README.md LICENSE ./
 COPY --chown=physio:physio physio_dist physio_dist
 COPY --chown=physio:physio tools tools
 COPY --chown=physio:physio configs configs
+# Ray's version is the cluster's, given by the argument RAY.
+# hadolint ignore=DL3013
 RUN PHYSIO_DIST_TORCH="$TORCH" bash tools/setup.sh && pip install --no-cache-dir "$RAY"
 
 ENTRYPOINT ["tini", "--"]

@@ -12,7 +12,9 @@ export PATH="$venv/bin:$PATH"
 if [ $# = 0 ]; then
     echo '== ruff';  ruff check .
     echo '== mypy';  mypy
-    for script in tools/*.sh .ci/run; do bash -n "$script"; done
+    echo '== shellcheck, hadolint'
+    shellcheck tools/*.sh .ci/run
+    hadolint Dockerfile
 fi
 echo '== pytest'
 exec python -m pytest "$@"

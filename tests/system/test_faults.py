@@ -45,10 +45,10 @@ def terminate_rank(process: subprocess.Popen[bytes], run: Run) -> None:
     RANDOM.choice(run.ranks()).terminate()
 
 
-def disturb(run: Run, fault: Callable[[subprocess.Popen[bytes], Run], None], ranks: int = 2) -> int:
+def disturb(run: Run, fault: Callable[[subprocess.Popen[bytes], Run], None], earliest: int = 6) -> int:
     """Start a run, strike after a random step, see that no rank lives on; the launcher's status."""
-    moment = RANDOM.randint(6, 13)
-    process = run.start(ranks)
+    moment = RANDOM.randint(earliest, 13)
+    process = run.start()
     try:
         run.wait_for_step(process, moment)
         fault(process, run)
@@ -133,7 +133,8 @@ def test_a_finished_run_started_again_does_nothing(new_run: Make) -> None:
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no_manifest"])
 def test_a_damaged_newest_checkpoint_falls_back(undisturbed: Make, new_run: Make, damage: str) -> None:
     run = new_run()
-    assert disturb(run, kill_rank) != 0
+    # Two checkpoints, one to damage and one to go back to.
+    assert disturb(run, kill_rank, earliest=12) != 0
     newest = sorted((run.path / "checkpoints").glob("*/manifest.json"))[-1].parent
     victim = newest / ("manifest.json" if damage == "no_manifest" else "optimizer.safetensors")
     data = bytearray(victim.read_bytes())

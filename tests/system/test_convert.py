@@ -1,0 +1,289 @@
+"""Conversions that are killed, stopped, crowded and pointed at a bucket: in the end the set is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import S3
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# 160 records in five parts and eight shards.
+WORDS = ["shard", "simulate", "people=160,windows=2,seed=6", "quality=label", "samples_per_shard=40", "workers=2"]
+
+
+def start(out: str | Path, *more: str, env: dict[str, str] | None = None, group: bool = False) -> subprocess.Popen[str]:
+    """The conversion in a process of its own."""
+    words = [sys.executable, "-m", "physio_dist.cli", *WORDS, "--out", str(out), *more]
+    return subprocess.Popen(
+        words, env={**os.environ, **(env or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=group,
+    )  # fmt: skip
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_for(what: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+    for _ in range(3000):
+        if what():
+            return
+        assert process is None or process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+    raise AssertionError("it never came to that")
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Those of its children that convert, not the one that tracks resources."""
+    found = []
+    for child in family(process):
+        try:
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def parts(out: Path) -> int:
+    return len(list(out.glob(".work-*/part-*.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of the set that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "set"
+    process = start(out)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    found = content(out)
+    assert sorted(found) == [
+        *(f"ecg-{n:06d}.tar" for n in range(8)),
+        "index.json",
+        "rejects.jsonl",
+        "samples.safetensors",
+    ]
+    return found
+
+
+def finish(out: Path, undisturbed: dict[str, bytes]) -> None:
+    """Run the same command to its end: the set is the undisturbed one and nothing else lies there."""
+    process = start(out)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert content(out) == undisturbed
+    assert list(out.glob(".*")) == []
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    out, rng, kills = tmp_path / "set", random.Random(5), 0
+    for _ in range(12):
+        process = start(out)
+        # The first seconds are imports; what matters comes after.
+        time.sleep(rng.uniform(0.6, 2.0))
+        children = family(process)
+        killed = process.poll() is None
+        process.kill()
+        process.communicate()
+        assert all_gone(children)
+        if not killed:
+            break
+        kills += 1
+    assert kills >= 1
+    finish(out, undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["first part", "first shard", "sidecar", "index"])
+def test_killed_at_a_moment_that_matters_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, bytes], moment: str
+) -> None:
+    out = tmp_path / "set"
+    reached = {
+        "first part": lambda: parts(out) >= 1,
+        "first shard": lambda: any(out.glob("*.tar")),
+        "sidecar": (out / "samples.safetensors").exists,
+        "index": (out / "index.json").exists,
+    }[moment]
+    process = start(out)
+    wait_for(reached, process if moment.startswith("first") else None)
+    children = family(process)
+    process.kill()
+    process.communicate()
+    assert all_gone(children)
+    finish(out, undisturbed)
+
+
+def test_a_resumed_conversion_does_not_do_finished_parts_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    out = tmp_path / "set"
+    process = start(out)
+    wait_for(lambda: parts(out) >= 2, process)
+    process.kill()
+    process.communicate()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob(".work-*/part-*.safetensors")}
+    again = start(out)
+    wait_for(lambda: parts(out) == 5 or again.poll() is not None)
+    again.send_signal(signal.SIGSTOP)
+    assert {path: path.stat().st_mtime_ns for path in kept if path.exists()}.items() <= kept.items()
+    again.send_signal(signal.SIGCONT)
+    again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert content(out) == undisturbed
+
+
+def test_a_damaged_spooled_part_is_made_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    out = tmp_path / "set"
+    process = start(out)
+    wait_for(lambda: parts(out) >= 1, process)
+    process.kill()
+    process.communicate()
+    part = next(out.glob(".work-*/part-*.safetensors"))
+    os.truncate(part, part.stat().st_size // 2)
+    finish(out, undisturbed)
+
+
+def test_a_killed_worker_ends_the_command_with_advice_and_it_goes_on(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out = tmp_path / "set"
+    process = start(out)
+    wait_for(lambda: parts(out) >= 1 and workers(process), process)
+    children = family(process)
+    workers(process)[0].kill()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a conversion process was killed (out of memory, or by hand); run the same command again" in told
+    assert "Traceback" not in told
+    assert all_gone(children)
+    finish(out, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("signum", "whole_group"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True)]
+)
+def test_ctrl_c_and_sigterm_stop_it_with_status_75_and_it_goes_on(
+    tmp_path: Path, undisturbed: dict[str, bytes], signum: signal.Signals, whole_group: bool
+) -> None:
+    out = tmp_path / "set"
+    process = start(out, group=True)
+    wait_for(lambda: parts(out) >= 1, process)
+    children = family(process)
+    # A terminal signals the whole group, `kill` one process; schedulers do either.
+    os.killpg(process.pid, signum) if whole_group else process.send_signal(signum)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    said = [line for line in told.splitlines() if not line.startswith(("reading: ", "writing: "))]
+    assert said == [
+        "physio-dist: stopped: interrupted; the same command goes on where it can (exit status 75)"
+    ]  # fmt: skip
+    assert all_gone(children)
+    finish(out, undisturbed)
+
+
+def test_ctrl_c_while_the_workers_start_up_leaves_no_tracebacks(tmp_path: Path) -> None:
+    process = start(tmp_path / "set", group=True)
+    wait_for(lambda: workers(process), process)
+    children = family(process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    assert "Traceback" not in told
+    assert all_gone(children)
+
+
+def test_a_second_conversion_to_the_same_place_is_refused_while_the_first_runs(
+    tmp_path: Path, undisturbed: dict[str, bytes], cli: Cli
+) -> None:
+    out = tmp_path / "set"
+    process = start(out)
+    wait_for(lambda: parts(out) >= 1, process)
+    process.send_signal(signal.SIGSTOP)
+    same = cli(*WORDS, "--out", out)
+    other = cli(*WORDS, "--out", out, "leads=I,II")
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=120)
+    assert (same.returncode, other.returncode, process.returncode) == (2, 2, 0)
+    assert "another conversion is writing" in same.stderr
+    assert "holds an unfinished conversion of other data or with other options" in other.stderr
+    assert content(out) == undisturbed
+
+
+def test_a_set_in_a_bucket_has_the_same_bytes_also_after_kills(
+    tmp_path: Path, undisturbed: dict[str, bytes], s3: S3, cli: Cli
+) -> None:
+    env = {**s3.env, "XDG_CACHE_HOME": str(tmp_path)}
+    process = start(s3.bucket + "/deep/set", env=env)
+    wait_for((s3.folder / "deep" / "set" / "ecg-000001.tar").exists, process)
+    children = family(process)
+    process.kill()
+    process.communicate()
+    assert all_gone(children)
+    done = cli(*WORDS, "--out", s3.bucket + "/deep/set", env=env)
+    assert done.returncode == 0, done.stderr
+    assert content(s3.folder / "deep" / "set") == undisturbed
+    assert content(tmp_path) == {}
+    assert cli(*WORDS, "--out", s3.bucket + "/deep/set/", env=env).stdout.startswith("already there")
+    assert cli("verify", s3.bucket + "/deep/set", env=env).returncode == 0
+
+
+def test_an_outage_of_the_bucket_is_sat_out(tmp_path: Path, undisturbed: dict[str, bytes], s3: S3) -> None:
+    process = start(s3.bucket, env={**s3.env, "XDG_CACHE_HOME": str(tmp_path)})
+    wait_for((s3.folder / "_writing.json").exists, process)
+    s3.stop()
+    time.sleep(3)
+    assert process.poll() is None
+    s3.start()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert content(s3.folder) == undisturbed
+
+
+def test_ctrl_c_during_an_outage_does_not_wait_for_its_end(tmp_path: Path, s3: S3) -> None:
+    process = start(s3.bucket, env={**s3.env, "XDG_CACHE_HOME": str(tmp_path)}, group=True)
+    wait_for((s3.folder / "_writing.json").exists, process)
+    s3.stop()
+    wait_for(lambda: list(tmp_path.glob("physio-dist/convert/*/ecg-*.tar")), process)
+    children = family(process)
+    os.killpg(process.pid, signal.SIGINT)
+    # The outage's budget is five minutes.
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert all_gone(children)
+
+
+def test_real_recordings_convert_and_verify(data_dir: Path, tmp_path: Path, cli: Cli) -> None:
+    labels = f"labels={data_dir / 'cinc2011-set-a' / 'labels.csv'}"
+    out = tmp_path / "set"
+    done = cli("shard", "wfdb", data_dir / "cinc2011-set-a", "--out", out, "quality=label", labels, "workers=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("941 windows of 941 people from 941 records in 1 shards")
+    assert "SIMULATED" not in done.stdout
+    assert cli("verify", out).returncode == 0
+    told = cli("inspect", out).stdout
+    assert "acceptable: 1 x 773, 0 x 1" in told
+    index = json.loads((out / "index.json").read_text())
+    assert index["physio_dist"]["simulated"] is False

@@ -1,0 +1,96 @@
+"""A checkpoint is whole and verified, or invisible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from physio_dist.errors import DataError, UserError
+from physio_dist.training import checkpoint
+from physio_dist.training.checkpoint import Progress
+
+
+def progress(step: int) -> Progress:
+    return Progress(step, step * 8, ["f" * 64], {"d": 80}, {"channels": ["I"], "rate": 200.0})
+
+
+def write(run: Path, step: int) -> Path:
+    tensors = {"weight": torch.full((3, 2), float(step))}
+    moments = {"exp_avg/weight": -tensors["weight"]}
+    return Path(checkpoint.write(str(run), progress(step), tensors, moments, lambda: None))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    found = checkpoint.read(str(write(tmp_path, 7)))
+    assert found.progress == progress(7)
+    assert torch.equal(found.model["weight"], torch.full((3, 2), 7.0))
+    assert torch.equal(found.optimizer["exp_avg/weight"], torch.full((3, 2), -7.0))
+
+
+def test_the_manifest_comes_last(tmp_path: Path) -> None:
+    seen: list[set[str]] = []
+
+    def look() -> None:
+        seen.append({file.name for file in (tmp_path / "checkpoints" / "step-00000007").iterdir()})
+
+    checkpoint.write(str(tmp_path), progress(7), {}, {}, look)
+    assert seen == [{"model.safetensors", "optimizer.safetensors", "state.json"}]
+
+
+def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    newer = write(tmp_path, 9)
+    (newer / "manifest.json").unlink()
+    found = checkpoint.newest(str(tmp_path), pytest.fail)
+    assert found is not None and found.progress.step == 5
+    with pytest.raises(UserError, match="not a committed checkpoint"):
+        checkpoint.read(str(newer))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
+    write(tmp_path, 5)
+    victim = write(tmp_path, 9) / name
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data[:-1] if damage == "truncate" else data)
+    if damage == "remove":
+        victim.unlink()
+    warnings: list[str] = []
+    found = checkpoint.newest(str(tmp_path), warnings.append)
+    assert found is not None and found.progress.step == 5
+    assert len(warnings) == 1 and name in warnings[0] and "step-00000009" in warnings[0]
+
+
+def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+    (write(tmp_path, 5) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        checkpoint.newest(str(tmp_path), lambda _: None)
+    assert checkpoint.newest(str(tmp_path / "other"), pytest.fail) is None
+
+
+def test_a_later_format_is_refused(tmp_path: Path) -> None:
+    manifest = write(tmp_path, 5) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(UserError, match="99"):
+        checkpoint.newest(str(tmp_path), lambda _: None)
+
+
+def test_pruning_keeps_the_newest_and_drops_half_written_ones_before_it(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 6):
+        write(tmp_path, step)
+    (write(tmp_path, 5) / "manifest.json").unlink()
+    checkpoint.prune(str(tmp_path), keep=2, newest_step=4)
+    assert checkpoint.steps(str(tmp_path)) == [6, 5, 4, 3]
+    checkpoint.prune(str(tmp_path), keep=2, newest_step=6)
+    assert checkpoint.steps(str(tmp_path)) == [6, 4]
+
+
+def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    checkpoint.write(str(tmp_path), progress(5), {"weight": torch.zeros(1)}, {}, lambda: None)
+    assert checkpoint.read(str(folder)).model["weight"].shape == (1,)

@@ -1,0 +1,137 @@
+"""The run's directory: lines that count, options that may differ, one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from physio_dist.config import PretrainConfig
+from physio_dist.errors import UserError
+from physio_dist.training import lease
+from physio_dist.training.rundir import RunDir, settle_config
+
+
+def options(**train: object) -> PretrainConfig:
+    made = PretrainConfig()
+    made.data.index = "shards"
+    for name, value in train.items():
+        setattr(made.train, name, value)
+    return made
+
+
+def test_lines_of_replayed_steps_and_torn_lines_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    run = RunDir(str(tmp_path), 0)
+    run.open_lines("metrics.jsonl", keep_up_to=2)
+    run.add_line("metrics.jsonl", {"step": 3, "again": True})
+    # Not closed: what is written must be there when the process is killed.
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_what_may_differ_on_resume_and_what_may_not(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path / "run"), 0)
+    assert settle_config(run, options()) is False
+    assert settle_config(run, options()) is True
+    changed = options(micro_batch=4, precision="fp32", log_every=3, save_every=9, keep=1, trace=True, steps=5000)
+    changed.zero.stage = 3
+    changed.data.cache_dir, changed.data.cache_gb = "/elsewhere", 1.0
+    assert settle_config(run, changed) is True
+    for name, value in (("steps", 10), ("lr", 1.0), ("global_batch", 64), ("weight_decay", 0.0)):
+        with pytest.raises(UserError, match=f"train.{name}"):
+            settle_config(run, options(**{"steps": 5000, name: value}))
+    other = options(steps=5000)
+    other.run.seed, other.model.dropout, other.data.index = 5, 0.0, "others"
+    with pytest.raises(UserError, match=r"data\.index.*model\.dropout.*run\.seed"):
+        settle_config(run, other)
+
+
+HOLD = """
+import sys, time
+from physio_dist.training.lease import Lease
+held = Lease(sys.argv[1], lambda why: print(why, flush=True), lambda text: None)
+print("held", held.attempt, flush=True)
+time.sleep(60)
+"""
+
+
+def hold(run: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("held")
+    return process
+
+
+def take(run: Path) -> lease.Lease:
+    return lease.Lease(str(run), pytest.fail, lambda text: None)
+
+
+def test_a_live_run_is_refused_and_a_killed_ones_is_free_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_PATIENCE_S", 1.0)
+    process = hold(tmp_path)
+    try:
+        with pytest.raises(UserError, match=f"is live: process {process.pid}"):
+            take(tmp_path)
+        os.kill(process.pid, signal.SIGKILL)  # a zombie from here on, until it is waited for
+        held = take(tmp_path)
+        assert held.attempt == 2
+        held.release()
+        third = take(tmp_path)
+        assert third.attempt == 3
+        third.release()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_holder_on_another_host_is_alive_while_its_beat_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_PATIENCE_S", 2.0)
+    there = {"token": "x", "attempt": 4, "beat": 1, "released": False, "host": "elsewhere", "pid": 1, "started": 0.0}
+    (tmp_path / lease.NAME).write_text(json.dumps(there))
+    held = take(tmp_path)
+    assert held.attempt == 5
+    held.release()
+
+    writer = subprocess.Popen([
+        sys.executable, "-c",
+        "import json, sys, time, pathlib\n"
+        "there = json.loads(sys.argv[2])\n"
+        "for beat in range(100):\n"
+        "    temporary = pathlib.Path(sys.argv[1] + '.new')\n"
+        "    temporary.write_text(json.dumps({**there, 'beat': beat}))\n"
+        "    temporary.replace(sys.argv[1])\n"
+        "    time.sleep(0.1)\n",
+        str(tmp_path / lease.NAME), json.dumps(there),
+    ])  # fmt: skip
+    try:
+        time.sleep(0.5)
+        with pytest.raises(UserError, match="elsewhere"):
+            take(tmp_path)
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def test_a_holder_that_was_robbed_learns_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_BEAT_S", 0.1)
+    told: list[str] = []
+    held = lease.Lease(str(tmp_path), told.append, lambda text: None)
+    document = json.loads((tmp_path / lease.NAME).read_text())
+    (tmp_path / lease.NAME).write_text(json.dumps({**document, "token": "other"}))
+    end = time.monotonic() + 10
+    while not told and time.monotonic() < end:
+        time.sleep(0.05)
+    assert told
+    held.release()
+    assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"

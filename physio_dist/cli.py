@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from typing import Any, NoReturn
 
 from physio_dist import __version__, config, exits, storage
-from physio_dist.errors import DataError, UserError
+from physio_dist.errors import DataError, UserError, nearest
+from physio_dist.signals import readers
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, as everything else here does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` tells more")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="physio-dist", description="Pretraining for physiological signals, from recordings to encoders."
     )
     parser.add_argument("--version", action="version", version=f"physio-dist {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     shard = verbs.add_parser("shard", help="raw recordings -> shards and their index")
-    shard.add_argument("reader", metavar="READER", help="wfdb, code15 or simulate")
+    shard.add_argument("reader", metavar="READER", help=", ".join(readers.names()))
     shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N")
     shard.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or s3://")
     shard.add_argument("options", nargs="*", metavar="key=value", help="see docs/data.md")
@@ -55,7 +66,8 @@ def _index(given: argparse.Namespace) -> None:
 
     options = config.load(verify.IndexOptions, None, given.options, lambda _: None)
     made = verify.adopt(given.url, options)
-    print(f"{made.nsamples} samples in {len(made.shards)} shards: {storage.join(made.url, 'index.json')}")
+    print(f"{made.nsamples} samples of {made.people} people in {len(made.shards)} shards")
+    print(storage.join(made.url, "index.json"))
 
 
 def _verify(given: argparse.Namespace) -> None:
@@ -79,18 +91,18 @@ def _inspect(given: argparse.Namespace) -> None:
     if given.plot is None:
         return
     count, out = given.plot
-    if not count.isdigit():
+    if not count.isdecimal():
         raise UserError(f"--plot {count}: the first word is how many windows to draw")
     from physio_dist.report.windows_plot import draw_windows
 
     shards, drawn = inspect.some_windows(given.url, int(count))
     for name, windows in drawn.items():
-        target = Path(out) if len(drawn) == 1 else Path(out).with_stem(f"{Path(out).stem}-{name}")
+        target = out if len(drawn) == 1 else f"{out.removesuffix('.png')}-{name}.png"
         note = ", SIMULATED" if shards.simulated else ""
         headline = f"{name.upper()} windows of {shards.url.rsplit('/', 1)[-1]}{note}"
         channels = shards.signals[name].channels
         picture = draw_windows(windows.signal, windows.valid, channels, shards.rate, windows.keys, headline)
-        storage.write_bytes(str(target), picture)
+        storage.write_bytes(target, picture)
         print(target)
 
 
@@ -121,18 +133,42 @@ _VERBS = {
 }  # fmt: skip
 
 
+def _given(words: list[str]) -> argparse.Namespace:
+    """The parsed command line.
+
+    Raises:
+        UserError: it is no command of ours.
+    """
+    parser = _parser()
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if verb is not None and verb not in _VERBS:
+        raise UserError(f"there is no verb {verb!r}: {nearest(verb, _VERBS)}")
+    known = {"--help", "--version", *_OPTIONS.get(verb or "", ())}
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        if option not in known:
+            raise UserError(f"there is no option {option!r} here: {nearest(option, known)}")
+    given, rest = parser.parse_known_args(words)
+    # argparse takes no second run of positional words after an option, and `--out URL key=value` is natural to write.
+    more = [word for word in rest if not word.startswith("-") and "=" in word]
+    if rest and (more != rest or not hasattr(given, "options")):
+        parser.error(f"physio-dist {given.verb} does not take {' '.join(rest)!r}")
+    if more:
+        given.options = [*given.options, *more]
+    return given
+
+
+_OPTIONS = {"shard": ("--out",), "inspect": ("--plot",)}
+
+
 def main() -> None:
     """The console script."""
-    parser = _parser()
-    given, rest = parser.parse_known_args()
-    # argparse takes no second run of positional words after an option, and `--out URL key=value` is natural to write.
-    words = [word for word in rest if not word.startswith("-") and "=" in word]
-    if words != rest or (words and not hasattr(given, "options")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if words:
-        given.options = [*given.options, *words]
     exits.interrupt_on_sigterm()
-    sys.exit(exits.status_of(lambda: _VERBS[given.verb](given)))
+    sys.exit(exits.status_of(lambda: _run(sys.argv[1:])))
+
+
+def _run(words: list[str]) -> None:
+    given = _given(words)
+    _VERBS[given.verb](given)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,17 @@ the command line. The merge is OmegaConf's; the checks and the messages are ours
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from physio_dist.errors import UserError, nearest
+from physio_dist import storage
+from physio_dist.errors import PhysioError, UserError, nearest
 
 PRESETS = ("tiny", "base", "large", "xl")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -148,38 +149,50 @@ def load(schema: type[T], file: str | None, overrides: Sequence[str], check: Cal
             type, or a value that ``check`` refuses.
     """
     merged: Any = OmegaConf.structured(schema)
-    known = option_names(schema)
+    types = option_types(schema)
     if file is not None:
-        merged = _merge(merged, _read_yaml(file), known, where=file)
+        merged = _merge(merged, _read_yaml(file, types), types, where=file)
     for word in overrides:
-        key, equals, _ = word.partition("=")
+        key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"option {word!r} is not of the form key=value")
-        try:
-            layer = OmegaConf.from_dotlist([word])
-        except (OmegaConfBaseException, ValueError) as error:
-            raise UserError(f"option {word!r} cannot be read: {_first_line(error)}") from None
-        except Exception as error:  # the YAML parser's errors have no common base with OmegaConf's
-            raise UserError(f"option {word!r} is not valid YAML: {_first_line(error)}") from None
-        merged = _merge(merged, layer, known, where="command line")
-    missing = sorted(str(name) for name in OmegaConf.missing_keys(merged))
-    if missing:
-        raise UserError(f"option {missing[0]} is needed and has no default: give {missing[0]}=...")
-    options: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        merged = _merge(merged, _layer(key, text, types), types, where="command line")
+    try:
+        if missing := sorted(str(name) for name in OmegaConf.missing_keys(merged)):
+            raise UserError(f"option {missing[0]} is needed and has no default: give {missing[0]}=...")
+        options: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere
+        raise UserError(f"option {error.full_key or ''}: {_first_line(error)}") from None
     check(options)
     return options
 
 
-def option_names(schema: type, prefix: str = "") -> list[str]:
-    """Every option of a schema as a dotted name."""
-    names: list[str] = []
+def _layer(key: str, text: str, types: dict[str, Any]) -> Any:
+    """One ``key=value`` of the command line as a layer of options."""
+    if key not in types:
+        raise UserError(f"unknown option {key!r} (command line): {nearest(key, types)}")
+    if "str" in str(types[key]):
+        # Taken as it is written: YAML would make numbers of 007 and 1e-3, and a truth of `on`.
+        value: Any = None if text in ("", "null") and "None" in str(types[key]) else text
+        layer = OmegaConf.create({})
+        OmegaConf.update(layer, key, value)
+        return layer
+    try:
+        return OmegaConf.from_dotlist([f"{key}={text}"])
+    except Exception as error:  # the YAML parser's errors have no common base with OmegaConf's
+        raise UserError(f"option {key}={text} is not valid YAML: {_first_line(error)}") from None
+
+
+def option_types(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Every option of a schema as a dotted name, with its type."""
+    types: dict[str, Any] = {}
+    hints = get_type_hints(schema)
     for item in dataclasses.fields(schema):
-        default = item.default_factory if item.default_factory is not dataclasses.MISSING else None
-        if dataclasses.is_dataclass(default) and isinstance(default, type):
-            names += option_names(default, f"{prefix}{item.name}.")
+        if dataclasses.is_dataclass(hints[item.name]):
+            types.update(option_types(hints[item.name], f"{prefix}{item.name}."))
         else:
-            names.append(prefix + item.name)
-    return names
+            types[prefix + item.name] = hints[item.name]
+    return types
 
 
 def to_yaml(options: Any) -> str:
@@ -217,8 +230,11 @@ def check_pretrain(options: PretrainConfig) -> None:
         if getattr(train, name) < 1:
             raise UserError(f"train.{name}={getattr(train, name)}: it must be at least 1")
     for name in ("warmup_steps", "weight_decay", "min_lr", "val_samples", "threads"):
-        if getattr(train, name) < 0:
-            raise UserError(f"train.{name}={getattr(train, name)}: it must not be negative")
+        if not 0 <= getattr(train, name) < math.inf:
+            raise UserError(f"train.{name}={getattr(train, name)}: it must not be negative, nor without end")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            raise UserError(f"train.{name}={getattr(train, name)}: it must be at least 0 and below 1")
     if not (train.lr > 0 and math.isfinite(train.lr)):
         raise UserError(f"train.lr={train.lr}: it must be a positive number")
     if not train.clip > 0:
@@ -260,16 +276,8 @@ def check_shard(options: ShardConfig) -> None:
         _between(name, share, 0.0, 1.0)
     if options.split.val + options.split.test > 1:
         raise UserError("split.val and split.test add up to more than 1")
-    window = options.window
-    if window.rate < 1 or not window.seconds > 0 or not window.uv_per_bit > 0:
-        raise UserError("window.rate, window.seconds and window.uv_per_bit must be positive")
-    if not 0 < window.low < window.high < window.rate / 2:
-        raise UserError(
-            f"window.low={window.low} and window.high={window.high}: the band must lie between 0 and half of "
-            f"window.rate ({window.rate / 2:g} Hz)"
-        )
-    if abs(window.seconds * window.rate - round(window.seconds * window.rate)) > 1e-9:
-        raise UserError("window.seconds times window.rate must be a whole number of samples")
+    if options.person is not None and options.labels is None:
+        raise UserError(f"person={options.person} names a column of a CSV: give labels=FILE.csv too")
     if options.samples_per_shard < 1 or options.workers < 0:
         raise UserError("samples_per_shard must be at least 1 and workers must not be negative")
 
@@ -278,26 +286,34 @@ def _set_url(url: str) -> str:
     return url.removesuffix("/index.json").rstrip("/") or "/"
 
 
-def _read_yaml(file: str) -> DictConfig:
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"configuration file {file} does not exist")
+def _read_yaml(file: str, types: dict[str, Any]) -> DictConfig:
     try:
-        layer = OmegaConf.load(path)
+        layer = OmegaConf.load(io.StringIO(storage.read_bytes(file).decode()))
+    except storage.NotFoundError:
+        raise UserError(f"configuration file {file} does not exist") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not a text file: {error.reason}") from None
+    except PhysioError:
+        raise
     except Exception as error:  # yaml.YAMLError, whose package is OmegaConf's dependency and not ours
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(layer, DictConfig):
         raise UserError(f"{file} must hold options by name, not a list")
+    for section in {name.split(".")[0] for name in types if "." in name} & {str(key) for key in layer}:
+        if layer[section] is None:  # all of its lines are commented out
+            del layer[section]
+        elif not isinstance(layer[section], DictConfig):
+            raise UserError(f"{file}: {section} must hold options by name, not {layer[section]!r}")
     return layer
 
 
-def _merge(base: Any, layer: Any, known: list[str], where: str) -> Any:
+def _merge(base: Any, layer: Any, types: dict[str, Any], where: str) -> Any:
     try:
         return OmegaConf.merge(base, layer)
     except ConfigKeyError as error:
         key = str(error.full_key)
+        inside = [name for name in types if name.startswith(f"{key.split('.')[0]}.")]
+        known = inside or {name.split(".")[0] for name in types}
         raise UserError(f"unknown option {key!r} ({where}): {nearest(key, known)}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"option {error.full_key or ''} ({where}): {_first_line(error)}") from None
@@ -309,7 +325,7 @@ def _first_line(error: Exception) -> str:
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise UserError(f"{name}={value}: {nearest(value, allowed)} (allowed: {', '.join(allowed)})")
+        raise UserError(f"{name}={value}: it must be one of {', '.join(allowed)}")
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:

@@ -20,6 +20,7 @@ def status_of(action: Callable[[], None]) -> int:
     """Run ``action``, tell a person what went wrong, and give the exit status."""
     try:
         action()
+        sys.stdout.flush()
         return EXIT_DONE
     except PhysioError as error:
         _tell_once(str(error), error.exit_status)
@@ -31,7 +32,9 @@ def status_of(action: Callable[[], None]) -> int:
         _tell_once("interrupted; the same command goes on where it can", EXIT_STOPPED)
         return EXIT_STOPPED
     except BrokenPipeError:
-        # The reader of our output has gone, as `head` does.
+        # The reader of our output has gone, as `head` does. What is still buffered must not be tried again at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAULT
     except Exception:
         traceback.print_exc()

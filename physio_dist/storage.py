@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import fsspec
-from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
 from physio_dist.errors import UserError
 
@@ -91,7 +91,7 @@ def _filesystem(protocol: str, pid: int) -> Any:
             config_kwargs={
                 "connect_timeout": _CONNECT_TIMEOUT_S,
                 "read_timeout": _READ_TIMEOUT_S,
-                "retries": {"max_attempts": 1},
+                "retries": {"total_max_attempts": 1},
                 # Servers that send a whole object's checksum with a part of it would fail every ranged read;
                 # shards and checkpoints carry hashes of our own.
                 "response_checksum_validation": "when_required",
@@ -157,9 +157,13 @@ def explain(url: str, doing: str, error: BaseException) -> StorageError:
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"cannot {doing} {url}{where}: there is nothing there")
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in name:
-        hint = "check the file's permissions" if is_local(url) else (
-            "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or an instance role) "
-            "and what they may do"
+        hint = (
+            "check the file's permissions"
+            if is_local(url)
+            else (
+                "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or an instance role) "
+                "and what they may do"
+            )
         )
         return StorageError(f"cannot {doing} {url}{where}: access denied ({error}); {hint}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -182,7 +186,7 @@ def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
     try:
         result = Retrying(
             retry=retry_if_exception(is_transient),
-            wait=wait_exponential_jitter(initial=0.2, max=10.0, jitter=1.0),
+            wait=wait_exponential(multiplier=0.2, max=10.0) + wait_random(0, 1),
             stop=stop_before_delay(budget),
             reraise=True,
         )(action)

@@ -58,5 +58,5 @@ physio-dist export runs/quickstart runs/quickstart/encoder
 say "4/4  the report"
 physio-dist report runs/quickstart
 echo
-echo "Look at $PWD/runs/quickstart/report.html, or at the curves while a run goes on:"
-echo "  $venv/bin/tensorboard --logdir runs"
+echo "The curves, also while a run goes on: $venv/bin/tensorboard --logdir runs"
+echo "The report: $PWD/runs/quickstart/report.html"

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_safetensors
 
 from physio_dist import storage
+from physio_dist.errors import PhysioError
 from physio_dist.shards.index import pseudonym
 from physio_dist.signals.readers import reader as reader_named
 from physio_dist.signals.recording import RecordError
@@ -108,8 +109,7 @@ def make_part(job: Job, path: str) -> None:
     """Convert the records of a part (:meth:`Job.part`) and publish them at ``path``.
 
     Raises:
-        StorageError: a record cannot be read though it may be fine, or the spool cannot be written, a full disk among
-            the reasons.
+        StorageError: the input's disk fails, or the spool cannot be written, a full disk among the reasons.
     """
     part = Part()
     windows: list[Window] = []
@@ -122,12 +122,17 @@ def make_part(job: Job, path: str) -> None:
             if person is None:
                 person = recording.person
             cut = windows_of(recording, job.spec)
-        except RecordError as error:
+        except Exception as error:
+            if storage.is_transient(error):
+                raise storage.explain(storage.join(job.input, record), "read", error) from error
+            if isinstance(error, PhysioError | MemoryError):
+                raise
+            # One record in a million over which a library trips must not stop the others. What it says stays out: it
+            # may quote the file.
+            reason = str(error) if isinstance(error, RecordError) else f"cannot be read ({type(error).__name__})"
             shown = key if reader.simulated else without_person(key, job.source, person)
-            part.rejects.append({"record": shown, "reason": str(error)})
+            part.rejects.append({"record": shown, "reason": reason})
             continue
-        except OSError as error:
-            raise storage.explain(storage.join(job.input, record), "read", error) from error
         who = pseudonym(job.source, person if person is not None else f"record {record}")
         name = key if reader.simulated else without_person(key, job.source, person)
         waveform = int(waveform_hash(recording)[:16], 16)
@@ -174,4 +179,3 @@ def read_part(path: Path) -> Part | None:
         rejects=content["rejects"],
         records=content["records"],
     )
-

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist import storage
-from physio_dist.errors import UserError
+from physio_dist.errors import DataError, UserError
 from physio_dist.shards import tar
 from physio_dist.shards.index import SPLITS, ShardSet, open_set, read_sidecar
 
@@ -62,10 +62,11 @@ def _labels(shards: ShardSet) -> list[str]:
     values: dict[str, Counter[str]] = {}
     seen = 0
     for number in range(min(_LABEL_SHARDS, len(shards.shards))):
-        data = storage.read_bytes(shards.shard_url(number))
+        data = _read(shards, number)
         for member in tar.scan(io.BytesIO(data), shards.shards[number].url):
             seen += 1
-            for name, value in (member.facts or {}).get("labels", {}).items():
+            labels = (member.facts or {}).get("labels")
+            for name, value in labels.items() if isinstance(labels, dict) else ():
                 for item in value if isinstance(value, list) else [value]:
                     values.setdefault(name, Counter())[json.dumps(item)] += 1
     where = "all windows" if len(shards.shards) <= _LABEL_SHARDS else f"the first {seen} windows"
@@ -94,7 +95,16 @@ def some_windows(url: str, count: int) -> tuple[ShardSet, dict[str, Windows]]:
         for sample in chosen:
             number = int(np.searchsorted(starts, sample, side="right") - 1)
             start = int(sidecar.offset[name][sample])
-            raw = storage.read_bytes(shards.shard_url(number), start, start + signal.nbytes)
+            raw = _read(shards, number, start, start + signal.nbytes)
+            if len(raw) != signal.nbytes:
+                raise DataError(f"{shards.shard_url(number)} is shorter than the index says: it was truncated")
             waves.append(np.frombuffer(raw, "<i2").reshape(len(signal.channels), -1) * np.float32(signal.uv_per_bit))
         windows[name] = Windows(np.stack(waves), sidecar.valid[name][chosen], sidecar.keys(chosen))
     return shards, windows
+
+
+def _read(shards: ShardSet, number: int, start: int | None = None, end: int | None = None) -> bytes:
+    try:
+        return storage.read_bytes(shards.shard_url(number), start, end)
+    except storage.NotFoundError:
+        raise DataError(f"{shards.shard_url(number)} is in the index but not there") from None

@@ -81,8 +81,8 @@ def _typed(text: str | None) -> str | int | float | bool | None:
         return text.lower() == "true"
     # A number with a leading zero is a code, and stays as it is written.
     if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", text):
-        return int(text)
-    if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)?\.?[0-9]*([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", text, re.IGNORECASE):
+        return int(text) if len(text) <= 18 else text
+    if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", text, re.IGNORECASE):
         with contextlib.suppress(ValueError):
             value = float(text)
             # JSON has no word for NaN or infinity.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from physio_dist.shards.index import (
     read_sidecar,
     split_of,
 )
+from physio_dist.shards.progress import Progress
 
 
 def verify(url: str) -> Iterator[str]:
@@ -76,10 +78,13 @@ def _shard_faults(
     for i, member in enumerate(members):
         if member.facts is None:
             yield f"{info.url}: sample {member.key} has no json"
+        elif bool(member.facts.get("simulated")) and not shards.simulated:
+            yield f"{info.url}: sample {member.key} is simulated, which the index does not say"
         for name, signal in shards.signals.items():
             shape = (len(signal.channels), signal.samples)
             if member.shape.get(name) != shape or member.dtype.get(name) != np.int16:
-                yield f"{info.url}: sample {member.key} has {name} {member.shape.get(name)} instead of int16 {shape}"
+                found = f"{member.dtype[name]} {member.shape[name]}" if name in member.shape else "no such array"
+                yield f"{info.url}: sample {member.key}: {name} is {found} instead of int16 {shape}"
             elif member.offset[name] != sidecar.offset[name][rows.start + i]:
                 yield f"{info.url}: sample {member.key} stands elsewhere than the sidecar says"
             else:
@@ -89,14 +94,19 @@ def _shard_faults(
 def _range_faults(
     info: ShardInfo, data: bytes, member: tar.Member, name: str, signal: SignalInfo, valid: npt.NDArray[np.bool_]
 ) -> Iterator[str]:
-    """A lead said to be valid must be a signal: no constant, and not at the end of the range for half its time."""
-    values = np.frombuffer(data, "<i2", len(signal.channels) * signal.samples, member.offset[name])
-    values = values.reshape(len(signal.channels), signal.samples)
-    flat = (np.ptp(values.astype(np.int32), axis=1) == 0) & valid
-    railed = (np.mean(np.abs(values.astype(np.int32)) >= 32767, axis=1) > 0.5) & valid
-    for what, leads in (("constant", flat), ("at the end of the range", railed)):
+    flat, railed = _dead(data, member.offset[name], (len(signal.channels), signal.samples))
+    for what, leads in (("constant", flat & valid), ("at the end of the range", railed & valid)):
         for lead in np.flatnonzero(leads):
             yield f"{info.url}: sample {member.key} {name} lead {signal.channels[lead]} is {what} but marked valid"
+
+
+def _dead(
+    data: bytes, offset: int, shape: tuple[int, int]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:  # fmt: skip
+    """Which channels are no signal: constant, or at the end of the range for half their time."""
+    values = np.frombuffer(data, "<i2", shape[0] * shape[1], offset).reshape(shape)
+    low, high = values.min(axis=1), values.max(axis=1)
+    return low == high, np.mean((values <= -32767) | (values >= 32767), axis=1) > 0.5
 
 
 @dataclass
@@ -107,14 +117,14 @@ class IndexOptions:
         channels: comma-separated, in the order of the arrays' rows.
         rate: Hz.
         uv_per_bit: microvolts of one unit of the arrays.
-        person: field of the samples' json that tells people apart.
+        person: field of the samples' json that tells people apart; ``person`` if that is there.
         val, test: shares of people held out.
     """
 
     channels: str = "???"
     rate: float = 200.0
     uv_per_bit: float = 1.0
-    person: str = "person"
+    person: str | None = None
     val: float = 0.1
     test: float = 0.1
 
@@ -129,66 +139,106 @@ def adopt(url: str, options: IndexOptions) -> ShardSet:
         DataError: a damaged tar.
     """
     url = storage.absolute(url)
+    channels = _check(options)
     names = storage.names(url)
-    if INDEX in names:
+    if INDEX in names and _is_ours(storage.join(url, INDEX)):
         raise UserError(f"{url} has an {INDEX} already; `physio-dist verify {url}` checks it")
     tars = [name for name in names if name.endswith(".tar")]
     if not tars:
         raise UserError(f"{url} holds no .tar files; it has: {', '.join(names[:5]) or 'nothing'}")
-    channels = tuple(word.strip() for word in options.channels.split(","))
-    infos: list[ShardInfo] = []
-    signal: SignalInfo | None = None
-    kind = ""
-    offsets, people, valid, keys = [], [], [], []
-    for name in tars:
-        data = storage.read_bytes(storage.join(url, name))
-        members = tar.scan(io.BytesIO(data), name)
-        infos.append(ShardInfo(name, len(members), len(data), hashlib.sha256(data).hexdigest()))
-        for member in members:
-            kind = kind or _kind_of(member, name)
-            shape = member.shape.get(kind)
-            if shape is None or len(shape) != 2 or member.dtype[kind] != np.dtype("<i2"):
-                told = f"{member.dtype.get(kind)} {shape}"
-                raise UserError(f"{name}: sample {member.key}: {kind}.npy is {told}, not int16 [channel, time]")
-            signal = signal or SignalInfo(channels, shape[1], options.uv_per_bit)
-            if shape != (len(channels), signal.samples):
-                raise UserError(
-                    f"{name}: sample {member.key} has shape {list(shape)}; expected {[len(channels), signal.samples]} "
-                    f"(channels={options.channels})"
-                )
-            if not KEY_PATTERN.fullmatch(member.key):
-                raise UserError(f"{name}: key {member.key!r} has characters other than letters, digits, - and _")
-            values = np.frombuffer(data, "<i2", shape[0] * shape[1], member.offset[kind]).reshape(shape)
-            offsets.append(member.offset[kind])
-            keys.append(member.key)
-            valid.append(np.ptp(values.astype(np.int32), axis=1) > 0)
-            facts: dict[str, Any] = member.facts or {}
-            people.append(pseudonym(url.rsplit("/", 1)[-1], str(facts.get(options.person, f"key {member.key}"))))
-    if signal is None:
+    found = _Adopted()
+    with Progress(len(tars), "shards", "reading") as bar:
+        for name in tars:
+            _adopt_shard(name, storage.read_bytes(storage.join(url, name)), channels, options, found)
+            bar.update()
+    if found.signal is None:
         raise UserError(f"{url}: its tars hold no samples")
-    if len(set(keys)) != len(keys):
-        twice = Counter(keys).most_common(1)[0][0]
+    if options.person is not None and not any(found.people):
+        raise UserError(f"person={options.person}: no sample of {url} has such a field in its json")
+    twice, count = Counter(found.keys).most_common(1)[0]
+    if count > 1:
         raise UserError(f"{url}: key {twice!r} stands in it more than once; keys must be unique")
-    return _publish_adopted(url, infos, kind, signal, options, offsets, people, valid, keys)
+    return _publish_adopted(url, options, found.signal, found)
 
 
-def _publish_adopted(
-    url: str, infos: list[ShardInfo], kind: str, signal: SignalInfo, options: IndexOptions, offsets: list[int],
-    people: list[int], valid: list[npt.NDArray[np.bool_]], keys: list[str],
-) -> ShardSet:  # fmt: skip
+@dataclass
+class _Adopted:
+    """What has been found in the tars so far; people are None where a sample does not tell its person."""
+
+    kind: str = ""
+    signal: SignalInfo | None = None
+    simulated: bool = False
+    infos: list[ShardInfo] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    people: list[str | None] = field(default_factory=list)
+    valid: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+
+def _check(options: IndexOptions) -> tuple[str, ...]:
+    channels = tuple(word.strip() for word in options.channels.split(","))
+    if not all(channels) or len(set(channels)) < len(channels):
+        raise UserError(f"channels={options.channels}: it must name every row of the arrays, each only once")
+    for name in ("rate", "uv_per_bit"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"{name}={getattr(options, name)}: it must be positive")
+    if not (options.val >= 0 and options.test >= 0 and options.val + options.test <= 1):
+        raise UserError(f"val={options.val} and test={options.test}: shares of people, together at most 1")
+    return channels
+
+
+def _is_ours(where: str) -> bool:
+    """Whether an index is complete, or the bare one that `widsindex` makes, which has no room for what we need."""
+    document = storage.read_json(where)
+    return not (isinstance(document, dict) and "shardlist" in document and "physio_dist" not in document)
+
+
+def _adopt_shard(name: str, data: bytes, channels: tuple[str, ...], options: IndexOptions, found: _Adopted) -> None:
+    members = tar.scan(io.BytesIO(data), name)
+    found.infos.append(ShardInfo(name, len(members), len(data), hashlib.sha256(data).hexdigest()))
+    for member in members:
+        found.kind = found.kind or _kind_of(member, name)
+        shape = member.shape.get(found.kind)
+        if shape is None or len(shape) != 2 or member.dtype[found.kind] != np.dtype("<i2"):
+            there = f"{member.dtype.get(found.kind)} {shape}" if shape is not None else "missing"
+            raise UserError(f"{name}: sample {member.key}: {found.kind}.npy is {there}, not int16 [channel, time]")
+        found.signal = found.signal or SignalInfo(channels, shape[1], options.uv_per_bit)
+        if shape != (len(channels), found.signal.samples):
+            raise UserError(
+                f"{name}: sample {member.key} has shape {list(shape)}; expected "
+                f"{[len(channels), found.signal.samples]} (channels={options.channels})"
+            )
+        if not KEY_PATTERN.fullmatch(member.key):
+            raise UserError(f"{name}: key {member.key!r} has characters other than letters, digits, - and _")
+        flat, railed = _dead(data, member.offset[found.kind], (shape[0], shape[1]))
+        facts: dict[str, Any] = member.facts or {}
+        person = facts.get(options.person or "person")
+        found.offsets.append(member.offset[found.kind])
+        found.keys.append(member.key)
+        found.valid.append(~(flat | railed))
+        found.people.append(None if person is None else str(person))
+        found.simulated |= bool(facts.get("simulated"))
+
+
+def _publish_adopted(url: str, options: IndexOptions, signal: SignalInfo, found: _Adopted) -> ShardSet:
+    source, kind = url.rsplit("/", 1)[-1], found.kind
+    people = [
+        pseudonym(source, f"key {key}" if person is None else person)
+        for person, key in zip(found.people, found.keys, strict=True)
+    ]
     split = [split_of(person, options.val, options.test) for person in people]
     sidecar = Sidecar(
-        offset={kind: np.array(offsets, dtype=np.int64)}, valid={kind: np.stack(valid)},
+        offset={kind: np.array(found.offsets, dtype=np.int64)}, valid={kind: np.stack(found.valid)},
         split=np.array(split, dtype=np.uint8), person=np.array(people, dtype=np.uint64),
-        waveform=np.zeros(len(keys), dtype=np.uint64), key=key_table(keys),
+        waveform=np.zeros(len(people), dtype=np.uint64), key=key_table(found.keys),
     )  # fmt: skip
     sidecar_sha256 = hashlib.sha256(sidecar.to_bytes()).hexdigest()
     signals = {kind: signal}
     made = ShardSet(
-        url=url, shards=tuple(infos), signals=signals, rate=options.rate,
+        url=url, shards=tuple(found.infos), signals=signals, rate=options.rate,
         splits={name: split.count(code) for code, name in enumerate(SPLITS)}, people=len(set(people)),
-        simulated=False, sources=(url.rsplit("/", 1)[-1],), sidecar_sha256=sidecar_sha256,
-        fingerprint=fingerprint_of(infos, signals, options.rate, sidecar_sha256),
+        simulated=found.simulated, sources=(source,), sidecar_sha256=sidecar_sha256,
+        fingerprint=fingerprint_of(found.infos, signals, options.rate, sidecar_sha256),
         made_by={"physio_dist": __version__, "reader": "index"},
     )  # fmt: skip
     publish(made, sidecar)

@@ -6,24 +6,21 @@ import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 
-from physio_dist import __version__, lifeline, storage
+from physio_dist import __version__, storage
 from physio_dist.config import ShardConfig, flatten
 from physio_dist.errors import DataError, UserError, nearest
 from physio_dist.shards.assemble import Kept, make_shard, part_path, signals_of
@@ -44,17 +41,13 @@ from physio_dist.shards.index import (
 )  # fmt: skip
 from physio_dist.shards.labels import read_labels
 from physio_dist.shards.progress import Progress
+from physio_dist.shards.workers import as_they_come, worker_pool
 from physio_dist.signals.montage import ECG_12, canonical
 from physio_dist.signals.readers import reader as reader_named
 from physio_dist.signals.windows import WindowSpec
 
 REJECTS = "rejects.jsonl"
 MARKER = "_writing.json"
-
-_HELD = (signal.SIGINT, signal.SIGTERM)
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -118,40 +111,37 @@ def convert(reader: str, source: str, out: str, options: ShardConfig) -> Summary
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     spool = _spool(out, f"{job.digest()} {storage.absolute(job.input)}")
     # The first contact with the target comes before hours of work.
-    finished = _claim(out, digest)
-    rejects: list[dict[str, Any]] = []
-    already = finished is not None
+    if there := _claim(out, digest):
+        if MARKER in storage.names(out):  # killed between its last write and this
+            _tidy(out, spool)
+        return Summary(out, len(job.records), Counter(), there, already=True)
     try:
-        with _alone(spool, out, needed=not already or MARKER in storage.names(out)):
-            if finished is None:
-                with _pool(options.workers) as pool:
-                    parts = _make_parts(job, spool, pool)
-                    kept, rejects = _choose(parts, options.quality, _hashes(known))
-                    if not kept:
-                        _tidy(out, spool)
-                        raise UserError(_nothing_kept(source, len(job.records), rejects))
-                    made = _make_shards(job, kept, spool, out, digest, options.samples_per_shard, pool)
-                finished = _finish(job, out, digest, options, kept, *made, rejects, spool)
-                _tidy(out, spool)
+        with _alone(spool, out):
+            with worker_pool(options.workers) as pool:
+                parts = _make_parts(job, spool, pool)
+                kept, rejects = _choose(parts, options.quality, _hashes(known))
+                if not kept:
+                    _tidy(out, spool)
+                    raise UserError(_nothing_kept(source, len(job.records), rejects))
+                made = _make_shards(job, kept, spool, out, digest, options.samples_per_shard, pool)
+            finished = _finish(job, out, digest, options, kept, *made, rejects, spool)
+            _tidy(out, spool)
     except BrokenProcessPool:
         raise UserError(
             "a conversion process was killed (out of memory, or by hand); run the same command again to go on, with "
             "workers=N to use less memory"
         ) from None
     reasons = Counter(_kind(str(reject["reason"])) for reject in rejects)
-    return Summary(out, len(job.records), reasons, finished, already)
+    return Summary(out, len(job.records), reasons, finished, already=False)
 
 
 @contextlib.contextmanager
-def _alone(spool: Path, out: str, needed: bool) -> Iterator[None]:
+def _alone(spool: Path, out: str) -> Iterator[None]:
     """Hold the lock of the spool, which is made if need be.
 
     Raises:
         UserError: another conversion holds it, or the spool cannot be written.
     """
-    if not needed:
-        yield
-        return
     lock = FileLock(spool / "lock", timeout=0)
     try:
         spool.mkdir(parents=True, exist_ok=True)
@@ -169,9 +159,11 @@ def _alone(spool: Path, out: str, needed: bool) -> Iterator[None]:
 def _tidy(out: str, spool: Path) -> None:
     """Remove what is only there while a conversion runs, also what a killed one left."""
     for name in storage.names(out):
-        if name == MARKER or (name.startswith(".") and name.endswith(".tmp")):
+        if name.startswith(".") and name.endswith(".tmp"):
             storage.remove(storage.join(out, name))
     shutil.rmtree(spool, ignore_errors=True)
+    # Last, because it is what tells the next run that there may be something to tidy.
+    storage.remove(storage.join(out, MARKER))
 
 
 def _hashes(known: Sequence[ShardSet]) -> dict[str, set[int]]:
@@ -211,8 +203,8 @@ def _claim(out: str, digest: str) -> ShardSet | None:
         if storage.read_json(storage.join(out, MARKER)) == {"job": digest}:
             return None
         raise UserError(
-            f"{out} holds an unfinished conversion of other data or with other options; finish it with its own command, "
-            "choose another --out, or delete the folder first"
+            f"{out} holds an unfinished conversion of other data or with other options; finish it with its own "
+            "command, choose another --out, or delete the folder first"
         )
     if any(name.endswith(".tar") for name in found):
         raise UserError(f"{out} holds tar files of something else; choose another --out")
@@ -229,54 +221,6 @@ def _spool(out: str, what: str) -> Path:
     return cache / "physio-dist" / "convert" / f"{digest[:16]}-{where}"
 
 
-def _start_worker() -> None:
-    # Ctrl-C and a job's end reach the whole process group; the parent alone decides what they mean.
-    for signum in _HELD:
-        signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
-    parent = multiprocessing.parent_process()
-    lifeline.die_with_parent(parent=parent.pid if parent else None)
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for the parts and shards; where the block ends badly they are killed, for all they do is resumable."""
-    before = set(multiprocessing.active_children())
-    environment = dict(os.environ)
-    # Sums over several threads depend on their number, and the cores are taken by the processes.
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
-    # Spawned, not forked: the S3 client does not survive a fork.
-    pool = ProcessPoolExecutor(
-        workers or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), initializer=_start_worker
-    )
-    try:
-        yield pool
-    except BaseException:
-        for worker in set(multiprocessing.active_children()) - before:
-            worker.kill()
-        raise
-    finally:
-        for name in _THREADS:
-            os.environ.pop(name)
-        os.environ.update(environment)
-        pool.shutdown(cancel_futures=True)
-
-
-def _as_they_come(
-    pool: ProcessPoolExecutor, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
-) -> Iterator[tuple[int, R]]:
-    """(number of the task, result) in the order in which they are done."""
-    # A process is started when a task is submitted, and inherits the mask: no signal reaches it before it is ready.
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    try:
-        futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
-    for future in as_completed(futures):
-        yield futures[future], future.result()
-
-
 def _make_parts(job: Job, spool: Path, pool: ProcessPoolExecutor) -> list[Part]:
     parts: dict[int, Part] = {}
     with Progress(len(job.records), "records", "reading") as bar:
@@ -286,7 +230,7 @@ def _make_parts(job: Job, spool: Path, pool: ProcessPoolExecutor) -> list[Part]:
                 bar.update(part.records)
         missing = [number for number in range(job.parts()) if number not in parts]
         tasks = [(job.part(number), str(part_path(spool, number))) for number in missing]
-        for i, _ in _as_they_come(pool, make_part, tasks):
+        for i, _ in as_they_come(pool, make_part, tasks):
             number = missing[i]
             made = read_part(part_path(spool, number))
             if made is None:
@@ -339,7 +283,7 @@ def _make_shards(
     ]  # fmt: skip
     made: dict[int, tuple[ShardInfo, list[dict[str, int]]]] = {}
     with Progress(len(groups), "shards", "writing") as bar:
-        for n, result in _as_they_come(pool, make_shard, tasks):
+        for n, result in as_they_come(pool, make_shard, tasks):
             made[n] = result
             bar.update()
     return [made[n][0] for n in range(len(groups))], [place for n in range(len(groups)) for place in made[n][1]]

@@ -102,10 +102,10 @@ def finish(out: Path, undisturbed: dict[str, bytes]) -> None:
 
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     out, rng, kills = tmp_path / "set", random.Random(5), 0
-    for _ in range(12):
+    for _ in range(5):
         process = start(out)
         # The first seconds are imports; what matters comes after.
-        time.sleep(rng.uniform(0.6, 2.0))
+        time.sleep(rng.uniform(0.6, 1.6))
         children = family(process)
         killed = process.poll() is None
         process.kill()
@@ -146,9 +146,9 @@ def test_a_resumed_conversion_does_not_do_finished_parts_again(tmp_path: Path, u
     process.communicate()
     kept = {path: path.stat().st_mtime_ns for path in out.glob(".work-*/part-*.safetensors")}
     again = start(out)
-    wait_for(lambda: parts(out) == 5 or again.poll() is not None)
+    wait_for(lambda: parts(out) == 5, again)
     again.send_signal(signal.SIGSTOP)
-    assert {path: path.stat().st_mtime_ns for path in kept if path.exists()}.items() <= kept.items()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     again.send_signal(signal.SIGCONT)
     again.communicate(timeout=120)
     assert again.returncode == 0

@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_is_named_and_the_same_command_goes_on_with_room(
     disk("30m")
     done = cli(*WORDS, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(out)) == [
+    assert sorted(path.name for path in out.iterdir()) == [
         *(f"ecg-{n:06d}.tar" for n in range(4)), "index.json", "rejects.jsonl", "samples.safetensors",
     ]  # fmt: skip
     assert cli("verify", out).returncode == 0

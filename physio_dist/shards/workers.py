@@ -1,0 +1,72 @@
+"""The processes of a conversion."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import resource_tracker
+from typing import Any, TypeVar
+
+from physio_dist import lifeline
+
+_HELD = (signal.SIGINT, signal.SIGTERM)
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+R = TypeVar("R")
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one; where the block ends badly they are killed, for all they do is resumable.
+
+    Args:
+        workers: how many; 0 takes every core.
+    """
+    before = set(multiprocessing.active_children())
+    inherited = {name: os.environ.get(name) for name in _THREADS}
+    # Sums over several threads depend on their number, and the cores are taken by the processes.
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    # Spawned, not forked: the S3 client does not survive a fork.
+    pool = ProcessPoolExecutor(
+        workers or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), initializer=_start
+    )
+    try:
+        yield pool
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        raise
+    finally:
+        for name, value in inherited.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        pool.shutdown(cancel_futures=True)
+
+
+def as_they_come(
+    pool: ProcessPoolExecutor, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, R]]:
+    """(number of the task, result) in the order in which they are done."""
+    # A process is started when a task is submitted, and inherits the mask: no signal reaches it before it is ready.
+    resource_tracker.ensure_running()
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    for future in as_completed(futures):
+        yield futures[future], future.result()
+
+
+def _start() -> None:
+    # Ctrl-C and a job's end reach the whole process group; the parent alone decides what they mean.
+    for signum in _HELD:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+    parent = multiprocessing.parent_process()
+    lifeline.die_with_parent(parent=parent.pid if parent else None)

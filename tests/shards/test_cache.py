@@ -1,0 +1,211 @@
+"""The node cache: only verified bytes are ever seen, whatever lies in the bucket, the cache or the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from physio_dist.errors import DataError, UserError
+from physio_dist.shards.cache import ShardCache
+from physio_dist.shards.index import ShardSet
+from physio_dist.storage import StorageError
+from tests.conftest import S3
+
+Make = Callable[..., ShardSet]
+
+
+def cached(folder: Path) -> list[Path]:
+    return sorted((folder / "shards").glob("*.tar"))
+
+
+def good(data: np.ndarray, shards: ShardSet, number: int = 0) -> bool:
+    return hashlib.sha256(data.tobytes()).hexdigest() == shards.shards[number].sha256
+
+
+def test_a_local_shard_is_read_where_it_lies(make_set: Make, tmp_path: Path) -> None:
+    shards = make_set(str(tmp_path / "set"))
+    cache = ShardCache(str(tmp_path / "cache"), 1e9)
+    data = cache.open(shards, 1)
+    assert good(data, shards, 1)
+    assert not data.flags.writeable
+    assert type(data) is np.ndarray
+    assert cache.open(shards, 1) is data
+    assert cached(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "empty", "missing", "folder"])
+def test_a_faulty_local_shard_is_named(
+    make_set: Make, tmp_path: Path, flip_bit: Callable[[Path, int], None], fault: str
+) -> None:
+    shards = make_set(str(tmp_path / "set"))
+    where = tmp_path / "set" / "ecg-000001.tar"
+    if fault == "flipped":
+        flip_bit(where, 700)
+    elif fault in ("truncated", "empty"):
+        os.truncate(where, 1000 if fault == "truncated" else 0)
+    else:
+        where.unlink()
+        if fault == "folder":
+            where.mkdir()
+    cache = ShardCache(str(tmp_path / "cache"), 1e9)
+    with pytest.raises(DataError, match=r"shard .*ecg-000001\.tar (disagrees with its index|is in the index but)"):
+        cache.open(shards, 1)
+    assert good(cache.open(shards, 0), shards, 0)
+
+
+def test_a_remote_shard_is_fetched_once_and_found_by_the_next_process(
+    make_set: Make, s3_here: S3, tmp_path: Path
+) -> None:
+    shards = make_set(s3_here.bucket + "/set")
+    assert good(ShardCache(str(tmp_path), 1e9).open(shards, 0), shards)
+    assert [path.stem for path in cached(tmp_path)] == [shards.shards[0].sha256]
+    (s3_here.folder / "set" / "ecg-000000.tar").unlink()
+    assert good(ShardCache(str(tmp_path), 1e9).open(shards, 0), shards)
+    assert not list((tmp_path / "shards").glob("*.part"))
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "empty"])
+def test_a_damaged_cached_copy_is_fetched_again(
+    make_set: Make, s3_here: S3, tmp_path: Path, flip_bit: Callable[[Path, int], None], fault: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shards = make_set(s3_here.bucket)
+    ShardCache(str(tmp_path), 1e9).open(shards, 0)
+    (copy,) = cached(tmp_path)
+    if fault == "flipped":
+        flip_bit(copy, 700)
+    else:
+        os.truncate(copy, 1000 if fault == "truncated" else 0)
+    with caplog.at_level(logging.WARNING, "physio_dist"):
+        assert good(ShardCache(str(tmp_path), 1e9).open(shards, 0), shards)
+    assert "is damaged; fetching it again" in caplog.text
+    assert hashlib.sha256(copy.read_bytes()).hexdigest() == shards.shards[0].sha256
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "empty"])
+def test_a_shard_altered_in_the_bucket_is_fetched_twice_and_then_named(
+    make_set: Make, s3_here: S3, tmp_path: Path, flip_bit: Callable[[Path, int], None], fault: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shards = make_set(s3_here.bucket)
+    where = s3_here.folder / "ecg-000002.tar"
+    if fault == "flipped":
+        flip_bit(where, 700)
+    else:
+        os.truncate(where, 1000 if fault == "truncated" else 0)
+    cache = ShardCache(str(tmp_path), 1e9)
+    with (
+        caplog.at_level(logging.WARNING, "physio_dist"),
+        pytest.raises(DataError, match=r"ecg-000002\.tar disagrees with its index \(sha256\), also when fetched again"),
+    ):
+        cache.open(shards, 2)
+    assert caplog.text.count("ecg-000002.tar disagrees with its index; fetching it again") == 1
+    assert cached(tmp_path) == []
+    assert not list((tmp_path / "shards").glob("*.part"))
+
+
+def test_a_shard_missing_in_the_bucket_is_named(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
+    shards = make_set(s3_here.bucket)
+    (s3_here.folder / "ecg-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"ecg-000001\.tar is in the index but not in storage"):
+        ShardCache(str(tmp_path), 1e9).open(shards, 1)
+
+
+def test_the_limit_drops_the_least_recently_opened(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
+    shards = make_set(s3_here.bucket, sizes=(3, 3, 3, 3))
+    one = shards.shards[0].filesize
+    cache = ShardCache(str(tmp_path), 2.5 * one)
+    for number in range(4):
+        held = cache.open(shards, number)
+        # Copies are told apart by their times, which one test is too quick for.
+        os.utime(tmp_path / "shards" / f"{shards.shards[number].sha256}.tar", (number, number))
+        assert sum(path.stat().st_size for path in cached(tmp_path)) <= 2.5 * one
+    assert {path.stem for path in cached(tmp_path)} == {shards.shards[n].sha256 for n in (2, 3)}
+    assert good(held, shards, 3)
+    # What was dropped is no longer held open either, or the disk would not get its space back.
+    maps = Path("/proc/self/maps").read_text()
+    assert shards.shards[3].sha256 in maps
+    assert shards.shards[0].sha256 not in maps
+    assert good(cache.open(shards, 0), shards, 0)
+
+
+def test_a_limit_smaller_than_a_shard_still_serves_it(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
+    shards = make_set(s3_here.bucket)
+    cache = ShardCache(str(tmp_path), 10)
+    for number in (0, 1, 2, 0):
+        assert good(cache.open(shards, number), shards, number)
+        assert len(cached(tmp_path)) == 1
+
+
+def test_what_a_killed_process_left_half_fetched_goes_after_an_hour(
+    make_set: Make, s3_here: S3, tmp_path: Path
+) -> None:
+    shards = make_set(s3_here.bucket)
+    cache = ShardCache(str(tmp_path), 1e9)
+    old, young = tmp_path / "shards" / "a.1.part", tmp_path / "shards" / "b.2.part"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    cache.open(shards, 0)
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def _open_all(folder: str, shards: ShardSet, gate: object, told: object) -> None:
+    gate.wait()  # type: ignore[attr-defined]
+    cache = ShardCache(folder, 1e9)
+    told.put([good(cache.open(shards, number), shards, number) for number in range(len(shards.shards))])  # type: ignore[attr-defined]
+
+
+def test_processes_fetching_the_same_shards_at_once_all_see_whole_ones(
+    make_set: Make, s3_here: S3, tmp_path: Path
+) -> None:
+    shards = make_set(s3_here.bucket, sizes=(40, 40, 40), length=2000)
+    spawn = multiprocessing.get_context("spawn")
+    gate, told = spawn.Barrier(3), spawn.Queue()
+    processes = [spawn.Process(target=_open_all, args=(str(tmp_path), shards, gate, told)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [told.get(timeout=60) for _ in processes] == [[True] * 3] * 3
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert len(cached(tmp_path)) == 3
+
+
+@pytest.fixture()
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 kB."""
+    assert os.geteuid() == 0, "this test mounts a small disk: run it as root"
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_cache_disk_is_a_clear_error_and_leaves_no_part(make_set: Make, s3_here: S3, tiny_disk: Path) -> None:
+    shards = make_set(s3_here.bucket, sizes=(20,), length=2000)
+    with pytest.raises(StorageError, match=f"fetch to {tiny_disk}.*: the disk is full; free some space"):
+        ShardCache(str(tiny_disk), 1e9).open(shards, 0)
+    assert [path.suffix for path in (tiny_disk / "shards").iterdir()] == [".lock"]
+
+
+def test_a_cache_folder_that_cannot_be_made_or_written_is_a_clear_error(
+    make_set: Make, s3_here: S3, tmp_path: Path, tiny_disk: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"data\.cache_dir=.*file: cannot make the folder"):
+        ShardCache(str(tmp_path / "file"), 1e9)
+    shards = make_set(s3_here.bucket)
+    cache = ShardCache(str(tiny_disk), 1e9)
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    with pytest.raises(StorageError, match="Read-only file system"):
+        cache.open(shards, 0)

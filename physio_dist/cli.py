@@ -122,7 +122,10 @@ def _report(given: argparse.Namespace) -> None:
         except storage.NotFoundError:
             return None
 
-    page = render(read)
+    try:
+        page = render(read)
+    except UserError as error:
+        raise UserError(f"{given.run}: {error}") from None
     target = storage.join(given.run, "report.html")
     storage.write_bytes(target, page.encode())
     print(target)

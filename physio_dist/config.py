@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from physio_dist import storage
-from physio_dist.errors import PhysioError, UserError, nearest
+from physio_dist.errors import PhysioError, UserError, closest, nearest
 
 PRESETS = ("tiny", "base", "large", "xl")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -49,7 +49,7 @@ class ModelOptions:
 @dataclass
 class MaskOptions:
     intra_ratio: float = 0.5
-    inter_ratio: float = 0.25
+    inter_ratio: float = 0.3
 
 
 @dataclass
@@ -125,6 +125,10 @@ class ShardConfig:
     leads: str = ""
     # reject: a record without one of the leads is left out; mask: it is kept, the lead marked invalid.
     missing: str = "reject"
+    # Leads that must be valid in a fit window (or all that a record has, if fewer).
+    min_leads: int = 10
+    # repair: two limb leads that bear each other's name are put right, and it is said; reject: left out.
+    exchanged: str = "repair"
     # A CSV whose column `record` or `file` names records; the other columns become labels.
     labels: str | None = None
     # The CSV's column that tells people apart.
@@ -272,6 +276,7 @@ def check_shard(options: ShardConfig) -> None:
     """Refuse options that no conversion could use."""
     _one_of("quality", options.quality, ("label", "reject"))
     _one_of("missing", options.missing, ("reject", "mask"))
+    _one_of("exchanged", options.exchanged, ("repair", "reject"))
     for name, share in (("split.val", options.split.val), ("split.test", options.split.test)):
         _between(name, share, 0.0, 1.0)
     if options.split.val + options.split.test > 1:
@@ -325,7 +330,8 @@ def _first_line(error: Exception) -> str:
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise UserError(f"{name}={value}: it must be one of {', '.join(allowed)}")
+        hint = closest(value, allowed)
+        raise UserError(f"{name}={value}: it must be one of {', '.join(allowed)}{'; ' if hint else ''}{hint}")
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:

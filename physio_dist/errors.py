@@ -42,7 +42,10 @@ class Stopped(PhysioError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A half-sentence naming the known word nearest to ``word``, or the known words."""
     choices = sorted(known)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return "known: " + ", ".join(choices)
+    return closest(word, choices) or "known: " + ", ".join(choices)
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """A half-sentence naming the known word nearest to ``word``; empty where none is near."""
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.55)
+    return f"did you mean {close[0]!r}?" if close else ""

@@ -78,11 +78,11 @@ _holds: list[socket.socket] = []
 
 def _first_of_launcher() -> object | None:
     """Something, if no sibling rank has spoken; the claim ends with this process and leaves no file."""
-    if "RANK" not in os.environ or not sys.platform.startswith("linux"):
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not sys.platform.startswith("linux"):
         return True
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     with contextlib.suppress(OSError):
-        claim.bind(f"\0physio-dist-told-{os.getppid()}")
+        claim.bind(f"\0physio-dist-told-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}")
         _holds.append(claim)
         return claim
     claim.close()

@@ -1,4 +1,4 @@
-"""Ties a process's life to that of the process that started it."""
+"""A process among others: how it ends with the one that started it, and the cores it may use."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def die_with_parent(signum: signal.Signals = signal.SIGKILL, parent: int | None 
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signum)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launcher_chain() -> list[int]:

@@ -36,7 +36,8 @@ _PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT)
 # Client errors by their status, yet a second try is what servers ask for.
 _PASSING_CODES = ("RequestTimeout", "IncompleteBody", "OperationAborted", "XAmzContentSHA256Mismatch")
 
-_contacted: set[str] = set()
+# Protocols whose endpoint has answered; a process that starts others passes it on.
+contacted: set[str] = set()
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -108,6 +109,12 @@ def _filesystem(protocol: str, pid: int) -> Any:
 
 
 def _resolve(url: str) -> tuple[Any, str]:
+    if not is_local(url) and without_secrets(url) != url:
+        # It would be written down in configurations, logs and indexes.
+        raise StorageError(
+            f"{without_secrets(url)}: the URL carries a user name, password or query; give credentials in the "
+            "environment instead (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a profile)"
+        )
     fs = _filesystem(_protocol(url), os.getpid())
     return fs, str(local_path(url)) if is_local(url) else fs._strip_protocol(url)
 
@@ -154,6 +161,8 @@ def explain(url: str, doing: str, error: BaseException) -> StorageError:
     if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and doing == "write" and s3):
         bucket = url.split("://", 1)[1].split("/", 1)[0]
         return NotFoundError(f"cannot {doing} {url}{where}: there is no bucket {bucket!r}; create it or change the URL")
+    if isinstance(error, FileNotFoundError) and doing == "write":
+        return StorageError(f"cannot write {url}: its folder cannot be made")
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"cannot {doing} {url}{where}: there is nothing there")
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in name:
@@ -176,13 +185,25 @@ def explain(url: str, doing: str, error: BaseException) -> StorageError:
 
 def endpoint() -> str | None:
     """The S3 endpoint that the environment names, for messages."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return without_secrets(named) if named else None
+
+
+def without_secrets(url: str) -> str:
+    """A URL without user name and password, and where it is a web address without its query."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    host, slash, path = rest.partition("/")
+    if scheme in ("http", "https"):
+        path = path.partition("?")[0]
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
     """Run ``action``, trying again while faults are transient and the budget lasts."""
     protocol = _protocol(url)
-    budget = OUTAGE_S if protocol in _contacted else FIRST_CONTACT_S
+    budget = OUTAGE_S if protocol in contacted else FIRST_CONTACT_S
     try:
         result = Retrying(
             retry=retry_if_exception(is_transient),
@@ -192,12 +213,12 @@ def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
         )(action)
     except Exception as error:
         if _answer(error)[0] is not None:
-            _contacted.add(protocol)
+            contacted.add(protocol)
         # The client calls a malformed endpoint a ValueError.
         if isinstance(error, OSError) or _of_s3_client(error) or (isinstance(error, ValueError) and not is_local(url)):
             raise explain(url, doing, error) from error
         raise
-    _contacted.add(protocol)
+    contacted.add(protocol)
     return result
 
 

@@ -121,7 +121,7 @@ def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
     storage._filesystem.cache_clear()
-    storage._contacted.discard("s3")
+    storage.contacted.discard("s3")
     yield s3
     storage._filesystem.cache_clear()
-    storage._contacted.discard("s3")
+    storage.contacted.discard("s3")

@@ -14,7 +14,7 @@ SHARED = {"errors", "config", "storage", "lifeline", "exits", ""}
 MAY_KNOW = {
     "signals": {"signals", "errors"},
     "shards": {"shards", "signals", "storage", "config", "errors", "lifeline", ""},
-    "models": {"models", "errors"},
+    "models": {"models", "storage", "errors"},
     "training": {"training", "models", "shards", "signals", "storage", "config", "errors", "lifeline", ""},
     "report": {"report", "errors"},
     "storage": {"errors"},

@@ -264,6 +264,13 @@ def test_wrong_and_missing_credentials_are_named(s3_here: S3, monkeypatch: pytes
         storage.read_bytes(s3_here.bucket + "/x")
 
 
+def test_what_a_server_refuses_for_good_is_told_at_once(s3_here: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "OUTAGE_S", 1e6)
+    storage.write_bytes(s3_here.bucket + "/x", b"short")
+    with pytest.raises(StorageError, match="InvalidRange"):
+        storage.read_bytes(s3_here.bucket + "/x", 100, 200)
+
+
 def test_a_bucket_that_does_not_exist_is_named(s3_here: S3) -> None:
     for act in (storage.names, lambda url: storage.write_bytes(url, b""), storage.read_bytes):
         with pytest.raises(NotFoundError, match="there is no bucket 'nobucket'; create it or change the URL"):

@@ -36,8 +36,8 @@ class MaskConfig:
     ratio < 1 (at 1 everything would be hidden) or with both 0.
     """
 
-    intra_ratio: float = 0.5
-    inter_ratio: float = 0.5
+    intra_ratio: float
+    inter_ratio: float
 
     def __post_init__(self) -> None:
         for name in ("intra_ratio", "inter_ratio"):
@@ -83,7 +83,7 @@ def draw_masks(
     group, keeps its one lead. With one channel the lead-wise part, with one patch the part in time drops
     out.
 
-    Expected shares at the default ratios with 12 leads (six limb leads in one group, V1-V6) and an even
+    Expected shares at ratios of 0.5 and 0.5 with 12 leads (six limb leads in one group, V1-V6) and an even
     number of patches: 0.480 of all patches inter, 0.260 intra, 0.740 hidden.
 
     Raises ``UserError`` where that leaves nothing to hide, ``ValueError`` where ``groups`` is no partition.

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -20,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from physio_dist import storage
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.criss_cross import CrissCrossEncoder, EncoderConfig, MaskedModel
 
@@ -28,12 +28,7 @@ WEIGHTS_FILE = "encoder.safetensors"
 CONFIG_FILE = "config.json"
 
 Read = Callable[[str], bytes]
-"""From a URL to the bytes behind it; raises ``OSError`` where there are none."""
-
-
-def read_local(url: str) -> bytes:
-    """The bytes of a local file. Other rooms pass the reader of ``storage.py`` instead."""
-    return Path(url.removeprefix("file://")).read_bytes()
+"""From a URL to the bytes behind it; raises ``StorageError`` where there are none."""
 
 
 def save_encoder(encoder: CrissCrossEncoder, about: Mapping[str, Any]) -> dict[str, bytes]:
@@ -61,7 +56,7 @@ def _storable(value: Tensor) -> Tensor:
     return (value.float() if value.is_floating_point() else value).contiguous()
 
 
-def read_export_config(url: str, read: Read = read_local) -> dict[str, Any]:
+def read_export_config(url: str, read: Read = storage.read_bytes) -> dict[str, Any]:
     """``config.json`` of an export folder. Raises ``UserError`` where it is absent or not an export's."""
     where = f"{url.rstrip('/')}/{CONFIG_FILE}"
     try:
@@ -75,7 +70,7 @@ def read_export_config(url: str, read: Read = read_local) -> dict[str, Any]:
     return config
 
 
-def load_encoder(url: str, read: Read = read_local) -> CrissCrossEncoder:
+def load_encoder(url: str, read: Read = storage.read_bytes) -> CrissCrossEncoder:
     """The encoder of an export folder, in eval mode, on the CPU, in fp32.
 
     Called with float ``[batch, channel, patch, 200]`` in units of 100 uV, and optionally ``valid`` (bool
@@ -127,8 +122,8 @@ def _differences(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Te
 def _bytes(where: str, read: Read, advice: str) -> bytes:
     try:
         return read(where)
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error}); {advice}") from error
+    except storage.StorageError as error:
+        raise UserError(f"{error}; {advice}") from error
 
 
 def _parse_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
@@ -138,7 +133,7 @@ def _parse_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
         raise DataError(f"{where}: not a whole safetensors file ({error})") from error
 
 
-def read_cbramod(url: str, read: Read = read_local) -> dict[str, Tensor]:
+def read_cbramod(url: str, read: Read = storage.read_bytes) -> dict[str, Tensor]:
     """The tensors of a published checkpoint, ``.safetensors`` or a ``.pth`` read with ``weights_only=True``."""
     data = _bytes(url, read, "give a CBraMod checkpoint, .pth or .safetensors")
     if url.endswith(".safetensors"):

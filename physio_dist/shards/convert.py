@@ -90,13 +90,18 @@ class Part:
     records: int = 0
 
 
+def key_of(name: str) -> str:
+    """A name in the characters that WebDataset keys may hold."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")
+
+
 def record_keys(records: Sequence[str]) -> list[str]:
     """A key for every record: the last part of its name in the characters that WebDataset keys may hold.
 
     Folders are left out because they may be named after people. A hash of the whole name tells records apart that end
     alike.
     """
-    plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", record.rsplit("/", 1)[-1]).strip("_") for record in records]
+    plain = [key_of(record.rsplit("/", 1)[-1]) for record in records]
     taken = Counter(plain)
     return [
         name if 0 < len(name) <= 60 and taken[name] == 1
@@ -129,7 +134,11 @@ def make_part(job: Job, path: str) -> None:
                 raise
             # One record in a million over which a library trips must not stop the others. What it says stays out: it
             # may quote the file.
-            reason = str(error) if isinstance(error, RecordError) else f"cannot be read ({type(error).__name__})"
+            reason = f"cannot be read ({type(error).__name__})"
+            if isinstance(error, RecordError):
+                person = person if person is not None else error.person
+                # It may name a file that is called after the person.
+                reason = hide_person(str(error), job.source, person)
             shown = key if reader.simulated else without_person(key, job.source, person)
             part.rejects.append({"record": shown, "reason": reason})
             continue
@@ -148,15 +157,24 @@ def make_part(job: Job, path: str) -> None:
     storage.write_bytes(path, _pack(part, windows))
 
 
-def without_person(name: str, source: str, person: str | None) -> str:
-    """A record's name in which the person's id, if it stands there as a word of its own, is the pseudonym."""
-    if person is None:
-        return name
-    # MIMIC writes p10000032 in one place and 10000032 in another.
+def hide_person(text: str, source: str, person: str | None) -> str:
+    """A text in which the person's id, where it stands as a word of its own, is the pseudonym."""
+    if not person:
+        return text
+    # MIMIC writes p10000032 in one place and 10000032 in another; keys have other characters replaced.
     bare = person.lstrip("pP") or person
     hidden = f"{pseudonym(source, person):016x}"
-    found = re.sub(rf"(?<![A-Za-z0-9])[pP]?{re.escape(bare)}(?![A-Za-z0-9])", hidden, name)
-    return found if len(found) <= 70 else f"{hidden}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    for word in {bare, key_of(bare)} - {""}:
+        text = re.sub(rf"(?<![A-Za-z0-9])[pP]?{re.escape(word)}(?![A-Za-z0-9])", hidden, text)
+    return text
+
+
+def without_person(name: str, source: str, person: str | None) -> str:
+    """A record's key without the person's id."""
+    found = hide_person(name, source, person)
+    if len(found) <= 70 or person is None:
+        return found
+    return f"{pseudonym(source, person):016x}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _pack(part: Part, windows: Sequence[Window]) -> bytes:

@@ -38,6 +38,8 @@ def read_labels(
         raise UserError(f"labels={file} has no column `record` or `file`; its columns: {', '.join(columns) or 'none'}")
     if person is not None and person not in columns:
         raise UserError(f"person={person}: {file} has no such column: {nearest(person, columns)}")
+    if "simulated" in columns:
+        raise UserError(f"labels={file}: `simulated` cannot be a label, it says which signals are made up; rename it")
     known = set(records)
     # A record may go by the last part of its name, as long as no other record ends alike.
     short: dict[str, str | None] = {}

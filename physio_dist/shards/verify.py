@@ -77,7 +77,9 @@ def _shard_faults(
         return
     for i, member in enumerate(members):
         if member.facts is None:
-            yield f"{info.url}: sample {member.key} has no json"
+            # Shards of others may do without; see adopt().
+            if shards.made_by.get("reader") != "index":
+                yield f"{info.url}: sample {member.key} has no json"
         elif bool(member.facts.get("simulated")) and not shards.simulated:
             yield f"{info.url}: sample {member.key} is simulated, which the index does not say"
         for name, signal in shards.signals.items():

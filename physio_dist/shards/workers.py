@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
-from physio_dist import lifeline
+from physio_dist import lifeline, storage
 
 _HELD = (signal.SIGINT, signal.SIGTERM)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -32,7 +32,10 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     # Spawned, not forked: the S3 client does not survive a fork.
     pool = ProcessPoolExecutor(
-        workers or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), initializer=_start
+        workers or lifeline.cores(),
+        multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(storage.contacted,),
     )
     try:
         yield pool
@@ -63,7 +66,9 @@ def as_they_come(
         yield futures[future], future.result()
 
 
-def _start() -> None:
+def _start(contacted: set[str]) -> None:
+    # An endpoint that has answered the parent is out for a while if it does not answer here.
+    storage.contacted.update(contacted)
     # Ctrl-C and a job's end reach the whole process group; the parent alone decides what they mean.
     for signum in _HELD:
         signal.signal(signum, signal.SIG_IGN)

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,7 +77,8 @@ def spec_of(options: ShardConfig) -> WindowSpec:
     window = options.window
     return WindowSpec(
         rate=window.rate, seconds=window.seconds, leads=tuple(leads) or ECG_12, band=(window.low, window.high),
-        uv_per_bit=window.uv_per_bit, missing=options.missing,
+        uv_per_bit=window.uv_per_bit, missing=options.missing, min_leads=options.min_leads,
+        exchanged=options.exchanged,
     )  # fmt: skip
 
 
@@ -265,7 +267,9 @@ def _choose(parts: Sequence[Part], quality: str, known: dict[str, set[int]]) -> 
 
 
 def _kind(reason: str) -> str:
-    return reason.split(":", 1)[0][:60]
+    # Names and numbers would make a kind of its own of every record.
+    words = re.split(r"[:;(,]", reason, maxsplit=1)[0].split()
+    return " ".join(word for word in words if not re.search(r"[\d._/]", word))
 
 
 def _nothing_kept(source: str, records: int, rejects: Sequence[dict[str, Any]]) -> str:
@@ -338,7 +342,7 @@ def tell(summary: Summary, say: Callable[[str], None]) -> None:
     """Say what a conversion came to."""
     made = summary.shard_set
     if summary.already:
-        say("already there, nothing to do:")
+        say("already there; the recordings were not looked at again (to convert them anew, delete the folder first):")
     splits: Iterable[str] = (f"{made.splits[name]} {name}" for name in SPLITS)
     say(
         f"{made.nsamples} windows of {made.people} people from {summary.records} records in {len(made.shards)} shards "

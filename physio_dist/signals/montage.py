@@ -137,7 +137,8 @@ def _rows(signal: Signal) -> dict[str, int]:
     for i, name in enumerate(signal.channels):
         key = channel_key(name)
         if key in rows:
-            raise RecordError(f"two channels are lead {key}: {signal.channels[rows[key]]!r} and {name!r}")
+            lead = canonical(name)
+            raise RecordError(f"two channels are lead {lead}" if lead else "two channels have the same name")
         rows[key] = i
     return rows
 

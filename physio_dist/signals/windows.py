@@ -67,8 +67,11 @@ class WindowSpec:
             raise UserError(f"seconds={self.seconds} at rate={self.rate} is no whole number of samples")
         if not 0 < self.band[0] < self.band[1] < self.rate / 2:
             raise UserError(f"band={self.band} has to rise and lie between 0 and half of rate={self.rate}")
-        if not 0 < self.uv_per_bit < math.inf:
-            raise UserError(f"uv_per_bit={self.uv_per_bit} has to be above zero")
+        if not quality.MAX_UV / _INT16 <= self.uv_per_bit < math.inf:
+            raise UserError(
+                f"uv_per_bit={self.uv_per_bit} has to be at least {quality.MAX_UV / _INT16:.3f}: signals up to "
+                f"{quality.MAX_UV / 1000:g} mV count as valid, and would be cut off in 16 bits"
+            )
         keys = [channel_key(lead) for lead in self.leads]
         if not keys or len(set(keys)) < len(keys):
             raise UserError(f"leads={','.join(self.leads)} has to name at least one lead, and each only once")
@@ -190,7 +193,11 @@ def _prepare(modality: str, signal: Signal, spec: WindowSpec) -> _Prepared:
         names = tuple(canonical(lead) or lead for lead in (*spec.leads, *extra))
         data, missing = select(signal, names)
         if missing and (spec.missing == "reject" or len(missing) == len(spec.leads)):
-            raise RecordError(f"lead {', '.join(missing)} is missing; the record has {', '.join(signal.channels)}")
+            # Names that are no lead's stay out: they are free text of a header.
+            has = [lead for name in signal.channels if (lead := canonical(name)) is not None]
+            others = len(signal.channels) - len(has)
+            rest = f"{', '.join(has) or 'none of the leads'}" + (f" and {others} other channels" if others else "")
+            raise RecordError(f"lead {', '.join(missing)} is missing; the record has {rest}")
     written = len(names) - len(extra)
     raw, gaps = quality.bridge_gaps(data)
     band = _filter(raw, signal.rate, spec)

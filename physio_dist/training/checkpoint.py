@@ -37,6 +37,7 @@ class Progress:
         step: steps taken, which is also the number of global batches taken.
         samples: trained on, over all ranks.
         fingerprints: of the shard sets, in the mixture's order.
+        order: what else decides which samples a step takes: seed, global batch, weights.
         encoder: the encoder's configuration.
         signal: facts an export states: channels, rate, simulated or not.
     """
@@ -44,6 +45,7 @@ class Progress:
     step: int
     samples: int
     fingerprints: list[str]
+    order: dict[str, Any]
     encoder: dict[str, Any]
     signal: dict[str, Any]
 
@@ -107,12 +109,8 @@ def write(
     return folder
 
 
-def read(folder: str, tensors: bool = True) -> Checkpoint:
+def read(folder: str) -> Checkpoint:
     """Read a checkpoint, checking every file against the manifest.
-
-    Args:
-        folder: its URL.
-        tensors: False reads the optimizer's file only to check it.
 
     Raises:
         UserError: there is no committed checkpoint, or a later version wrote it.
@@ -133,7 +131,7 @@ def read(folder: str, tensors: bool = True) -> Checkpoint:
         progress = Progress(**json.loads(content[STATE]))
         return Checkpoint(
             url=folder, progress=progress, model=load_tensors(content[MODEL]),
-            optimizer=load_tensors(content[OPTIMIZER]) if tensors else {},
+            optimizer=load_tensors(content[OPTIMIZER]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder} is damaged: {error}") from None
@@ -153,21 +151,31 @@ def _checked(folder: str, name: str, facts: dict[str, Any]) -> bytes:
 def newest(run: str, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest committed checkpoint that is whole; None where the run has none.
 
+    The run may go on meanwhile: a checkpoint that is pruned while it is read is not taken for a damaged one.
+
     Raises:
         DataError: there are committed checkpoints, and every one is damaged.
     """
-    damaged = []
-    for step in steps(run):
-        folder = folder_of(run, step)
-        if not is_committed(folder):
-            continue
+    damaged: dict[str, str] = {}
+    tried: set[str] = set()
+    while True:
+        committed = [folder for step in steps(run) if is_committed(folder := folder_of(run, step))]
+        untried = [folder for folder in committed if folder not in tried]
+        if not untried:
+            break
+        folder = untried[0]
+        tried.add(folder)
         try:
             return read(folder)
         except DataError as error:
-            damaged.append(str(error))
-            warn(f"{error}; going back to the checkpoint before it")
+            if is_committed(folder):
+                damaged[folder] = str(error)
+                warn(f"{error}; going back to the checkpoint before it")
+        except UserError:
+            if is_committed(folder):
+                raise
     if damaged:
-        raise DataError(f"no checkpoint of {run} can be used: {damaged[0]}")
+        raise DataError(f"no checkpoint of {run} can be used: {next(iter(damaged.values()))}")
     return None
 
 

@@ -31,7 +31,8 @@ class StopFlag:
     def __init__(self) -> None:
         self.reason: str | None = None
         self.training = False
-        self._lock = threading.Lock()
+        # Re-entrant, because a second signal may come while the first one's handler holds it.
+        self._lock = threading.RLock()
 
     def set(self, reason: str) -> None:
         """Ask for a stop; the first reason stands."""

@@ -61,6 +61,15 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
 
+    def check(self) -> None:
+        """Make sure, right before something is committed, that the run is still this process's.
+
+        Raises:
+            UserError: another process has taken it over.
+        """
+        if self._read().get("token") != self._token:
+            raise UserError(f"another process has taken this run over ({self._url}); nothing more is written here")
+
     def release(self) -> None:
         """Give the run back, so that the next start need not wait."""
         self._ended.set()
@@ -130,7 +139,7 @@ class Lease:
                 self._beat += 1
                 self._write(released=False)
             except storage.StorageError:
-                # An outage of storage is not a loss: nobody else can write there either.
+                # An outage may be this host's alone, and another may have taken over: see check().
                 continue
 
 

@@ -67,7 +67,8 @@ def train(
 
     Raises:
         Stopped: a signal came; the step it came in was finished and saved.
-        NonFiniteError: a loss became NaN or infinite; no rank's weights were touched by it.
+        NonFiniteError: a loss became NaN or infinite, which is found before any weight moves, or a gradient did, which
+            is found after; no checkpoint is written of it.
         DataError: a shard disagrees with its index.
     """
     opts = options.train

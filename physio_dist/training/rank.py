@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import platform
-import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -20,7 +18,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from physio_dist import __version__, storage
+from physio_dist import __version__, lifeline, storage
 from physio_dist.config import PretrainConfig, mixture
 from physio_dist.errors import EXIT_FAULT, PhysioError, UserError
 from physio_dist.models.criss_cross import PATCH, MaskedModel, count_flops, preset
@@ -33,7 +31,8 @@ from physio_dist.training.checkpoint import Checkpoint, Progress
 from physio_dist.training.engine import Engine, quiet
 from physio_dist.training.guards import StopFlag
 from physio_dist.training.loop import Hooks, Share, train
-from physio_dist.training.rundir import METRICS, RunDir, settle_config
+from physio_dist.training.place import Place, join_ranks, split_share
+from physio_dist.training.rundir import METRICS, RunDir, compare_config, write_config
 from physio_dist.training.step import UNIT_UV, Prepared, pin, prepare, to_device
 from physio_dist.training.validation import Validation
 
@@ -43,40 +42,6 @@ _LAUNCHER_S = 5.0
 
 class PeerLostError(PhysioError):
     """Another rank is gone; this one cannot go on alone."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among the ranks."""
-
-    rank: int
-    world: int
-    local_world: int
-
-
-def join_ranks() -> Place:
-    """Make the environment of a rank complete: a process started by plain ``python`` is a world of one."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    world = int(os.environ["WORLD_SIZE"])
-    # torchrun and the DeepSpeed launcher name it differently.
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
-    return Place(int(os.environ["RANK"]), world, local)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def split_share(global_batch: int, world: int, most: int) -> tuple[int, int]:
-    """Windows a forward pass and forward passes a step, for the widest share of a rank."""
-    share = -(-global_batch // world)
-    passes = -(-share // most)
-    return -(-share // passes), passes
 
 
 def run(options: PretrainConfig, stop: StopFlag) -> None:
@@ -89,7 +54,7 @@ def run(options: PretrainConfig, stop: StopFlag) -> None:
     if place.world > options.train.global_batch:
         raise UserError(f"{place.world} ranks cannot share train.global_batch={options.train.global_batch}")
     say = _say if place.rank == 0 else _silent
-    torch.set_num_threads(options.train.threads or max(1, _cores() // place.local_world))
+    torch.set_num_threads(options.train.threads or max(1, lifeline.cores() // place.local_world))
     mask = MaskConfig(options.mask.intra_ratio, options.mask.inter_ratio)
     encoder = preset(options.model.preset, options.model.dropout)
     run_dir = RunDir(storage.join(options.run.dir, options.run.name), place.rank)
@@ -99,21 +64,26 @@ def run(options: PretrainConfig, stop: StopFlag) -> None:
     order = source.order("train", options.train.global_batch, options.run.seed)
     held: lease.Lease | None = None
     if place.rank == 0:
-        settle_config(run_dir, options)
         held = lease.Lease(run_dir.url, lambda why: lease.end_process(why, EXIT_FAULT), say)
     try:
+        if held is not None:
+            compare_config(run_dir, options)
         quiet()
         deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
-        found = _agree_on_checkpoint(run_dir, options, place, say)
         attempt = _broadcast(held.attempt if held else 0)
+        run_dir.begin(attempt)
+        found = _agree_on_checkpoint(run_dir, options, place, say)
         torch.manual_seed(options.run.seed)
         model = MaskedModel(encoder, checkpoint_activations=options.model.preset in ("large", "xl"))
         start = 0
         if found is not None:
-            _check_fits(found, source, encoder.to_dict())
+            _check_fits(found, source, encoder.to_dict(), _order_of(options, source))
             model.load_state_dict(found.model)
             start = found.progress.step
-        _Rank(options, place, run_dir, source, model, mask, stop, say, attempt).train(order, found, start)
+        if held is not None:
+            # Only now, so that a start that is refused leaves no run behind, and changes none.
+            write_config(run_dir, options)
+        _Rank(options, place, run_dir, source, model, mask, stop, say, attempt, held).train(order, found, start)
     except RuntimeError as error:
         # What the collectives say when a peer is gone.
         if any(word in str(error) for word in ("Connection", "gloo", "NCCL", "Socket")):
@@ -147,7 +117,12 @@ def _check_signal(source: Source, mask: MaskConfig) -> None:
     draw_masks(mask, groups, source.info.samples // PATCH, 0, "check", numpy.zeros(1, dtype=numpy.int64))
 
 
-def _check_fits(found: Checkpoint, source: Source, encoder: dict[str, Any]) -> None:
+def _order_of(options: PretrainConfig, source: Source) -> dict[str, Any]:
+    """What decides, beside the data itself, which samples a step takes."""
+    return {"seed": options.run.seed, "global_batch": options.train.global_batch, "weights": source.weights}
+
+
+def _check_fits(found: Checkpoint, source: Source, encoder: dict[str, Any], order: dict[str, Any]) -> None:
     """Refuse a checkpoint of another model or of other data.
 
     Raises:
@@ -166,11 +141,18 @@ def _check_fits(found: Checkpoint, source: Source, encoder: dict[str, Any]) -> N
             f"{found.url} was trained on other data (fingerprint {found.progress.fingerprints[0][:12]}, now "
             f"{fingerprints[0][:12]}): its place in the order would mean nothing here. Choose another run.name"
         )
+    if found.progress.order != order:
+        raise UserError(
+            f"{found.url} took its samples in another order ({found.progress.order} there, {order} now): going on from "
+            "it would repeat some and miss others"
+        )
 
 
-def _agree_on_checkpoint(run_dir: RunDir, options: PretrainConfig, place: Place, say: Callable[[str], None]) -> Any:
+def _agree_on_checkpoint(
+    run_dir: RunDir, options: PretrainConfig, place: Place, say: Callable[[str], None]
+) -> Checkpoint | None:
     """The checkpoint to start from, the same on every rank; the first rank looks for it."""
-    url: str | None = None
+    found: Checkpoint | None = None
     if place.rank == 0:
         found = checkpoint.newest(run_dir.url, say)
         if found is None and options.resume not in ("auto", "none"):
@@ -178,9 +160,8 @@ def _agree_on_checkpoint(run_dir: RunDir, options: PretrainConfig, place: Place,
             found = checkpoint.read(given) if checkpoint.is_committed(given) else checkpoint.newest(given, say)
             if found is None:
                 raise UserError(f"resume={options.resume}: there is no committed checkpoint")
-        url = found.url if found else None
-    url = _broadcast(url)
-    return checkpoint.read(url) if url else None
+    url = _broadcast(found.url if found else None)
+    return found if found is not None or url is None else checkpoint.read(url)
 
 
 def _broadcast(value: Any) -> Any:
@@ -202,10 +183,10 @@ class _Rank:
 
     def __init__(
         self, options: PretrainConfig, place: Place, run_dir: RunDir, source: Source, model: MaskedModel,
-        mask: MaskConfig, stop: StopFlag, say: Callable[[str], None], attempt: int,
+        mask: MaskConfig, stop: StopFlag, say: Callable[[str], None], attempt: int, held: lease.Lease | None,
     ) -> None:  # fmt: skip
         self.options, self.place, self.run_dir, self.source = options, place, run_dir, source
-        self.model, self.mask, self.stop, self.say, self.attempt = model, mask, stop, say, attempt
+        self.model, self.mask, self.stop, self.say, self.attempt, self.held = model, mask, stop, say, attempt, held
         self.groups = mask_groups(source.info.channels)
         self.trace_name = f"trace/rank-{place.rank}.jsonl"
         self.first = place.rank == 0
@@ -229,7 +210,8 @@ class _Rank:
             source, opts.val_samples, micro, self.mask, self.groups, seed, place.rank, place.world
         )
         if validation.total == 0:
-            self.say("no held-out windows: the shard set's val split is empty, so there will be no val_loss")
+            why = "train.val_samples is 0" if not opts.val_samples else "the shard set's val split is empty"
+            self.say(f"no held-out windows, so there will be no val_loss: {why}")
         self.engine = Engine(self.model, options, micro, passes)
         self._open_files(start)
         self._introduce(start, micro, passes)
@@ -254,8 +236,12 @@ class _Rank:
                 train(
                     self.engine, source, feed, validation, options, share, start, self.stop, hooks, order.epoch
                 )
-            finally:
-                self._close()
+            except BaseException:
+                # Sending the rest may fail too; what is told is why training ended.
+                with contextlib.suppress(storage.StorageError):
+                    self._close()
+                raise
+            self._close()
         self.say(f"done: {opts.steps} steps; `physio-dist report {self.run_dir.url}` draws the report")
 
     def _open_files(self, start: int) -> None:
@@ -355,16 +341,22 @@ class _Rank:
             sets = self.source.sets
             progress = Progress(
                 step=step, samples=step * self.options.train.global_batch,
-                fingerprints=[shards.fingerprint for shards in sets], encoder=self.model.config.to_dict(),
+                fingerprints=[shards.fingerprint for shards in sets], order=_order_of(self.options, self.source),
+                encoder=self.model.config.to_dict(),
                 signal={
                     "signal": self.source.signal, "channels": list(self.source.info.channels), "rate": sets[0].rate,
                     "unit_uv": UNIT_UV, "simulated": any(shards.simulated for shards in sets),
                 },
             )  # fmt: skip
-            checkpoint.write(self.run_dir.url, progress, model, optimizer, self.run_dir.sync)
+            checkpoint.write(self.run_dir.url, progress, model, optimizer, self._before_commit)
             checkpoint.prune(self.run_dir.url, self.options.train.keep, step)
         # A rank that ended now would have its launcher end the one that is writing.
         dist.barrier()
+
+    def _before_commit(self) -> None:
+        self.run_dir.sync()
+        assert self.held is not None
+        self.held.check()
 
     def _close(self) -> None:
         if self.bar is not None:

@@ -40,16 +40,21 @@ class RunDir:
         self.url = storage.absolute(url)
         self.rank = rank
         self._local = storage.is_local(self.url)
-        if self._local:
-            self.spool = storage.local_path(self.url)
-        else:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-            digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-            self.spool = cache / "physio-dist" / "runs" / digest / f"rank-{rank}"
-            # The bucket is the truth; what an interrupted run had not sent is behind its newest checkpoint.
-            shutil.rmtree(self.spool, ignore_errors=True)
+        self.spool = storage.local_path(self.url) if self._local else Path()
         self._growing: dict[str, TextIO] = {}
         self._sent: dict[Path, tuple[int, float]] = {}
+
+    def begin(self, attempt: int) -> None:
+        """Choose the spool of this attempt and drop those of earlier ones; only for who holds the run's lease.
+
+        The bucket is the truth: what an interrupted attempt had not sent is of steps behind the newest checkpoint.
+        """
+        if self._local:
+            return
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        of_run = cache / "physio-dist" / "runs" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.spool = of_run / f"rank-{self.rank}" / str(attempt)
+        shutil.rmtree(self.spool.parent, ignore_errors=True)
 
     def file(self, *parts: str) -> str:
         """URL of a file of the run."""
@@ -101,7 +106,7 @@ class RunDir:
             file.close()
         self.sync()
         if not self._local:
-            shutil.rmtree(self.spool, ignore_errors=True)
+            shutil.rmtree(self.spool.parent, ignore_errors=True)
 
 
 def _step_of(line: str, up_to: int | None) -> bool:
@@ -113,11 +118,8 @@ def _step_of(line: str, up_to: int | None) -> bool:
     return isinstance(document, dict) and (up_to is None or int(document.get("step", 0)) <= up_to)
 
 
-def settle_config(run: RunDir, options: PretrainConfig) -> bool:
-    """Write the resolved configuration, or compare it with that of the run that is there.
-
-    Returns:
-        Whether the run was there already.
+def compare_config(run: RunDir, options: PretrainConfig) -> None:
+    """Compare the resolved configuration with that of the run that is there, if one is.
 
     Raises:
         UserError: an option differs that must not (all of them are named), or ``resume=none`` on an existing run.
@@ -127,10 +129,9 @@ def settle_config(run: RunDir, options: PretrainConfig) -> bool:
     except storage.NotFoundError:
         there = None
     if there is None:
-        storage.write_bytes(run.file(CONFIG), to_yaml(options).encode())
-        return False
+        return
     if options.resume == "none":
-        raise UserError(f"{run.url} exists already: choose another run.name, or resume=auto to go on with it")
+        raise UserError(f"{run.url} exists already: choose another run.name, or leave out resume=none to go on with it")
     old, new = flatten(there), flatten(options)
     fixed = sorted((set(old) | set(new)) - MAY_DIFFER)
     differing = [name for name in fixed if old.get(name) != new.get(name)]
@@ -142,5 +143,8 @@ def settle_config(run: RunDir, options: PretrainConfig) -> bool:
             f"{run.url} was started with another configuration ({told}). Give the same options to go on, or choose "
             "another run.name"
         )
+
+
+def write_config(run: RunDir, options: PretrainConfig) -> None:
+    """Write the resolved configuration: from here on the run is there, and other options are refused."""
     storage.write_bytes(run.file(CONFIG), to_yaml(options).encode())
-    return True

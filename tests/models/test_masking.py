@@ -81,7 +81,7 @@ def test_rules_hold_for_every_mask(layout: str, patches: int, intra: float, inte
 
 
 def test_no_hidden_limb_patch_is_arithmetic_of_visible_leads() -> None:
-    mask = draw(MaskConfig(), TWELVE, 10, 300)
+    mask = draw(MaskConfig(0.5, 0.5), TWELVE, 10, 300)
     patterns = np.unique(mask.hidden.transpose(0, 2, 1).reshape(-1, 12), axis=0)
     assert len(patterns) > 100
     for hidden in patterns:
@@ -94,8 +94,8 @@ def test_no_hidden_limb_patch_is_arithmetic_of_visible_leads() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.integers(0, 2**40))
 def test_a_mask_depends_on_its_position_alone(others: list[int], position: int) -> None:
-    alone = draw_masks(MaskConfig(), TWELVE, 10, 3, "train", np.array([position]))
-    batch = draw_masks(MaskConfig(), TWELVE, 10, 3, "train", np.array([*others, position]))
+    alone = draw_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 3, "train", np.array([position]))
+    batch = draw_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 3, "train", np.array([*others, position]))
     assert np.array_equal(alone.intra[0], batch.intra[-1])
     assert np.array_equal(alone.inter[0], batch.inter[-1])
 
@@ -103,20 +103,20 @@ def test_a_mask_depends_on_its_position_alone(others: list[int], position: int) 
 def test_seed_and_purpose_and_position_each_change_the_masks() -> None:
     def hidden(seed: int, purpose: str, first: int) -> bytes:
         positions = np.arange(first, first + 50)
-        return draw_masks(MaskConfig(), TWELVE, 10, seed, purpose, positions).hidden.tobytes()
+        return draw_masks(MaskConfig(0.5, 0.5), TWELVE, 10, seed, purpose, positions).hidden.tobytes()
 
     assert len({hidden(1, "train", 0), hidden(2, "train", 0), hidden(1, "val", 0), hidden(1, "train", 50)}) == 4
 
 
 def test_masks_stay_the_same_for_ever() -> None:
     # Frozen: a change here breaks the resumption of every run under way.
-    mask = draw_masks(MaskConfig(), TWELVE, 10, 1234, "train", np.array([0, 1, 10**12]))
+    mask = draw_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 1234, "train", np.array([0, 1, 10**12]))
     words = [int("".join(map(str, row.astype(int).ravel())), 2) for row in mask.hidden]
     assert [f"{word:030x}" for word in words] == FROZEN
 
 
 def test_shares_are_those_that_the_docstring_states() -> None:
-    mask = draw(MaskConfig(), TWELVE, 10, 60_000)
+    mask = draw(MaskConfig(0.5, 0.5), TWELVE, 10, 60_000)
     # By hand: of seven groups none is hidden in 1 of 128 samples and all in 1 of 256 (no lead kept), so a
     # group's probability is 1/2 + 1/896 - 1/1792; a limb lead is the kept one in a sixth of half of it.
     group = 0.5 + 1 / 1792
@@ -154,12 +154,12 @@ def test_ratios_that_hide_nothing_or_everything_are_refused(ratios: tuple[float,
 @pytest.mark.parametrize("groups", [[], [[0], [0]], [[1]], [[0, 2]]])
 def test_groups_have_to_be_a_partition(groups: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="partition"):
-        draw(MaskConfig(), groups, 10, 2)
+        draw(MaskConfig(0.5, 0.5), groups, 10, 2)
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    mask = draw(MaskConfig(), TWELVE, 10, 5)
+    mask = draw(MaskConfig(0.5, 0.5), TWELVE, 10, 5)
     predicted, target = torch.randn(2, 5, 12, 10, 200, generator=generator).unbind(0)
     valid = torch.rand(5, 12, 10, generator=generator) < 0.7
     return predicted, target, torch.from_numpy(mask.intra), torch.from_numpy(mask.inter), valid

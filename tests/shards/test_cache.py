@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from physio_dist import storage
 from physio_dist.errors import DataError, UserError
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.index import ShardSet
@@ -159,12 +160,22 @@ def test_what_a_killed_process_left_half_fetched_goes_after_an_hour(
 
 
 def _open_all(folder: str, shards: ShardSet, gate: object, told: object) -> None:
+    fetches = 0
+    get_file = storage.get_file
+
+    def counted(url: str, target: Path) -> None:
+        nonlocal fetches
+        fetches += 1
+        get_file(url, target)
+
+    storage.get_file = counted
     gate.wait()  # type: ignore[attr-defined]
     cache = ShardCache(folder, 1e9)
-    told.put([good(cache.open(shards, number), shards, number) for number in range(len(shards.shards))])  # type: ignore[attr-defined]
+    whole = [good(cache.open(shards, number), shards, number) for number in range(len(shards.shards))]
+    told.put((whole, fetches))  # type: ignore[attr-defined]
 
 
-def test_processes_fetching_the_same_shards_at_once_all_see_whole_ones(
+def test_processes_that_want_the_same_shards_at_once_fetch_each_once_and_see_whole_ones(
     make_set: Make, s3_here: S3, tmp_path: Path
 ) -> None:
     shards = make_set(s3_here.bucket, sizes=(40, 40, 40), length=2000)
@@ -173,7 +184,9 @@ def test_processes_fetching_the_same_shards_at_once_all_see_whole_ones(
     processes = [spawn.Process(target=_open_all, args=(str(tmp_path), shards, gate, told)) for _ in range(3)]
     for process in processes:
         process.start()
-    assert [told.get(timeout=60) for _ in processes] == [[True] * 3] * 3
+    answers = [told.get(timeout=60) for _ in processes]
+    assert [whole for whole, _ in answers] == [[True] * 3] * 3
+    assert sum(fetches for _, fetches in answers) == 3
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
@@ -195,7 +208,7 @@ def test_a_full_cache_disk_is_a_clear_error_and_leaves_no_part(make_set: Make, s
     shards = make_set(s3_here.bucket, sizes=(20,), length=2000)
     with pytest.raises(StorageError, match=f"fetch to {tiny_disk}.*: the disk is full; free some space"):
         ShardCache(str(tiny_disk), 1e9).open(shards, 0)
-    assert [path.suffix for path in (tiny_disk / "shards").iterdir()] == [".lock"]
+    assert {path.suffix for path in (tiny_disk / "shards").iterdir()} == {".lock"}
 
 
 def test_a_cache_folder_that_cannot_be_made_or_written_is_a_clear_error(
@@ -208,4 +221,23 @@ def test_a_cache_folder_that_cannot_be_made_or_written_is_a_clear_error(
     cache = ShardCache(str(tiny_disk), 1e9)
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
     with pytest.raises(StorageError, match="Read-only file system"):
+        cache.open(shards, 0)
+
+
+def test_a_verified_shard_is_hashed_again_only_when_its_file_has_changed(make_set: Make, tmp_path: Path) -> None:
+    shards = make_set(str(tmp_path / "set"), sizes=(4, 4))
+    cache = ShardCache(str(tmp_path / "cache"), 1e9)
+    cache._most_maps = 1
+    path = tmp_path / "set" / shards.shards[0].url
+    facts = path.stat()
+    cache.open(shards, 0)
+    cache.open(shards, 1)
+    with path.open("r+b") as file:
+        file.seek(3000)
+        file.write(b"x")
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    cache.open(shards, 0)  # by its size and times the same file: not read again
+    cache.open(shards, 1)
+    os.utime(path)
+    with pytest.raises(DataError, match=shards.shards[0].url):
         cache.open(shards, 0)

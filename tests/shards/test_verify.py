@@ -220,8 +220,7 @@ def test_dead_leads_are_invalid_and_samples_without_person_are_people_of_their_o
     made = adopt(str(tmp_path), IndexOptions(channels="I,II"))
     assert made.people == 3
     assert read_sidecar(made).valid["ecg"].tolist() == [[True, False], [False, True], [True, True]]
-    faults = list(verify(str(tmp_path)))
-    assert faults == [f"x.tar: sample {key} has no json" for key in "abc"]
+    assert list(verify(str(tmp_path))) == [], "shards of others may do without json"
 
 
 @pytest.mark.parametrize(

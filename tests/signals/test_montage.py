@@ -96,7 +96,7 @@ def test_what_cannot_be_had_is_named_and_nan() -> None:
 
 
 def test_a_lead_given_twice_is_no_choice_of_ours() -> None:
-    with pytest.raises(RecordError, match=r"lead II.*'Lead II'"):
+    with pytest.raises(RecordError, match="two channels are lead II"):
         select(signal(np.ones((2, 5)), ("II", "Lead II")), ("II",))
 
 

@@ -124,11 +124,13 @@ def test_a_run_that_is_live_is_not_written_twice(new_run: Make) -> None:
         second_log = run.folder / "second.log"
         run_log = run.log
         run_log.rename(second_log)  # the first one's open file moves along
-        assert second() == 2
+        config = (run.path / "config.yaml").read_bytes()
+        assert second(extra=("train.steps=200000", "train.precision=bf16")) == 2
         text = run_log.read_text()
         assert "is live" in text
         assert "Traceback" not in text
         assert process.poll() is None
+        assert (run.path / "config.yaml").read_bytes() == config, "the start that was refused left the run alone"
     finally:
         end_session(process)
 

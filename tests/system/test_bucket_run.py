@@ -102,3 +102,26 @@ def test_a_storage_outage_in_mid_run_costs_only_time(bucket_run: Run, s3: S3, un
     finally:
         end_session(process)
     assert there.trace() == undisturbed().trace()
+
+
+def test_a_second_start_leaves_a_live_run_in_a_bucket_alone(bucket_run: Run, s3: S3) -> None:
+    bucket_run.options = ("train.steps=100000", "train.save_every=20")
+    process = bucket_run.start()
+    try:
+        wait_until(lambda: "step 5/" in bucket_run.said(), "step 5")
+        first = bucket_run.folder / "first.log"
+        bucket_run.log.rename(first)  # the open file moves along
+        assert bucket_run() == 2
+        assert "is live" in bucket_run.said()
+        assert process.poll() is None, first.read_text()
+        assert len(bucket_run.ranks()) == 2
+    finally:
+        end_session(process)
+
+
+def test_credentials_in_a_url_are_refused_and_written_nowhere(bucket_run: Run) -> None:
+    bucket_run.index = "http://user:hunter2@127.0.0.1:1/set"
+    bucket_run.run_dir = None
+    assert bucket_run() == 2
+    assert "hunter2" not in next(line for line in bucket_run.said().splitlines() if "(exit status" in line)
+    assert not bucket_run.path.exists() or not list(bucket_run.path.rglob("*.yaml"))

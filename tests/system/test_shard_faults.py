@@ -48,11 +48,12 @@ def in_bucket(s3: S3, cli: Cli, tmp_path: Path) -> Iterator[S3]:
     yield s3
 
 
-@pytest.mark.parametrize("size", ["1m", "6m"])
+@pytest.mark.parametrize("size", ["1m", "4600k", "6m"])
 def test_a_disk_that_fills_up_is_named_and_the_same_command_goes_on_with_room(
     disk: Callable[[str], Path], cli: Cli, size: str
 ) -> None:
-    # The parts take 4 MB and so do the shards: 1 MB is full while reading, 6 MB while writing.
+    # The parts take 4 MB, and so do the shards, written beside them and then put in place: the disk is full while
+    # reading, while writing, and while putting in place.
     out = disk(size) / "set"
     told = one_line(cli(*WORDS, "--out", out), 2)
     assert str(out) in told

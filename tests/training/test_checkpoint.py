@@ -14,7 +14,7 @@ from physio_dist.training.checkpoint import Progress
 
 
 def progress(step: int) -> Progress:
-    return Progress(step, step * 8, ["f" * 64], {"d": 80}, {"channels": ["I"], "rate": 200.0})
+    return Progress(step, step * 8, ["f" * 64], {"seed": 0}, {"d": 80}, {"channels": ["I"], "rate": 200.0})
 
 
 def write(run: Path, step: int) -> Path:
@@ -94,3 +94,21 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     folder = write(tmp_path, 5)
     checkpoint.write(str(tmp_path), progress(5), {"weight": torch.zeros(1)}, {}, lambda: None)
     assert checkpoint.read(str(folder)).model["weight"].shape == (1,)
+
+
+def test_a_checkpoint_pruned_while_it_is_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 5)
+    read_bytes = checkpoint.storage.read_bytes
+
+    def overtaken(url: str, *ends: int) -> bytes:
+        # A run that goes on commits step 9 and prunes step 5 between the reader's look and its read.
+        if "step-00000005/model" in url and not checkpoint.is_committed(checkpoint.folder_of(str(tmp_path), 9)):
+            write(tmp_path, 9)
+            checkpoint.prune(str(tmp_path), keep=1, newest_step=9)
+        return read_bytes(url, *ends)
+
+    monkeypatch.setattr(checkpoint.storage, "read_bytes", overtaken)
+    found = checkpoint.newest(str(tmp_path), pytest.fail)
+    assert found is not None and found.progress.step == 9

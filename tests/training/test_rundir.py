@@ -15,7 +15,7 @@ import pytest
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import UserError
 from physio_dist.training import lease
-from physio_dist.training.rundir import RunDir, settle_config
+from physio_dist.training.rundir import RunDir, compare_config, write_config
 
 
 def options(**train: object) -> PretrainConfig:
@@ -38,19 +38,22 @@ def test_lines_of_replayed_steps_and_torn_lines_are_dropped(tmp_path: Path) -> N
 
 def test_what_may_differ_on_resume_and_what_may_not(tmp_path: Path) -> None:
     run = RunDir(str(tmp_path / "run"), 0)
-    assert settle_config(run, options()) is False
-    assert settle_config(run, options()) is True
+    compare_config(run, options())
+    assert not (tmp_path / "run").exists()
+    write_config(run, options())
+    compare_config(run, options())
     changed = options(micro_batch=4, precision="fp32", log_every=3, save_every=9, keep=1, trace=True, steps=5000)
     changed.zero.stage = 3
     changed.data.cache_dir, changed.data.cache_gb = "/elsewhere", 1.0
-    assert settle_config(run, changed) is True
+    compare_config(run, changed)
+    write_config(run, changed)
     for name, value in (("steps", 10), ("lr", 1.0), ("global_batch", 64), ("weight_decay", 0.0)):
         with pytest.raises(UserError, match=f"train.{name}"):
-            settle_config(run, options(**{"steps": 5000, name: value}))
+            compare_config(run, options(**{"steps": 5000, name: value}))
     other = options(steps=5000)
     other.run.seed, other.model.dropout, other.data.index = 5, 0.0, "others"
     with pytest.raises(UserError, match=r"data\.index.*model\.dropout.*run\.seed"):
-        settle_config(run, other)
+        compare_config(run, other)
 
 
 HOLD = """

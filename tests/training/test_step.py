@@ -14,7 +14,7 @@ from physio_dist.config import TrainOptions
 from physio_dist.models.masking import MaskConfig
 from physio_dist.shards.order import rank_slice
 from physio_dist.shards.stream import Batch
-from physio_dist.training.rank import split_share
+from physio_dist.training.place import split_share
 from physio_dist.training.step import learning_rate, prepare, seed_dropout, to_device
 
 

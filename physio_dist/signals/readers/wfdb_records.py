@@ -81,6 +81,13 @@ class WfdbReader:
         relative = inside(record)
         root = Path(source).parent if Path(source).is_file() else Path(source)
         base = root / relative
+        try:
+            return self._read(record, relative, base)
+        except RecordError as error:
+            error.person = _person(relative)
+            raise
+
+    def _read(self, record: str, relative: PurePosixPath, base: Path) -> Recording:
         header = _parse_header(base.parent / f"{base.name}.hea")
         try:
             fields = wfdb.rdheader(str(base))

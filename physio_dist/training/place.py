@@ -1,0 +1,37 @@
+"""Where a process stands among the ranks, and how much of a batch is its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the ranks."""
+
+    rank: int
+    world: int
+    local_world: int
+
+
+def join_ranks() -> Place:
+    """Make the environment of a rank complete: a process started by plain ``python`` is a world of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = int(os.environ["WORLD_SIZE"])
+    # torchrun and the DeepSpeed launcher name it differently.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    return Place(int(os.environ["RANK"]), world, local)
+
+
+def split_share(global_batch: int, world: int, most: int) -> tuple[int, int]:
+    """Windows a forward pass and forward passes a step, for the widest share of a rank."""
+    share = -(-global_batch // world)
+    passes = -(-share // most)
+    return -(-share // passes), passes

@@ -129,6 +129,8 @@ def make_part(job: Job, path: str) -> None:
                 raise
             # One record in a million over which a library trips must not stop the others. What it says stays out: it
             # may quote the file.
+            if isinstance(error, RecordError) and person is None:
+                person = error.person
             reason = str(error) if isinstance(error, RecordError) else f"cannot be read ({type(error).__name__})"
             shown = key if reader.simulated else without_person(key, job.source, person)
             part.rejects.append({"record": shown, "reason": reason})

@@ -118,7 +118,11 @@ def test_no_name_means_two_channels() -> None:
     assert not any(ecg_name(name) for name in ELECTRODES)
     assert not any(electrode(lead) for lead in (*ECG_12, "ECG"))
     assert set(EEG_19) < set(ELECTRODES)
-    assert len(set(EEG_19)) == 19
+
+
+def test_the_order_of_electrodes_is_that_of_cbramods_pretraining() -> None:
+    theirs = "FP1 FP2 F3 F4 C3 C4 P3 P4 O1 O2 F7 F8 T3 T4 T5 T6 FZ CZ PZ"
+    assert tuple(electrode(f"EEG {name}-REF") for name in theirs.split()) == EEG_19
 
 
 def test_two_channels_at_one_electrode_are_no_choice() -> None:

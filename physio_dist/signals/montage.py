@@ -176,8 +176,10 @@ def _rows(signal: Signal) -> dict[str, int]:
     for i, name in enumerate(signal.channels):
         key = channel_key(name)
         if key in rows:
-            kind = "electrode" if electrode(key) else "lead"
-            raise RecordError(f"two channels are {kind} {key}: {signal.channels[rows[key]]!r} and {name!r}")
+            kind = "lead" if ecg_name(key) else "electrode" if electrode(key) else ""
+            # A name that is none of ours is free text of a header and is not repeated.
+            told = f"are {kind} {key}: {signal.channels[rows[key]]!r} and {name!r}" if kind else "have the same name"
+            raise RecordError(f"two channels {told}")
         rows[key] = i
     return rows
 

@@ -19,8 +19,8 @@ class RecordError(Exception):
     """One record is unfit or unreadable.
 
     ``str(error)`` is the reason that goes into ``rejects.jsonl``, so it never holds free text from a file
-    header: a header may name the patient. ``person`` is whose it is, where that is known all the same: the record's
-    name may hold the id.
+    header: a header may name the patient. ``person`` is the id in the source, where it is known by then, so that
+    whoever writes the reason down can leave the id out of it.
     """
 
     person: str | None = None

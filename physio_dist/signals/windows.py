@@ -173,7 +173,7 @@ def windows_of(recording: Recording, spec: WindowSpec) -> list[Window]:
         raise RecordError("the recording has no signals")
     for name in spec.signals:
         if name not in recording.signals:
-            there = [f"{other} ({', '.join(s.channels)})" for other, s in sorted(recording.signals.items())]
+            there = [f"{other} ({_channels(s)})" for other, s in sorted(recording.signals.items())]
             unused = f"; not known: {', '.join(recording.unused)}" if recording.unused else ""
             raise RecordError(f"no {name} in the recording; it has {'; '.join(there)}{unused}")
     chosen = spec.signals or tuple(recording.signals)
@@ -281,13 +281,24 @@ def _with_limb_leads(part: _Prepared, signal: Signal, spec: WindowSpec) -> _Prep
 
 def _lacking(modality: str, missing: list[str], signal: Signal) -> str:
     kind = "lead" if modality == "ecg" else "electrode"
-    there = {channel_key(name): name for name in signal.channels}
+    there = {channel_key(name): name for name in _known(signal)}
     hint = ""
     if modality == "ecg" and ONE_LEAD in there:
         hint = f"; leads={ONE_LEAD} takes {there[ONE_LEAD]!r}, whichever lead it is"
     elif (near := nearest(missing[0], there)).startswith("did you mean"):
         hint = f"; {missing[0]}: {near}"
-    return f"{kind} {', '.join(missing)} is missing; the record has {', '.join(signal.channels)}{hint}"
+    return f"{kind} {', '.join(missing)} is missing; the record has {_channels(signal)}{hint}"
+
+
+def _known(signal: Signal) -> list[str]:
+    """The channels that are leads or electrodes. Other names are free text of a header, and no message repeats them."""
+    return [name for name in signal.channels if ecg_name(name) or electrode(name)]
+
+
+def _channels(signal: Signal) -> str:
+    known = _known(signal)
+    others = len(signal.channels) - len(known)
+    return ", ".join(known + [f"{others} other channels"] * bool(others))
 
 
 def _repeats(names: tuple[str, ...]) -> bool:

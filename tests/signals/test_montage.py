@@ -129,6 +129,8 @@ def test_two_channels_at_one_electrode_are_no_choice() -> None:
     assert channel_key("EEG T3-REF") == channel_key("T7") == "T7"
     with pytest.raises(RecordError, match=r"two channels are electrode T7: 'EEG T3' and 'T7'"):
         select(signal(np.ones((2, 5)), ("EEG T3", "T7")), ["T7"])
+    with pytest.raises(RecordError, match=r"two channels have the same name$"):
+        select(signal(np.ones((2, 5)), ("Haagse Harry", "haagse harry")), ["T7"])
 
 
 def test_matrix_says_what_einthoven_and_goldberger_say() -> None:

@@ -67,6 +67,7 @@ def test_a_modality_is_written_only_if_it_is_asked_for() -> None:
     [
         (recording(ecg=beats()), r"^no eeg in the recording; it has ecg \(ECG ECG\)$"),
         (recording(eeg=noise(channels=("Cz", "Pz"))), r"^no ecg in the recording; it has eeg \(Cz, Pz\)$"),
+        (recording(eeg=noise(channels=("Cz", "Haagse"))), r"; it has eeg \(Cz, 1 other channels\)$"),
         (
             Recording("r", {"ecg": beats()}, None, {}, ("Fp1-F7", "EOG left")),
             r"it has ecg \(ECG ECG\); not known: Fp1-F7, EOG left$",
@@ -81,6 +82,8 @@ def test_a_missing_modality_is_named_with_what_there_is(record: Recording, reaso
 def test_an_ecg_without_a_lead_is_no_standard_lead() -> None:
     with pytest.raises(RecordError, match=r"lead II is missing; the record has ECG ECG; leads=ECG takes 'ECG ECG'"):
         windows_of(recording(ecg=beats()), WindowSpec(leads=("II",)))
+    with pytest.raises(RecordError, match=r"lead V9 is missing; the record has I, 2 other channels$"):
+        windows_of(recording(ecg=beats(channels=("I", "MLII", "Haagse"))), WindowSpec(leads=("V9",)))
     with pytest.raises(RecordError, match=r"lead ECG is missing; the record has I, II$"):
         windows_of(recording(ecg=beats(channels=("I", "II"))), WindowSpec(leads=("ECG",)))
 

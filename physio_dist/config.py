@@ -114,15 +114,28 @@ class WindowOptions:
 
 
 @dataclass
+class EegOptions:
+    # Comma-separated electrode names, in the order they are stored; empty for the 19 of the 10-20 system.
+    channels: str = ""
+    # Pass band in Hz; the upper edge is lowered where a recording's rate does not allow it.
+    low: float = 0.3
+    high: float = 75.0
+    uv_per_bit: float = 0.1
+
+
+@dataclass
 class ShardConfig:
     """The ``key=value`` options of ``physio-dist shard``."""
 
+    # Comma-separated: ecg, eeg or both. A record has to have all of them.
+    signals: str = "ecg"
     # label keeps unfit windows and says so in their json; reject drops them.
     quality: str = "reject"
     split: SplitOptions = field(default_factory=SplitOptions)
     window: WindowOptions = field(default_factory=WindowOptions)
     # Comma-separated lead names, in the order they are stored; empty for the standard twelve.
     leads: str = ""
+    eeg: EegOptions = field(default_factory=EegOptions)
     # reject: a record without one of the leads is left out; mask: it is kept, the lead marked invalid.
     missing: str = "reject"
     # Leads that must be valid in a fit window (or all that a record has, if fewer).

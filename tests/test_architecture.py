@@ -28,6 +28,7 @@ HOMES = {
     "ray": set(),
     "wfdb": {"signals/readers/wfdb_records.py"},
     "h5py": {"signals/readers/code15.py"},
+    "edfio": {"signals/readers/edf_files.py"},
     "s3fs": set(),
     "fsspec": {"storage.py"},
 }

@@ -219,8 +219,7 @@ def open_set(url: str) -> ShardSet:
     ours = document.get("physio_dist")
     if not isinstance(ours, dict):
         raise UserError(
-            f"{where} lacks what training needs; put it aside, and `physio-dist index {url} channels=...` writes one "
-            "that has it"
+            f"{where} lacks what training needs; `physio-dist index {url} channels=...` adds it"
         )
     if ours.get("format") != FORMAT:
         raise UserError(

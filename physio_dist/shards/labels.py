@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from physio_dist import storage
 from physio_dist.errors import UserError, nearest
+from physio_dist.signals.recording import label_value
 
 
 def read_labels(
@@ -55,7 +53,7 @@ def read_labels(
             raise UserError(f"labels={file}: several records end in {name!r}; name them by their whole path")
         if not found:
             continue
-        values = {k: _typed(v) for k, v in row.items() if k and k not in ("record", "file", person)}
+        values = {k: label_value(v) for k, v in row.items() if k and k not in ("record", "file", person)}
         who = (row[person] or "").strip() if person is not None else ""
         if found in labels and (labels[found] != values or people.get(found, "") != who):
             raise UserError(f"labels={file}: two rows say different things about record {name!r}")
@@ -73,20 +71,3 @@ def _stem(text: str | None) -> str:
     for ending in (".hea", ".dat", ".mat", ".edf"):
         stem = stem.removesuffix(ending)
     return stem
-
-
-def _typed(text: str | None) -> str | int | float | bool | None:
-    text = (text or "").strip()
-    if not text:
-        return None
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    # A number with a leading zero is a code, and stays as it is written.
-    if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", text):
-        return int(text) if len(text) <= 18 else text
-    if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", text, re.IGNORECASE):
-        with contextlib.suppress(ValueError):
-            value = float(text)
-            # JSON has no word for NaN or infinity.
-            return value if math.isfinite(value) else None
-    return text

@@ -43,7 +43,7 @@ from physio_dist.shards.index import (
 from physio_dist.shards.labels import read_labels
 from physio_dist.shards.progress import Progress
 from physio_dist.shards.workers import as_they_come, worker_pool
-from physio_dist.signals.montage import ECG_12, canonical
+from physio_dist.signals.montage import ECG_12, EEG_19, ELECTRODES, ONE_LEAD, ecg_name, electrode
 from physio_dist.signals.readers import reader as reader_named
 from physio_dist.signals.windows import WindowSpec
 
@@ -66,20 +66,31 @@ def spec_of(options: ShardConfig) -> WindowSpec:
     """The window specification behind the options.
 
     Raises:
-        UserError: an unknown lead name, or windows that make no sense.
+        UserError: an unknown signal, lead or electrode, or windows that make no sense.
     """
-    leads = []
-    for name in _list(options.leads):
-        lead = canonical(name)
-        if lead is None:
-            raise UserError(f"leads: unknown lead {name!r}: {nearest(name, ECG_12)}")
-        leads.append(lead)
-    window = options.window
+    window, eeg, signals = options.window, options.eeg, tuple(_list(options.signals))
+    if not signals:
+        raise UserError("signals: name at least one of ecg, eeg")
     return WindowSpec(
-        rate=window.rate, seconds=window.seconds, leads=tuple(leads) or ECG_12, band=(window.low, window.high),
-        uv_per_bit=window.uv_per_bit, missing=options.missing, min_leads=options.min_leads,
+        rate=window.rate, seconds=window.seconds,
+        leads=_names("leads", options.leads, ecg_name, (*ECG_12, ONE_LEAD)) or ECG_12,
+        band=(window.low, window.high), uv_per_bit=window.uv_per_bit, missing=options.missing, signals=signals,
+        eeg_channels=_names("eeg.channels", eeg.channels, electrode, ELECTRODES) or EEG_19,
+        eeg_band=(eeg.low, eeg.high), eeg_uv_per_bit=eeg.uv_per_bit, min_leads=options.min_leads,
         exchanged=options.exchanged,
     )  # fmt: skip
+
+
+def _names(
+    option: str, text: str, standard: Callable[[str], str | None], known: tuple[str, ...]
+) -> tuple[str, ...]:  # fmt: skip
+    found, kind = [], "lead" if option == "leads" else "electrode"
+    for word in _list(text):
+        name = standard(word)
+        if name is None:
+            raise UserError(f"{option}: unknown {kind} {word!r}: {nearest(word, known)}")
+        found.append(name)
+    return tuple(found)
 
 
 def plan_job(reader: str, source: str, options: ShardConfig) -> Job:
@@ -316,7 +327,8 @@ def _finish(
         waveform=np.array([item.facts.waveform for item in kept], dtype=np.uint64),
         key=key_table([item.facts.key for item in kept]),
     )
-    infos_of = {name: SignalInfo(job.spec.leads, samples[name], job.spec.uv_per_bit) for name in signals}
+    spec = job.spec
+    infos_of = {name: SignalInfo(spec.channels_of(name), samples[name], spec.uv_per_bit_of(name)) for name in signals}
     sidecar_sha256 = hashlib.sha256(sidecar.to_bytes()).hexdigest()
     shard_set = ShardSet(
         url=out, shards=tuple(infos), signals=infos_of, rate=float(job.spec.rate),

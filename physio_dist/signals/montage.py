@@ -35,6 +35,30 @@ _BY_LOWER = {lead.lower(): lead for lead in ECG_12}
 _BY_LOWER.update({"d1": "I", "d2": "II", "d3": "III", "di": "I", "dii": "II", "diii": "III"})
 _PREFIX = re.compile(r"^(?:(?:ecg|ekg|lead)[\s_:\-]*)+", re.IGNORECASE)
 
+ONE_LEAD = "ECG"
+"""The lead of a recorder that has one and does not say which: no standard lead, and never taken for one."""
+
+EEG_19 = (
+    "Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8", "T7", "T8", "P7", "P8", "Fz", "Cz", "Pz",
+)  # fmt: skip
+"""The 10-20 system's electrodes without the ears, in the order of CBraMod's pretraining (arXiv 2412.07236)."""
+
+_SITES = {
+    "Fp": "1 z 2", "AF": "7 3 z 4 8", "F": "9 7 5 3 1 z 2 4 6 8 10", "FT": "9 7 8 10", "FC": "5 3 1 z 2 4 6",
+    "T": "9 7 8 10", "C": "5 3 1 z 2 4 6", "TP": "9 7 8 10", "CP": "5 3 1 z 2 4 6", "P": "9 7 5 3 1 z 2 4 6 8 10",
+    "PO": "7 3 z 4 8", "O": "1 z 2", "N": "z", "I": "z",
+}  # fmt: skip
+ELECTRODES = tuple(row + site for row, sites in _SITES.items() for site in sites.split())
+"""The 10-10 system (Klem et al., Electroencephalogr. Clin. Neurophysiol. Suppl. 52 (1999) 3-6), without ears and
+mastoids: those are what the others are measured against."""
+_ELECTRODE_BY_LOWER = {name.lower(): name for name in ELECTRODES}
+# The older 10-20 names of four sites.
+_ELECTRODE_BY_LOWER.update({"t3": "T7", "t4": "T8", "t5": "P7", "t6": "P8"})
+# References common to all electrodes or to a side. "Fp1-F7" is another measurement than Fp1, and "A2-A1" is none.
+_REFERENCE = r"(?:\s*-\s*(?:ref|le|ar|avg?|car|[am][12]))?"
+_EEG_LABEL = re.compile(rf"(?:eeg[\s_:\-]*)?([a-z]+\d*)\.*{_REFERENCE}", re.IGNORECASE)
+_ONE_LEAD_LABEL = re.compile(rf"(?:eeg\s+)?(?:(?:ecg|ekg)[\s_:\-]*)+1?{_REFERENCE}", re.IGNORECASE)
+
 
 def canonical(name: str) -> str | None:
     """The standard name of an ECG lead, or None for a name that is no standard lead.
@@ -45,9 +69,24 @@ def canonical(name: str) -> str | None:
     return _BY_LOWER.get(_PREFIX.sub("", name.strip()).lower())
 
 
+def electrode(name: str) -> str | None:
+    """The 10-10 name of an EEG channel, or None for a name that is none of the system's electrodes.
+
+    Case does not matter, nor do a leading "EEG", dots at the end, or a common reference: ``EEG FP1-REF`` -> ``Fp1``,
+    ``Fc5.`` -> ``FC5``, ``T3`` -> ``T7``. Ears, mastoids and differences of two electrodes are None.
+    """
+    found = _EEG_LABEL.fullmatch(name.strip())
+    return _ELECTRODE_BY_LOWER.get(found[1].lower()) if found else None
+
+
+def ecg_name(name: str) -> str | None:
+    """The standard name of an ECG lead, or `ONE_LEAD` for an ECG of an unnamed lead: ``ECG ECG``, ``EEG EKG1-REF``."""
+    return canonical(name) or (ONE_LEAD if _ONE_LEAD_LABEL.fullmatch(name.strip()) else None)
+
+
 def channel_key(name: str) -> str:
-    """What two names of the same channel have in common: the standard lead name, else the name without case."""
-    return canonical(name) or name.strip().casefold()
+    """What two names of the same channel have in common: the standard name of lead or electrode, else without case."""
+    return ecg_name(name) or electrode(name) or name.strip().casefold()
 
 
 def derivation(signal: Signal) -> tuple[str, str] | None:
@@ -63,7 +102,7 @@ def derivation(signal: Signal) -> tuple[str, str] | None:
 
 
 def select(signal: Signal, leads: Sequence[str]) -> tuple[NDArray[np.float32], list[str]]:
-    """The asked leads by name, in the asked order.
+    """The asked leads or electrodes by name, in the asked order.
 
     Limb leads that the signal lacks are computed from two that it has (`derivation`); NaN in either makes NaN.
 
@@ -137,8 +176,10 @@ def _rows(signal: Signal) -> dict[str, int]:
     for i, name in enumerate(signal.channels):
         key = channel_key(name)
         if key in rows:
-            lead = canonical(name)
-            raise RecordError(f"two channels are lead {lead}" if lead else "two channels have the same name")
+            kind = "lead" if ecg_name(key) else "electrode" if electrode(key) else ""
+            # A name that is none of ours is free text of a header and is not repeated.
+            told = f"are {kind} {key}: {signal.channels[rows[key]]!r} and {name!r}" if kind else "have the same name"
+            raise RecordError(f"two channels {told}")
         rows[key] = i
     return rows
 

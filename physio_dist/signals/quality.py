@@ -28,11 +28,6 @@ RAIL_S = 0.04
 """Shortest stay at the extreme that counts as saturation; a peak touches its extreme for a few samples only."""
 MAX_RAILED = 0.05
 """Largest share of a window that may be saturated."""
-MIN_RAIL_UV = 2000.0
-"""Nearest that an amplifier's rail comes to the lead's middle. A quiet baseline may be a lead's lowest value too, at
-coarse resolution for long stretches; it differs from a rail in lying well inside the amplifier's range."""
-MAX_UV = 10_000.0
-"""Largest in-band amplitude that a heart brings to the skin, with a margin."""
 MIN_SPAN_UV = 40.0
 """An ECG lead whose in-band peak-to-peak value is below this shows no heart beat (0.4 mm on paper): an open input
 that dithers around a constant. One in a thousand leads that readers call acceptable is below 110 uV."""
@@ -41,6 +36,32 @@ MAX_IDENTITY_ERROR = 0.15
 records at 1 to 5 uV a bit); two exchanged names leave 0.2-0.9."""
 EXCHANGED_ERROR = 0.05
 """Exchanging two names explains a residual if it brings it below this, and to a fifth, and no other exchange does."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a modality's channels may show, in microvolts.
+
+    Attributes:
+        span: smallest peak-to-peak value in the band of a channel that is connected.
+        largest: largest amplitude in the band that the body brings to the skin, with a margin.
+        rail: nearest that an amplifier's rail comes to the channel's middle. A quiet baseline may be a channel's lowest
+            value too, at coarse resolution for long stretches; it differs from a rail in lying well inside the
+            amplifier's range.
+    """
+
+    span: float
+    largest: float
+    rail: float
+
+
+ECG_LIMITS = Limits(span=MIN_SPAN_UV, largest=10_000.0, rail=2000.0)
+EEG_LIMITS = Limits(span=2.0, largest=800.0, rail=100.0)
+"""A scalp without any activity over 2 uV is what the dead are told by; spans of real windows of 10 s (eegmat) lie
+between 23 and 783 uV, amplitudes at 36 in the median, below 166 in all but one channel of a thousand, and below 576. An
+amplifier's rail is a few hundred microvolts away where the recorder takes the offset out before it digitises."""
+EEG_SHARE = 0.75
+"""Share of EEG channels that have to be valid for a window to be fit: of 19 electrodes five may be loose."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +115,17 @@ def held_share(raw: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
     return share
 
 
-def railed_share(raw: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
-    """Share of time that each channel of ``raw`` ``[channel, time]`` in microvolts sits at its own extreme values."""
+def railed_share(raw: NDArray[np.float64], rate: float, rail: float) -> NDArray[np.float64]:
+    """Share of time that each channel of ``raw`` ``[channel, time]`` sits at its own extreme values.
+
+    Both are in microvolts; values nearer to the channel's middle than ``rail`` are none.
+    """
     share = np.zeros(len(raw))
     high, low = raw.max(axis=1), raw.min(axis=1)
-    for i in np.flatnonzero(high - low >= MIN_RAIL_UV):
+    for i in np.flatnonzero(high - low >= rail):
         middle = np.median(raw[i])
         # Where the lead sits at one rail most of the time that is its middle, and the other end is far away instead.
-        if max(high[i] - middle, middle - low[i]) >= MIN_RAIL_UV:
+        if max(high[i] - middle, middle - low[i]) >= rail:
             at_extreme = np.stack([raw[i] == high[i], raw[i] == low[i]])
             share[i] = in_runs(at_extreme, max(2, int(RAIL_S * rate))).mean(axis=1).sum()
     return share
@@ -163,7 +187,7 @@ def judge(
     leads: Sequence[str],
     limb: Sequence[int],
     absent: NDArray[np.bool_],
-    is_ecg: bool,
+    limits: Limits,
 ) -> Verdict:
     """The verdict on each channel of one window.
 
@@ -172,9 +196,9 @@ def judge(
         missing: ``[channel, time]`` as `bridge_gaps` gives it.
         band: ``[channel, time]`` in microvolts after the band-pass, at any rate.
         leads: the channels' names.
-        limb: rows that were recorded as limb leads; computed ones obey the identities by construction.
+        limb: rows that were recorded as limb leads; computed ones obey the identities by construction. None in EEG.
         absent: bool ``[channel]``, channels that the recording does not have.
-        is_ecg: whether the limits for hearts apply.
+        limits: those of the modality.
     """
     valid = np.ones(len(leads), np.bool_)
     reasons = []
@@ -188,11 +212,10 @@ def judge(
     fail(absent, "not in the record")
     long = in_runs(missing, int(MAX_GAP_S * rate) + 1).any(axis=1)
     fail(long | (missing.mean(axis=1) > MAX_MISSING), "missing samples")
-    flat = held_share(raw, rate) > MAX_HELD
-    fail(flat | (np.ptp(band, axis=1) < MIN_SPAN_UV) if is_ecg else flat, "flat")
-    fail(railed_share(raw, rate) > MAX_RAILED, "saturated")
-    fail(np.abs(band).max(axis=1) > MAX_UV, f"beyond {MAX_UV / 1000:g} mV")
-    if is_ecg:
+    fail((held_share(raw, rate) > MAX_HELD) | (np.ptp(band, axis=1) < limits.span), "flat")
+    fail(railed_share(raw, rate, limits.rail) > MAX_RAILED, "saturated")
+    fail(np.abs(band).max(axis=1) > limits.largest, f"beyond {limits.largest / 1000:g} mV")
+    if limb:
         rows = list(limb)
         counted = band[rows].copy()
         counted[~valid[rows]] = np.nan

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+MICROVOLTS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0, "nv": 1e-3}
+"""Microvolts in one unit, by the unit's lower-case name; micro sign and Greek mu are different characters."""
 
 
 class RecordError(Exception):
@@ -48,10 +54,29 @@ class Recording:
 
     ``signals`` maps a modality (``"ecg"``, ``"eeg"``) to its signal; all of them start at the same moment.
     ``person`` is the source's own id, or None where people are not identified; ``labels`` holds JSON scalars and
-    lists of them.
+    lists of them. ``unused`` says which other channels there are, for messages.
     """
 
     record: str
     signals: dict[str, Signal]
     person: str | None
     labels: dict[str, Any]
+    unused: tuple[str, ...] = ()
+
+
+def label_value(text: str | None) -> str | int | float | bool | None:
+    """A table's cell as a JSON scalar: empty is None, codes with leading zeros stay text, NaN and infinity are None."""
+    text = (text or "").strip()
+    if not text:
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    # A number with a leading zero is a code, and stays as it is written.
+    if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", text):
+        return int(text) if len(text) <= 18 else text
+    if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", text, re.IGNORECASE):
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            # JSON has no word for NaN or infinity.
+            return value if math.isfinite(value) else None
+    return text

@@ -17,15 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import butter, resample_poly, sosfiltfilt
 
-from physio_dist.errors import UserError
+from physio_dist.errors import UserError, nearest
 from physio_dist.signals import quality
-from physio_dist.signals.montage import ECG_12, LIMB, canonical, channel_key, derivation, select
+from physio_dist.signals.montage import (
+    ECG_12,
+    LIMB,
+    ONE_LEAD,
+    canonical,
+    channel_key,
+    derivation,
+    ecg_name,
+    electrode,
+    select,
+)
 from physio_dist.signals.recording import RecordError, Recording, Signal
 
 _FILTER_ORDER = 4
 _NYQUIST_MARGIN = 0.8
 """The band has to end below this share of half a recording's rate: above it recorders' own filters cut."""
 _INT16 = 32767
+MODALITIES = ("ecg", "eeg")
 _HASHED = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")
 
 
@@ -46,6 +57,11 @@ class WindowSpec:
             of 773 that they called acceptable; eight refuses 54 and 1, twelve 137 and 61.
         exchanged: what becomes of a recording whose limb leads fit only if two of them trade names: ``"repair"`` puts
             them right and says so in every window's reasons, ``"reject"`` refuses it.
+        signals: the modalities of a window, each of which a recording has to have; empty for whatever it has.
+        eeg_channels: electrodes, in the order in which they are written; empty for the channels of the file. Three
+            quarters of those that the recording has must be valid for a window to be fit.
+        eeg_band: as ``band``; its upper edge is lowered for a recording whose rate, or the windows', does not allow it.
+        eeg_uv_per_bit: as ``uv_per_bit``.
 
     Raises:
         UserError: a value makes no sense.
@@ -59,6 +75,10 @@ class WindowSpec:
     missing: str = "reject"
     min_leads: int = 10
     exchanged: str = "repair"
+    signals: tuple[str, ...] = ()
+    eeg_channels: tuple[str, ...] = ()
+    eeg_band: tuple[float, float] = (0.3, 75.0)
+    eeg_uv_per_bit: float = 0.1
 
     def __post_init__(self) -> None:
         if self.rate < 1 or not 0 < self.seconds < math.inf:
@@ -67,14 +87,21 @@ class WindowSpec:
             raise UserError(f"seconds={self.seconds} at rate={self.rate} is no whole number of samples")
         if not 0 < self.band[0] < self.band[1] < self.rate / 2:
             raise UserError(f"band={self.band} has to rise and lie between 0 and half of rate={self.rate}")
-        if not quality.MAX_UV / _INT16 <= self.uv_per_bit < math.inf:
-            raise UserError(
-                f"uv_per_bit={self.uv_per_bit} has to be at least {quality.MAX_UV / _INT16:.3f}: signals up to "
-                f"{quality.MAX_UV / 1000:g} mV count as valid, and would be cut off in 16 bits"
-            )
-        keys = [channel_key(lead) for lead in self.leads]
-        if not keys or len(set(keys)) < len(keys):
+        if not 0 < self.eeg_band[0] < self.eeg_band[1] < math.inf:
+            raise UserError(f"eeg_band={self.eeg_band} has to rise and lie above 0")
+        for name, limits in (("uv_per_bit", quality.ECG_LIMITS), ("eeg_uv_per_bit", quality.EEG_LIMITS)):
+            least = limits.largest / _INT16
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"{name}={getattr(self, name)} has to be at least {least:.3f}: signals up to "
+                    f"{limits.largest / 1000:g} mV count as valid, and would be cut off in 16 bits"
+                )
+        if not self.leads or _repeats(self.leads):
             raise UserError(f"leads={','.join(self.leads)} has to name at least one lead, and each only once")
+        if _repeats(self.eeg_channels):
+            raise UserError(f"eeg_channels={','.join(self.eeg_channels)} has to name each electrode only once")
+        if _repeats(self.signals) or not set(self.signals) <= set(MODALITIES):
+            raise UserError(f"signals={','.join(self.signals)} has to be some of {', '.join(MODALITIES)}, each once")
         if self.min_leads < 1:
             raise UserError(f"min_leads={self.min_leads} has to be at least 1")
         for name, choices in (("missing", ("reject", "mask")), ("exchanged", ("repair", "reject"))):
@@ -85,6 +112,20 @@ class WindowSpec:
     def samples(self) -> int:
         """Samples in a window."""
         return round(self.rate * self.seconds)
+
+    def channels_of(self, modality: str) -> tuple[str, ...]:
+        """The channels written of a modality; empty where they are those of the file."""
+        return self.leads if modality == "ecg" else self.eeg_channels
+
+    def uv_per_bit_of(self, modality: str) -> float:
+        """Microvolts in one step of a modality's integers."""
+        return self.uv_per_bit if modality == "ecg" else self.eeg_uv_per_bit
+
+    def band_of(self, modality: str, rate: float) -> tuple[float, float]:
+        """The pass band of a modality, in Hz, for a recording at ``rate``."""
+        if modality == "ecg":
+            return self.band
+        return self.eeg_band[0], min(self.eeg_band[1], _NYQUIST_MARGIN * min(rate, self.rate) / 2)
 
 
 @dataclass(frozen=True)
@@ -125,16 +166,22 @@ class _Prepared:
 def windows_of(recording: Recording, spec: WindowSpec) -> list[Window]:
     """Consecutive windows of a recording; what is left at its end is dropped.
 
-    The ECG has the leads of ``spec``, other modalities the channels of the file.
+    All modalities are cut at the same times, as many as the shortest one allows.
 
     Raises:
-        RecordError: the recording is shorter than a window, sampled too slowly for the band, lacks leads (with
-            ``missing="reject"``, or all of them), names a lead twice, or its limb leads contradict each other in
-            every window.
+        RecordError: the recording lacks a modality of ``spec``, is shorter than a window, sampled too slowly for the
+            band, lacks leads or electrodes (with ``missing="reject"``, or all of them), names one twice, or its limb
+            leads contradict each other in every window.
     """
     if not recording.signals:
         raise RecordError("the recording has no signals")
-    parts = {name: _prepare(name, signal, spec) for name, signal in recording.signals.items()}
+    for name in spec.signals:
+        if name not in recording.signals:
+            there = [f"{other} ({_channels(s)})" for other, s in sorted(recording.signals.items())]
+            unused = f"; not known: {', '.join(recording.unused)}" if recording.unused else ""
+            raise RecordError(f"no {name} in the recording; it has {'; '.join(there)}{unused}")
+    chosen = spec.signals or tuple(recording.signals)
+    parts = {name: _prepare(name, recording.signals[name], spec) for name in chosen}
     count = min(part.band.shape[1] for part in parts.values()) // spec.samples
     windows = [_window(parts, i, spec) for i in range(count)]
     broken = [next((r for r in window.reasons if r.startswith("contradicts")), None) for window in windows]
@@ -181,26 +228,24 @@ def _hashed_channels(signal: Signal) -> tuple[list[str], NDArray[np.float64]]:
 
 
 def _prepare(modality: str, signal: Signal, spec: WindowSpec) -> _Prepared:
-    _check_rate_and_length(signal, spec)
-    if modality != "ecg":
-        names, extra = signal.channels, []
-        data, missing = np.asarray(signal.data), list[str]()
-    else:
-        here = {canonical(name) for name in signal.channels}
-        wanted = {channel_key(lead) for lead in spec.leads}
-        # Limb leads that nobody asked for still vouch for the others, and computed leads are as good as their sources.
-        extra = [lead for lead in LIMB if lead in here and lead not in wanted]
-        names = tuple(canonical(lead) or lead for lead in (*spec.leads, *extra))
+    pass_band = spec.band_of(modality, signal.rate)
+    _check_rate_and_length(signal, spec, pass_band)
+    wanted = spec.channels_of(modality)
+    names, extra = signal.channels, list[str]()
+    data, missing = np.asarray(signal.data), list[str]()
+    if wanted:
+        if modality == "ecg":
+            here = {canonical(name) for name in signal.channels}
+            keys = {channel_key(lead) for lead in wanted}
+            # Limb leads that nobody asked for still vouch for the others; computed leads are as good as their sources.
+            extra = [lead for lead in LIMB if lead in here and lead not in keys]
+        names = tuple(ecg_name(name) or electrode(name) or name for name in (*wanted, *extra))
         data, missing = select(signal, names)
-        if missing and (spec.missing == "reject" or len(missing) == len(spec.leads)):
-            # Names that are no lead's stay out: they are free text of a header.
-            has = [lead for name in signal.channels if (lead := canonical(name)) is not None]
-            others = len(signal.channels) - len(has)
-            rest = f"{', '.join(has) or 'none of the leads'}" + (f" and {others} other channels" if others else "")
-            raise RecordError(f"lead {', '.join(missing)} is missing; the record has {rest}")
+        if missing and (spec.missing == "reject" or len(missing) == len(wanted)):
+            raise RecordError(_lacking(modality, missing, signal))
     written = len(names) - len(extra)
     raw, gaps = quality.bridge_gaps(data)
-    band = _filter(raw, signal.rate, spec)
+    band = _filter(raw, signal.rate, spec, pass_band)
     prepared = _Prepared(
         raw, gaps, signal.rate, band, names, written, np.array([name in missing for name in names]), (), {}
     )
@@ -238,10 +283,38 @@ def _with_limb_leads(part: _Prepared, signal: Signal, spec: WindowSpec) -> _Prep
     )
 
 
-def _check_rate_and_length(signal: Signal, spec: WindowSpec) -> None:
-    least = 2 * spec.band[1] / _NYQUIST_MARGIN
-    if not least <= signal.rate < math.inf:
-        raise RecordError(f"sampled at {signal.rate:g} Hz; a band up to {spec.band[1]:g} Hz needs {least:g} Hz or more")
+def _lacking(modality: str, missing: list[str], signal: Signal) -> str:
+    kind = "lead" if modality == "ecg" else "electrode"
+    there = {channel_key(name): name for name in _known(signal)}
+    hint = ""
+    if modality == "ecg" and ONE_LEAD in there:
+        hint = f"; leads={ONE_LEAD} takes {there[ONE_LEAD]!r}, whichever lead it is"
+    elif (near := nearest(missing[0], there)).startswith("did you mean"):
+        hint = f"; {missing[0]}: {near}"
+    return f"{kind} {', '.join(missing)} is missing; the record has {_channels(signal)}{hint}"
+
+
+def _known(signal: Signal) -> list[str]:
+    """The channels that are leads or electrodes. Other names are free text of a header, and no message repeats them."""
+    return [name for name in signal.channels if ecg_name(name) or electrode(name)]
+
+
+def _channels(signal: Signal) -> str:
+    known = _known(signal)
+    others = len(signal.channels) - len(known)
+    return ", ".join(known + [f"{others} other channels"] * bool(others))
+
+
+def _repeats(names: tuple[str, ...]) -> bool:
+    return len({channel_key(name) for name in names}) < len(names)
+
+
+def _check_rate_and_length(signal: Signal, spec: WindowSpec, band: tuple[float, float]) -> None:
+    top = band[1] if band[1] > band[0] else spec.eeg_band[1]  # lowered to nothing: say what was asked for
+    least = 2 * top / _NYQUIST_MARGIN
+    # The edge may have been lowered to just what the rate allows.
+    if not least <= signal.rate * (1 + 1e-9) < math.inf:
+        raise RecordError(f"sampled at {signal.rate:g} Hz; a band up to {top:g} Hz needs {least:g} Hz or more")
     # A sample less than a window still resamples to a whole window, hence the rounding up.
     if math.ceil(signal.data.shape[1] * _ratio(signal.rate, spec)) < spec.samples:
         raise RecordError(f"{signal.seconds:g} s long, shorter than a window of {spec.seconds:g} s")
@@ -251,16 +324,16 @@ def _ratio(rate: float, spec: WindowSpec) -> Fraction:
     return Fraction(spec.rate) / Fraction(rate).limit_denominator(1000)
 
 
-def _filter(raw: NDArray[np.float64], rate: float, spec: WindowSpec) -> NDArray[np.float64]:
-    """``raw`` ``[channel, time]`` at the rate and in the band of ``spec``."""
+def _filter(raw: NDArray[np.float64], rate: float, spec: WindowSpec, band: tuple[float, float]) -> NDArray[np.float64]:
+    """``raw`` ``[channel, time]`` at the rate of ``spec`` and in the band."""
     ratio = _ratio(rate, spec)
     # An electrode's offset is up to 300 mV; at that height the resampler's ripple would be larger than a P wave.
     x = raw - raw.mean(axis=1, keepdims=True)
     if ratio != 1:
         x = resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype="line")
-    sos = _band_pass(spec.band, spec.rate)
+    sos = _band_pass(band, spec.rate)
     # Two seconds of mirrored signal, a period of the default band's lower edge, let the filter settle.
-    pad = min(x.shape[1] - 1, round(spec.rate / spec.band[0]))
+    pad = min(x.shape[1] - 1, round(spec.rate / band[0]))
     filtered: NDArray[np.float64] = sosfiltfilt(sos, x, axis=1, padtype="odd", padlen=pad)
     return filtered
 
@@ -277,18 +350,20 @@ def _window(parts: dict[str, _Prepared], index: int, spec: WindowSpec) -> Window
         new = slice(index * spec.samples, (index + 1) * spec.samples)
         old = slice(round(index * spec.seconds * part.rate), round((index + 1) * spec.seconds * part.rate))
         band, is_ecg = part.band[:, new], modality == "ecg"
+        limits = quality.ECG_LIMITS if is_ecg else quality.EEG_LIMITS
         verdict = quality.judge(
-            part.raw[:, old], part.missing[:, old], part.rate, band, part.names, part.limb, part.absent, is_ecg
+            part.raw[:, old], part.missing[:, old], part.rate, band, part.names, part.limb, part.absent, limits
         )
         good = verdict.valid.copy()
         for i, (a, b) in part.sources.items():
             good[i] &= verdict.valid[a] and verdict.valid[b]
         spoilt = [part.names[i] for i in np.flatnonzero(verdict.valid & ~good)]
         good = good[: part.written]
-        steps = np.clip(np.rint(band[: part.written] / spec.uv_per_bit), -_INT16, _INT16)
+        steps = np.clip(np.rint(band[: part.written] / spec.uv_per_bit_of(modality)), -_INT16, _INT16)
         data[modality] = np.where(good[:, None], steps, 0.0).astype(np.int16)
         valid[modality] = good
-        needed = min(spec.min_leads, part.written - int(part.absent[: part.written].sum())) if is_ecg else 1
+        present = part.written - int(part.absent[: part.written].sum())
+        needed = min(spec.min_leads, present) if is_ecg else max(1, int(quality.EEG_SHARE * present))
         reasons += [*part.notes, *verdict.reasons]
         if spoilt:
             reasons.append(f"computed from invalid leads: {', '.join(spoilt)}")

@@ -9,10 +9,15 @@ from hypothesis import strategies as st
 
 from physio_dist.signals.montage import (
     ECG_12,
+    EEG_19,
+    ELECTRODES,
     LEAD_MATRIX,
     LIMB,
     canonical,
+    channel_key,
     derivation,
+    ecg_name,
+    electrode,
     identity_error,
     mask_groups,
     select,
@@ -53,6 +58,79 @@ def signal(data: np.ndarray, channels: tuple[str, ...]) -> Signal:
 )
 def test_names_of_leads(name: str, lead: str | None) -> None:
     assert canonical(name) == lead
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("EEG Fp1", "Fp1"),
+        ("EEG FP1-REF", "Fp1"),
+        ("EEG T3-LE", "T7"),
+        ("t8", "T8"),
+        ("T5", "P7"),
+        ("EEG T6", "P8"),
+        ("Fc5.", "FC5"),
+        ("Cz..", "Cz"),
+        ("EEG C3-A2", "C3"),
+        ("C4 - M1", "C4"),
+        ("eeg_POz", "POz"),
+        ("F10", "F10"),
+        ("EEG A2-A1", None),
+        ("EEG A1-REF", None),
+        ("Fp1-F7", None),
+        ("EEG Fpz-Cz", None),
+        ("EEG T1-REF", None),
+        ("EEG 20-REF", None),
+        ("EEG EKG1-REF", None),
+        ("ECG V1", None),
+        ("EOG left", None),
+        ("EEG", None),
+        ("", None),
+    ],
+)
+def test_names_of_electrodes(name: str, site: str | None) -> None:
+    assert electrode(name) == site
+
+
+@pytest.mark.parametrize(
+    ("name", "lead"),
+    [
+        ("ECG ECG", "ECG"),
+        ("ekg", "ECG"),
+        ("EEG EKG1-REF", "ECG"),
+        ("ECG EKG-REF", "ECG"),
+        ("ECG 1", "ECG"),
+        ("ECG V2", "V2"),
+        ("EKG Lead II", "II"),
+        ("ECG 2", None),
+        ("lead", None),
+        ("EEG Cz", None),
+        ("", None),
+    ],
+)
+def test_an_ecg_without_a_lead_has_a_name_of_its_own(name: str, lead: str | None) -> None:
+    assert ecg_name(name) == lead
+
+
+def test_no_name_means_two_channels() -> None:
+    assert [electrode(name) for name in ELECTRODES] == list(ELECTRODES)
+    assert len({name.lower() for name in (*ELECTRODES, *ECG_12, "ECG")}) == len(ELECTRODES) + 13
+    assert not any(ecg_name(name) for name in ELECTRODES)
+    assert not any(electrode(lead) for lead in (*ECG_12, "ECG"))
+    assert set(EEG_19) < set(ELECTRODES)
+
+
+def test_the_order_of_electrodes_is_that_of_cbramods_pretraining() -> None:
+    theirs = "FP1 FP2 F3 F4 C3 C4 P3 P4 O1 O2 F7 F8 T3 T4 T5 T6 FZ CZ PZ"
+    assert tuple(electrode(f"EEG {name}-REF") for name in theirs.split()) == EEG_19
+
+
+def test_two_channels_at_one_electrode_are_no_choice() -> None:
+    assert channel_key("EEG T3-REF") == channel_key("T7") == "T7"
+    with pytest.raises(RecordError, match=r"two channels are electrode T7: 'EEG T3' and 'T7'"):
+        select(signal(np.ones((2, 5)), ("EEG T3", "T7")), ["T7"])
+    with pytest.raises(RecordError, match=r"two channels have the same name$"):
+        select(signal(np.ones((2, 5)), ("Haagse Harry", "haagse harry")), ["T7"])
 
 
 def test_matrix_says_what_einthoven_and_goldberger_say() -> None:

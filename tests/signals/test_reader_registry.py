@@ -15,7 +15,7 @@ from physio_dist.signals.readers import names, reader
 def test_every_name_gives_its_reader() -> None:
     for name in names():
         assert reader(name).name == name
-    assert {"wfdb", "code15", "simulate"} <= set(names())
+    assert {"wfdb", "code15", "edf", "simulate"} <= set(names())
     assert [name for name in names() if reader(name).simulated] == ["simulate"]
 
 
@@ -26,7 +26,12 @@ def test_unknown_names_get_a_hint() -> None:
 
 @pytest.mark.parametrize(
     ("name", "foreign"),
-    [("simulate", {"wfdb", "h5py", "pandas", "torch"}), ("wfdb", {"h5py"}), ("code15", {"wfdb", "pandas"})],
+    [
+        ("simulate", {"wfdb", "h5py", "edfio", "pandas", "torch"}),
+        ("wfdb", {"h5py", "edfio"}),
+        ("code15", {"wfdb", "edfio", "pandas"}),
+        ("edf", {"wfdb", "h5py", "pandas", "mne", "torch"}),
+    ],
 )
 def test_only_the_reader_asked_for_is_imported(name: str, foreign: set[str]) -> None:
     code = f"""

@@ -23,12 +23,9 @@ from numpy.typing import NDArray
 
 from physio_dist.signals.montage import canonical
 from physio_dist.signals.readers.folders import existing_folder, inside, nothing_found
-from physio_dist.signals.recording import RecordError, Recording, Signal
+from physio_dist.signals.recording import MICROVOLTS, RecordError, Recording, Signal
 
 _WANTED = "WFDB headers (*.hea)"
-
-_MICROVOLTS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0, "nv": 1e-3}
-"""Microvolts in one unit, by the unit's lower-case name; micro sign and Greek mu are different characters."""
 
 _BITS = {"8": 8, "16": 16, "24": 24, "32": 32, "61": 16, "80": 8, "160": 16, "212": 12, "310": 10, "311": 10}
 _BITS.update({"508": 8, "516": 16, "524": 24})
@@ -243,7 +240,7 @@ def _usable(header: _Header, fields: Any) -> list[tuple[int, float]]:
         gain = _GAIN.fullmatch(line[2]) if len(line) > 2 else None
         if gain is None or float(gain["gain"].rstrip(".")) == 0.0:
             raise RecordError(f"the header gives no gain for signal {i} ({_lead(fields, i)}): its unit is unknown")
-        scale = _MICROVOLTS.get((gain["unit"] or "mV").lower())
+        scale = MICROVOLTS.get((gain["unit"] or "mV").lower())
         if scale is not None:
             kept.append((i, scale))
         elif standard:

@@ -44,13 +44,19 @@ physio-dist inspect "$shards" --plot 2 "$shards.png"
 
 say "2/4  pretraining on $ranks processes: deepspeed physio_dist/pretrain.py"
 # A run knows its data; one made from other data is put aside, not written over.
-fingerprint=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["physio_dist"]["fingerprint"])' "$shards/index.json")
+read -r fingerprint windows < <(python -c '
+import json, sys
+ours = json.load(open(sys.argv[1]))["physio_dist"]
+print(ours["fingerprint"], ours["splits"]["train"])' "$shards/index.json")
 if [ -d runs/quickstart ] && ! grep -qs "$fingerprint" runs/quickstart/data.json; then
     n=1; while [ -e "runs/quickstart-old-$n" ]; do n=$((n + 1)); done
     mv runs/quickstart "runs/quickstart-old-$n"
 fi
+# Few recordings make a smaller batch, down to one window a process.
+batch=64
+while [ "$batch" -gt "$windows" ] && [ "$batch" -gt "$ranks" ]; do batch=$((batch / 2)); done
 deepspeed --num_gpus "$ranks" --log_level error physio_dist/pretrain.py --config configs/pretrain/quickstart.yaml \
-    "data.index=$shards"
+    "data.index=$shards" "train.global_batch=$batch"
 
 say "3/4  the encoder, for others to load"
 physio-dist export runs/quickstart runs/quickstart/encoder

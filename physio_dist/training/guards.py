@@ -61,7 +61,8 @@ class StopFlag:
         if self.training:
             self.set(signal.Signals(number).name)
             return
-        if os.environ.get("RANK", "0") == "0":
+        # SIGTERM at this stage comes from a launcher whose other rank has just said what is wrong.
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             print("physio-dist: stopped before training began; the same command starts it", flush=True)
         raise SystemExit(EXIT_STOPPED)
 

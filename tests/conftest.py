@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -125,3 +126,20 @@ def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     yield s3
     storage._filesystem.cache_clear()
     storage.contacted.discard("s3")
+
+
+@contextlib.contextmanager
+def disk_of(size: str, folder: Path) -> Iterator[Path]:
+    """A disk that is soon full, mounted at ``folder``."""
+    assert os.geteuid() == 0, "this test mounts a small disk: run it as root"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture()
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 kB."""
+    with disk_of("64k", tmp_path / "disk") as folder:
+        yield folder

@@ -156,26 +156,25 @@ def newest(run: str, warn: Callable[[str], None]) -> Checkpoint | None:
     Raises:
         DataError: there are committed checkpoints, and every one is damaged.
     """
-    damaged: dict[str, str] = {}
+    damaged: list[str] = []
     tried: set[str] = set()
-    while True:
-        committed = [folder for step in steps(run) if is_committed(folder := folder_of(run, step))]
-        untried = [folder for folder in committed if folder not in tried]
-        if not untried:
-            break
+    # Listed again after each try, because a newer one may be there by then.
+    while untried := [folder for step in steps(run) if (folder := folder_of(run, step)) not in tried]:
         folder = untried[0]
         tried.add(folder)
+        if not is_committed(folder):
+            continue
         try:
             return read(folder)
         except DataError as error:
             if is_committed(folder):
-                damaged[folder] = str(error)
+                damaged.append(str(error))
                 warn(f"{error}; going back to the checkpoint before it")
         except UserError:
             if is_committed(folder):
                 raise
     if damaged:
-        raise DataError(f"no checkpoint of {run} can be used: {next(iter(damaged.values()))}")
+        raise DataError(f"no checkpoint of {run} can be used: {damaged[0]}")
     return None
 
 

@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -191,17 +191,6 @@ def test_processes_that_want_the_same_shards_at_once_fetch_each_once_and_see_who
         process.join(30)
         assert process.exitcode == 0
     assert len(cached(tmp_path)) == 3
-
-
-@pytest.fixture()
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 kB."""
-    assert os.geteuid() == 0, "this test mounts a small disk: run it as root"
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_cache_disk_is_a_clear_error_and_leaves_no_part(make_set: Make, s3_here: S3, tiny_disk: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import disk_of
 from tests.system.launching import CONFIG, Run, end_session, free_port, physio
 
 Make = Callable[..., Run]
@@ -168,11 +169,8 @@ def test_an_unreachable_endpoint(new_run: Make) -> None:
 @pytest.fixture()
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 3 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disk_of("3m", tmp_path / "small") as folder:
+        yield folder
 
 
 def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(new_run: Make, small_disk: Path) -> None:

@@ -131,7 +131,10 @@ def test_a_holder_that_was_robbed_learns_of_it(tmp_path: Path, monkeypatch: pyte
     told: list[str] = []
     held = lease.Lease(str(tmp_path), told.append, lambda text: None)
     document = json.loads((tmp_path / lease.NAME).read_text())
+    held.check()
     (tmp_path / lease.NAME).write_text(json.dumps({**document, "token": "other"}))
+    with pytest.raises(UserError, match="taken this run over"):
+        held.check()
     end = time.monotonic() + 10
     while not told and time.monotonic() < end:
         time.sleep(0.05)

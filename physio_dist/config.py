@@ -1,23 +1,17 @@
-"""Every option, its default and its checks.
-
-Options come in three layers, later ones winning: the defaults below, a YAML file, and ``key=value`` words of
-the command line. The merge is OmegaConf's; the checks and the messages are ours.
-"""
+"""Every option, its default and its checks; ``options.py`` merges them with a file and the command line."""
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
-from physio_dist import storage
-from physio_dist.errors import PhysioError, UserError, closest, nearest
+from physio_dist.errors import UserError, closest
+from physio_dist.options import flatten as flatten
+from physio_dist.options import load as load
+from physio_dist.options import option_types as option_types
+from physio_dist.options import to_yaml as to_yaml
 
 PRESETS = ("tiny", "base", "large", "xl")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -84,8 +78,23 @@ class ZeroOptions:
 
 
 @dataclass
+class ClusterOptions:
+    """Where ``launch.py`` places the ranks; ``pretrain.py`` takes no notice of it."""
+
+    # Ranks: a number, or [min, max] for as many as the cluster has room for.
+    workers: Any = 1
+    # Restarts after a lost worker before the run is given up.
+    max_failures: int = 3
+    # Of each rank; a GPU for each where the cluster has GPUs, unless told otherwise (auto, true, false).
+    cpus_per_worker: float = 1.0
+    gpu: str = "auto"
+    # Seconds to wait for nodes that an autoscaler may bring, where the cluster is too small at first.
+    wait_s: float = 0.0
+
+
+@dataclass
 class PretrainConfig:
-    """The options of ``pretrain.py``."""
+    """The options of ``pretrain.py`` and ``launch.py``."""
 
     run: RunOptions = field(default_factory=RunOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -93,8 +102,71 @@ class PretrainConfig:
     mask: MaskOptions = field(default_factory=MaskOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     zero: ZeroOptions = field(default_factory=ZeroOptions)
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
     # auto: go on from the newest committed checkpoint; none: a new run; else the URL of a checkpoint.
     resume: str = "auto"
+
+
+@dataclass
+class SweepRunOptions:
+    name: str = "sweep"
+    dir: str = "runs"
+    seed: int = 0
+
+
+@dataclass
+class TuneOptions:
+    # Shard set with both signals and labels.
+    data: str = "???"
+    # An export's folder, or {fold: folder}; for EEG also a CBraMod checkpoint (.pth or .safetensors) by URL.
+    ecg_encoder: Any = "???"
+    eeg_encoder: Any = "???"
+    # labels: classes are the values that the label takes; eegmat: rest (0) against arithmetic (1).
+    task: str = "labels"
+    # Name of the label; a task of its own has a default.
+    label: str | None = None
+    # grouped_kfold, loso (one person a fold) or holdout (the shard set's test split).
+    protocol: str = "grouped_kfold"
+    folds: int = 5
+    # Groups of training people that take turns as validation people, on which configurations are selected.
+    val_folds: int = 3
+    # Configurations that are tried; each for every kind of input.
+    trials: int = 32
+    # asha stops what falls behind; fifo lets every trial finish.
+    scheduler: str = "asha"
+    max_epochs: int = 40
+    # CPUs of a trial.
+    cpus: float = 1.0
+    # Folder of Ray Tune's own state; empty for run.dir/run.name/ray.
+    storage: str = ""
+    # Folder in which frozen features are kept for this sweep and later ones; empty for run.dir/features.
+    features: str = ""
+    # Evaluations with labels permuted by recording within people, as a control for leakage.
+    permutations: int = 0
+
+
+@dataclass
+class SearchOptions:
+    """What a sweep chooses from; a range is [low, high], drawn evenly on a logarithmic axis."""
+
+    # Over patches (mean or mean and standard deviation), with channels averaged or kept apart.
+    pooling: list[str] = field(default_factory=lambda: ["mean", "mean_std", "channels_mean", "channels_mean_std"])
+    # Hidden layers; 0 is a linear head.
+    depth: list[int] = field(default_factory=lambda: [0, 1, 2])
+    width: list[int] = field(default_factory=lambda: [32, 64, 128])
+    dropout: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.5])
+    label_smoothing: list[float] = field(default_factory=lambda: [0.0, 0.1])
+    lr: list[float] = field(default_factory=lambda: [3e-4, 3e-2])
+    weight_decay: list[float] = field(default_factory=lambda: [1e-4, 1.0])
+
+
+@dataclass
+class TuneConfig:
+    """The options of ``tune.py``."""
+
+    run: SweepRunOptions = field(default_factory=SweepRunOptions)
+    tune: TuneOptions = field(default_factory=TuneOptions)
+    search: SearchOptions = field(default_factory=SearchOptions)
 
 
 @dataclass
@@ -155,83 +227,6 @@ class ShardConfig:
     workers: int = 0
 
 
-T = TypeVar("T")
-
-
-def load(schema: type[T], file: str | None, overrides: Sequence[str], check: Callable[[T], None]) -> T:
-    """Defaults <- YAML file <- ``key=value`` words, as an instance of ``schema``.
-
-    Raises:
-        UserError: an unreadable file, an unknown option (with the nearest known one), a value of the wrong
-            type, or a value that ``check`` refuses.
-    """
-    merged: Any = OmegaConf.structured(schema)
-    types = option_types(schema)
-    if file is not None:
-        merged = _merge(merged, _read_yaml(file, types), types, where=file)
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"option {word!r} is not of the form key=value")
-        merged = _merge(merged, _layer(key, text, types), types, where="command line")
-    try:
-        if missing := sorted(str(name) for name in OmegaConf.missing_keys(merged)):
-            raise UserError(f"option {missing[0]} is needed and has no default: give {missing[0]}=...")
-        options: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:  # ${...} that leads nowhere
-        raise UserError(f"option {error.full_key or ''}: {_first_line(error)}") from None
-    check(options)
-    return options
-
-
-def _layer(key: str, text: str, types: dict[str, Any]) -> Any:
-    """One ``key=value`` of the command line as a layer of options."""
-    if key not in types:
-        raise UserError(f"unknown option {key!r} (command line): {nearest(key, types)}")
-    if "str" in str(types[key]):
-        # Taken as it is written: YAML would make numbers of 007 and 1e-3, and a truth of `on`.
-        value: Any = None if text in ("", "null") and "None" in str(types[key]) else text
-        layer = OmegaConf.create({})
-        OmegaConf.update(layer, key, value)
-        return layer
-    try:
-        return OmegaConf.from_dotlist([f"{key}={text}"])
-    except Exception as error:  # the YAML parser's errors have no common base with OmegaConf's
-        raise UserError(f"option {key}={text} is not valid YAML: {_first_line(error)}") from None
-
-
-def option_types(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Every option of a schema as a dotted name, with its type."""
-    types: dict[str, Any] = {}
-    hints = get_type_hints(schema)
-    for item in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(hints[item.name]):
-            types.update(option_types(hints[item.name], f"{prefix}{item.name}."))
-        else:
-            types[prefix + item.name] = hints[item.name]
-    return types
-
-
-def to_yaml(options: Any) -> str:
-    """The resolved options as YAML, in schema order."""
-    return OmegaConf.to_yaml(OmegaConf.structured(options))
-
-
-def flatten(options: Any) -> dict[str, Any]:
-    """Resolved options as ``{dotted name: value}``; lists and free-form values stay whole."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: dict[str, Any], prefix: str) -> None:
-        for key, inner in value.items():
-            if isinstance(inner, dict):
-                walk(inner, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = inner
-
-    walk(dataclasses.asdict(options) if dataclasses.is_dataclass(options) else options, "")  # type: ignore[arg-type]
-    return flat
-
-
 def check_pretrain(options: PretrainConfig) -> None:
     """Refuse values no run could use, before anything is read or started."""
     train, mask = options.train, options.mask
@@ -258,9 +253,67 @@ def check_pretrain(options: PretrainConfig) -> None:
         raise UserError(f"train.clip={train.clip}: it must be positive")
     if not options.data.cache_gb > 0:
         raise UserError(f"data.cache_gb={options.data.cache_gb}: it must be positive")
-    if not options.run.name or "/" in options.run.name or options.run.name.startswith("."):
-        raise UserError(f"run.name={options.run.name!r}: it must be a plain folder name")
+    _run_name(options.run.name)
+    workers(options.cluster)
+    if options.cluster.max_failures < 0 or not options.cluster.cpus_per_worker > 0 or options.cluster.wait_s < 0:
+        raise UserError(
+            "cluster.max_failures and cluster.wait_s must not be negative, cluster.cpus_per_worker has to be positive"
+        )
+    _one_of("cluster.gpu", options.cluster.gpu, ("auto", "true", "false"))
     mixture(options.data.index)
+
+
+def workers(cluster: ClusterOptions) -> tuple[int, int]:
+    """``cluster.workers`` as (least, most).
+
+    Raises:
+        UserError: neither a positive number nor ``[min, max]``.
+    """
+    given = cluster.workers
+    pair = given if isinstance(given, list) else [given, given]
+    whole = len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    if not whole or not 1 <= pair[0] <= pair[1]:
+        raise UserError(f"cluster.workers={given}: it must be a number of ranks, or [min, max]")
+    return pair[0], pair[1]
+
+
+TASKS = ("labels", "eegmat")
+PROTOCOLS = ("grouped_kfold", "loso", "holdout")
+POOLINGS = ("mean", "mean_std", "channels_mean", "channels_mean_std")
+
+
+def check_tune(options: TuneConfig) -> None:
+    """Refuse values no sweep could use, before anything is read or started."""
+    tune, search = options.tune, options.search
+    _run_name(options.run.name)
+    _one_of("tune.task", tune.task, TASKS)
+    _one_of("tune.protocol", tune.protocol, PROTOCOLS)
+    _one_of("tune.scheduler", tune.scheduler, ("asha", "fifo"))
+    if tune.task == "labels" and not tune.label:
+        raise UserError("tune.task=labels needs tune.label, the name of a label of the shard set")
+    for name, least in (("folds", 2), ("val_folds", 2), ("trials", 1), ("max_epochs", 1), ("permutations", 0)):
+        if getattr(tune, name) < least:
+            raise UserError(f"tune.{name}={getattr(tune, name)}: it must be at least {least}")
+    if not tune.cpus > 0:
+        raise UserError(f"tune.cpus={tune.cpus}: it must be positive")
+    for name, value in (("ecg_encoder", tune.ecg_encoder), ("eeg_encoder", tune.eeg_encoder)):
+        folders = list(value.values()) if isinstance(value, dict) else [value]
+        if not folders or not all(isinstance(folder, str) and folder for folder in folders):
+            raise UserError(f"tune.{name} must be a folder or {{fold: folder}}, not {value!r}")
+    for name in ("pooling", "depth", "width", "dropout", "label_smoothing"):
+        if not getattr(search, name):
+            raise UserError(f"search.{name} is empty: there is nothing to choose from")
+    for kind in search.pooling:
+        _one_of("search.pooling", kind, POOLINGS)
+    if min(search.depth) < 0 or min(search.width) < 1:
+        raise UserError("search.depth must not be negative and search.width must be at least 1")
+    for name in ("dropout", "label_smoothing"):
+        for value in getattr(search, name):
+            _between(f"search.{name}", value, 0.0, 0.9)
+    for name in ("lr", "weight_decay"):
+        span = getattr(search, name)
+        if len(span) != 2 or not 0 < span[0] <= span[1] < math.inf:
+            raise UserError(f"search.{name}={span}: it must be [low, high] with 0 < low <= high")
 
 
 def mixture(index: Any) -> list[tuple[str, float]]:
@@ -304,41 +357,9 @@ def _set_url(url: str) -> str:
     return url.removesuffix("/index.json").rstrip("/") or "/"
 
 
-def _read_yaml(file: str, types: dict[str, Any]) -> DictConfig:
-    try:
-        layer = OmegaConf.load(io.StringIO(storage.read_bytes(file).decode()))
-    except storage.NotFoundError:
-        raise UserError(f"configuration file {file} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not a text file: {error.reason}") from None
-    except PhysioError:
-        raise
-    except Exception as error:  # yaml.YAMLError, whose package is OmegaConf's dependency and not ours
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(layer, DictConfig):
-        raise UserError(f"{file} must hold options by name, not a list")
-    for section in {name.split(".")[0] for name in types if "." in name} & {str(key) for key in layer}:
-        if layer[section] is None:  # all of its lines are commented out
-            del layer[section]
-        elif not isinstance(layer[section], DictConfig):
-            raise UserError(f"{file}: {section} must hold options by name, not {layer[section]!r}")
-    return layer
-
-
-def _merge(base: Any, layer: Any, types: dict[str, Any], where: str) -> Any:
-    try:
-        return OmegaConf.merge(base, layer)
-    except ConfigKeyError as error:
-        key = str(error.full_key)
-        inside = [name for name in types if name.startswith(f"{key.split('.')[0]}.")]
-        known = inside or {name.split(".")[0] for name in types}
-        raise UserError(f"unknown option {key!r} ({where}): {nearest(key, known)}") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"option {error.full_key or ''} ({where}): {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _run_name(name: str) -> None:
+    if not name or "/" in name or name.startswith("."):
+        raise UserError(f"run.name={name!r}: it must be a plain folder name")
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -122,7 +122,7 @@ def test_what_is_wrong_on_the_command_line_is_named_in_one_line(words: list[str]
     [
         ("train: {stepz: 3}", "unknown option 'train.stepz' ({}): did you mean 'train.steps'?"),
         ("trian: {steps: 3}", "unknown option 'trian' ({}): did you mean 'train'?"),
-        ("1: 2", "unknown option '1' ({}): known: data, mask, model"),
+        ("1: 2", "unknown option '1' ({}): known: cluster, data, mask, model"),
         ("words without meaning", "unknown option 'words without meaning' ({})"),
         ("- a\n- b", "{} must hold options by name, not a list"),
         ("train: 3", "{}: train must hold options by name, not 3"),

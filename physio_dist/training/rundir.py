@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
 from physio_dist import storage
-from physio_dist.config import PretrainConfig, flatten, to_yaml
+from physio_dist.config import ClusterOptions, PretrainConfig, flatten, to_yaml
 from physio_dist.errors import UserError
 
 CONFIG = "config.yaml"
@@ -24,8 +25,11 @@ METRICS = "metrics.jsonl"
 # Options that say where and how fast a run trains, not what it computes.
 _TRAIN_MAY_DIFFER = ("micro_batch", "precision", "log_every", "save_every", "keep", "trace", "threads")
 MAY_DIFFER = frozenset(
-    ["resume", "zero.stage", "data.cache_dir", "data.cache_gb", *(f"train.{name}" for name in _TRAIN_MAY_DIFFER)]
-)
+    [
+        "resume", "zero.stage", "data.cache_dir", "data.cache_gb", *(f"train.{name}" for name in _TRAIN_MAY_DIFFER),
+        *(f"cluster.{item.name}" for item in fields(ClusterOptions)),
+    ]
+)  # fmt: skip
 
 
 class RunDir:

@@ -1,0 +1,1 @@
+"""Frozen encoders -> labels: features, splits, heads, metrics."""

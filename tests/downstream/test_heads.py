@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,9 +83,50 @@ def test_the_same_again_and_other_draws_for_another_purpose() -> None:
     assert not np.allclose(first, other, atol=1e-3)
 
 
+def test_heads_start_from_weights_of_their_own() -> None:
+    job = jobs()[0]
+    both = [job, Job(job.inputs, job.channels, job.label, job.rows, "0/z")]
+    first, second = trained(both, [VALID[0]] * 2, epochs=0)
+    assert not np.allclose(first, second, atol=1e-2)
+
+
+class Watched(Heads):
+    """Heads that note the rows of every step."""
+
+    def _step(self, rows: Sequence[np.ndarray]) -> None:
+        self.seen = [*getattr(self, "seen", []), [mine.tolist() for mine in rows]]
+        super()._step(rows)
+
+
+def test_an_epoch_visits_every_row_once_in_an_order_of_its_own() -> None:
+    heads = Watched(jobs(), 2, CONFIG)
+    epochs = []
+    for _ in range(2):
+        heads.seen = []
+        heads.epoch()
+        assert len(heads.seen) == heads.steps == 3
+        epochs.append([[row for step in heads.seen for row in step[i]] for i in range(3)])
+        sizes = [len(step[0]) for step in heads.seen]
+        assert max(sizes) - min(sizes) <= 1
+    for i, job in enumerate(jobs()):
+        assert sorted(epochs[0][i]) == sorted(epochs[1][i]) == job.rows.tolist()
+        assert epochs[0][i] != epochs[1][i] != job.rows.tolist() != epochs[0][i]
+    assert epochs[0][0][:20] != epochs[0][1][:20]
+
+
 def test_dropout_is_drawn() -> None:
     without, some = (trained(jobs()[:1], VALID[:1], dropout=p)[0] for p in (0.0, 0.5))
     assert not np.allclose(without, some, atol=1e-3)
+    rows = [np.arange(90), np.arange(60), np.arange(1)]
+    config = {**CONFIG, "depth": 2, "width": 64, "dropout": 0.2}
+    keep = Heads(jobs(), 2, config)._keep(rows, 90)
+    assert keep is not None and [tuple(layer.shape) for layer in keep] == [(3, 90, 64)] * 2
+    for layer in keep:
+        assert set(layer[0].unique().tolist()) == {0.0, 1.25}
+        # On average nothing is lost, and rows, heads and layers differ.
+        assert float(layer[0].mean()) == pytest.approx(1.0, abs=0.02)
+        assert not torch.equal(layer[0, 0], layer[0, 1]) and not torch.equal(layer[0, :60], layer[1, :60])
+    assert not torch.equal(keep[0], keep[1])
 
 
 def test_it_learns_and_the_number_of_threads_stays() -> None:

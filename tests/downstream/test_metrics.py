@@ -77,12 +77,18 @@ def test_the_interval_draws_whole_people() -> None:
 
 def test_the_interval_covers_a_known_area_about_as_often_as_it_says() -> None:
     """Scores a standard deviation apart have an area of Phi(1 / sqrt 2) = 0.760."""
-    hits = 0
-    for seed in range(60):
+    hits, widths, areas = 0, [], []
+    for seed in range(400):
         rng = np.random.default_rng(seed)
         label = np.arange(60) % 2
         z = rng.standard_normal(60) + label
-        bounds = auc_interval(label, np.stack([-z, z], axis=1), np.arange(60, dtype=np.uint64), seed, repeats=300)
-        assert bounds is not None
-        hits += bounds[0] <= 0.760 <= bounds[1]
+        scores = np.stack([-z, z], axis=1)
+        areas.append(auc(label, scores))
+        if seed < 60:
+            bounds = auc_interval(label, scores, np.arange(60, dtype=np.uint64), seed, repeats=300)
+            assert bounds is not None
+            hits += bounds[0] <= 0.760 <= bounds[1]
+            widths.append(bounds[1] - bounds[0])
     assert 51 <= hits <= 60
+    # As wide as 95% of a normal distribution with the spread that the area really has.
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(areas), rel=0.09)  # type: ignore[arg-type]

@@ -168,6 +168,17 @@ def test_permutations_differ_between_seeds_and_people() -> None:
     assert len({tuple(one.tolist()) for one in swapped}) == 20
 
 
+def test_neighbouring_recordings_of_one_label_are_still_two() -> None:
+    table = table_of(6, recordings=3, windows=2)
+    label = np.tile([0, 0, 0, 0, 1, 1], 6)
+    seen = set()
+    for seed in range(12):
+        new = permuted(replace(table, label=label), seed).label.reshape(6, 3, 2)
+        assert (new == new[:, :, :1]).all()
+        seen |= {tuple(one) for one in new[:, :, 0].tolist()}
+    assert seen == {(0, 0, 1), (0, 1, 0), (1, 0, 0)}
+
+
 def test_a_recording_of_several_labels_is_permuted_by_its_stretches() -> None:
     table = table_of(6, recordings=1, windows=12)
     label = np.tile(np.repeat([0, 1, 0], 4), 6)

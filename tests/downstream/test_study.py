@@ -16,6 +16,7 @@ from study_samples import CONFIG, facts_of, features_of, paired, study_of, table
 from physio_dist import storage
 from physio_dist.config import TuneConfig
 from physio_dist.downstream.features import open_features
+from physio_dist.downstream.handmade import handmade
 from physio_dist.downstream.metrics import METRICS, auc, score
 from physio_dist.downstream.results import bounds, permuted_part
 from physio_dist.downstream.study import SEARCHED, Study, TrialRecord, conclude, prepare, train
@@ -185,6 +186,16 @@ def test_bounds_are_bayes_rule_on_the_hidden_drives() -> None:
     assert bounds(table, made.folds) == []
 
 
+def test_bounds_know_how_frequent_the_classes_are() -> None:
+    """Drives that say nothing: the best guess is always the more frequent class, with its share as probability."""
+    table = table_of(people=30, recordings=4, windows=5)
+    label = (table.recording % 4 == 0).astype(np.int64)
+    latent = {name: np.random.default_rng(i).standard_normal(600) for i, name in enumerate(("ecg", "eeg"))}
+    made = study_of(table, np.zeros((600, 1), np.float32), np.zeros((600, 1), np.float32))
+    for row in bounds(type(table)(**{**vars(table), "latent": latent, "label": label}), made.folds):
+        assert np.concatenate(list(row.probability))[:, 1] == pytest.approx(0.25, abs=0.2)
+
+
 def test_p_counts_the_observed_labels_among_the_permutations() -> None:
     assert permuted_part(0.7, [0.5, 0.7, 0.6, 0.8]) == {"n": 4, "auc": [0.5, 0.7, 0.6, 0.8], "p": 0.6}
     assert permuted_part(0.9, [0.5] * 19)["p"] == 0.05
@@ -248,7 +259,9 @@ def test_a_study_is_prepared_from_a_set_and_encoders(made: Path) -> None:
         wanted = pool(features.values[rows], features.valid[rows], kind).numpy()
         np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
     assert study.channels == {"ecg": 2, "eeg": 2}
+    measured = handmade(str(made / "set"), quiet)
     assert study.handmade["eeg"].shape == (23, 10) and study.handmade["ecg"].shape == (23, 4)
+    assert all(np.array_equal(study.handmade[name], x[rows], equal_nan=True) for name, x in measured.items())
     notes = " ".join(study.notes)
     assert "1 of 24 windows do not have the label" in notes and "ECG encoder has no list" in notes
     assert "EEG encoder has no list" not in notes and "EEG encoder was pretrained on simulated" in notes
@@ -297,12 +310,12 @@ def test_what_does_not_go_together_is_told(made: Path, tmp_path: Path) -> None:
     for name, data in save_encoder(CrissCrossEncoder(preset("base")).eval(), about).items():
         storage.write_bytes(storage.join(wide, name), data)
     eeg = str(made / "eeg")
-    slow = export(str(tmp_path / "slow"), "ecg", rate=100.0)
+    slow = export(str(tmp_path / "slow"), "eeg", rate=100.0)
     for more, words in (
         ({"eeg_encoder": {0: eeg, 1: eeg}}, ["tune.eeg_encoder has none for fold 2", "0, 1, 2"]),
         ({"eeg_encoder": {0: eeg, 1: eeg, 2: eeg, 3: eeg}}, ["unknown folds 3"]),
         ({"eeg_encoder": {0: eeg, 1: eeg, 2: wide}}, ["another number of features"]),
-        ({"ecg_encoder": slow}, ["100 Hz"]),
+        ({"eeg_encoder": slow}, ["100 Hz"]),
         ({"ecg_encoder": eeg}, ["eeg", "ecg was asked for"]),
         ({"folds": 7}, ["tune.folds=7", "6 people"]),
         ({"folds": 1}, ["tune.folds=1"]),

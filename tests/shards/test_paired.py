@@ -16,10 +16,11 @@ import pytest
 from physio_dist import config
 from physio_dist.errors import UserError
 from physio_dist.shards.cache import ShardCache
+from physio_dist.shards.channels import spec_of
 from physio_dist.shards.index import open_set, pseudonym, read_sidecar, split_of
 from physio_dist.shards.stream import Source
 from physio_dist.shards.verify import verify
-from physio_dist.shards.writer import Summary, convert, spec_of
+from physio_dist.shards.writer import Summary, convert
 from physio_dist.signals.montage import EEG_19
 from physio_dist.signals.readers import reader
 
@@ -103,6 +104,18 @@ def test_samples_are_those_of_the_recording_at_that_time(some: Path, tmp_path: P
             for mine, theirs in zip(stored, wave[:, 4000:6000], strict=True):
                 assert np.corrcoef(mine, theirs)[0, 1] > 0.98
                 assert mine.std() == pytest.approx(theirs.std(), rel=0.1)
+
+
+def test_channels_can_be_taken_as_the_first_readable_record_has_them(some: Path, tmp_path: Path) -> None:
+    named = made(some, tmp_path / "named", *PAIRED).shard_set
+    (some / "Subject00_2.edf").write_bytes(b"no EDF")
+    found = made(some, tmp_path / "found", "signals=ecg,eeg", "leads=found", "eeg.channels=found").shard_set
+    assert (found.signals["ecg"].channels, found.signals["eeg"].channels) == (("ECG",), EEG_19)
+    assert found.signals == named.signals
+    for file in some.glob("*.edf"):
+        file.write_bytes(b"no EDF")
+    with pytest.raises(UserError, match=r"leads=found: no record of .* can be read"):
+        made(some, tmp_path / "none", "signals=ecg,eeg", "leads=found")
 
 
 @pytest.mark.parametrize(("signals", "prefix"), [("eeg", "eeg"), ("ecg", "ecg")])

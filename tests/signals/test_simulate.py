@@ -14,7 +14,7 @@ from physio_dist.signals.readers import reader
 from physio_dist.signals.recording import RecordError, Recording
 from physio_dist.signals.windows import WindowSpec, waveform_hash, windows_of
 
-SOURCE = "people=60,windows=4,seed=11"
+SOURCE = "people=60,windows=4,seed=5"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_windows_are_fit_but_for_faults(people: list[Recording]) -> None:
     unfit, kinds = 0, set()
     for person in people:
         faults = {int(f.split(":")[0]): f.split(":")[1:] for f in person.labels["faults"]}
-        for i, window in enumerate(windows_of(person, WindowSpec())):
+        for i, window in enumerate(windows_of(person, WindowSpec(signals=("ecg",)))):
             electrode, kind = faults.get(i, ("", ""))
             near = {i - 1, i, i + 1} & set(faults)
             if not near:

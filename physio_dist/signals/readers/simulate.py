@@ -146,12 +146,18 @@ class SimulateReader:
         ecg = Signal(_leads(potentials), float(RATE), ECG_12)
         signals = LazySignals({"ecg": lambda: ecg, "eeg": partial(_eeg, spec, person, trial, drive_eeg)})
         labels |= {"arousal": arousal, "drive_ecg": drive_ecg, "drive_eeg": drive_eeg}
-        whose = _name(spec, person)
-        return Recording(record, signals, whose, {"simulated": True, **labels}, told_by=("ecg",))
+        return Recording(record, signals, _whose(person), {"simulated": True, **labels}, told_by=("ecg",))
 
 
-def _name(spec: Specification, person: int, trial: int | None = None) -> str:
-    return f"sim-{person:06d}" if trial is None or spec.trials == 1 else f"sim-{person:06d}-{trial:02d}"
+def _name(spec: Specification, person: int, trial: int) -> str:
+    if spec.trials == 1:
+        return _whose(person)
+    # As many digits as the largest number needs, so that names sort like numbers.
+    return f"{_whose(person)}-{trial:0{max(2, len(str(spec.trials - 1)))}d}"
+
+
+def _whose(person: int) -> str:
+    return f"sim-{person:06d}"
 
 
 def _numbers(spec: Specification, source: str, record: str) -> tuple[int, int]:

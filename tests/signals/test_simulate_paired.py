@@ -201,6 +201,19 @@ def test_a_persons_body_is_the_same_in_all_records() -> None:
     assert np.median(table.std(axis=1)) < 0.4 < np.median(table, axis=1).std()
 
 
+def test_mains_are_the_same_in_both_modalities() -> None:
+    mains = []
+    for one in read_all("people=12,windows=1,seed=1"):
+        louder = []
+        for signal in one.signals.values():
+            frequency, power = welch(signal.data, 200, nperseg=400)
+            fifty, sixty = (np.median(power[:, frequency == f]) for f in (50.0, 60.0))
+            louder.append(50 if fifty > sixty else 60)
+        assert louder[0] == louder[1]
+        mains.append(louder[0])
+    assert set(mains) == {50, 60}
+
+
 def test_beats_and_noise_and_faults_are_drawn_for_each_record() -> None:
     people = read_all("people=40,trials=2,windows=2,seed=3")
     first, second = people[::2], people[1::2]

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.signal import find_peaks, welch
+from scipy.signal import butter, find_peaks, sosfiltfilt, welch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -35,12 +35,20 @@ def rows(*names: str) -> list[int]:
     return [EEG_19.index(name) for name in names]
 
 
+def beats_of(lead: Array) -> NDArray[np.intp]:
+    """The samples at which lead II is steepest."""
+    slope = np.convolve(np.diff(lead) ** 2, np.ones(12) / 12, "same")
+    found: NDArray[np.intp] = find_peaks(slope, height=0.25 * np.percentile(slope, 98), distance=60)[0]
+    return found
+
+
+def correlation(a: Array, b: Array) -> float:
+    return float(np.corrcoef(a, b)[0, 1])
+
+
 def heart_features(window: Window) -> list[float]:
     """Rate in beats a minute, and the logarithms of SDNN and RMSSD, of lead II."""
-    lead = window.data["ecg"][1].astype(float)
-    slope = np.convolve(np.diff(lead) ** 2, np.ones(12) / 12, "same")
-    beats, _ = find_peaks(slope, height=0.25 * np.percentile(slope, 98), distance=60)
-    intervals = np.diff(beats) / 200
+    intervals = np.diff(beats_of(window.data["ecg"][1].astype(float))) / 200
     floor = 0.003  # beats are found to a sample
     return [
         60 / intervals.mean(), np.log(intervals.std() + floor),
@@ -193,6 +201,43 @@ def test_a_persons_body_is_the_same_in_all_records() -> None:
     assert np.median(table.std(axis=1)) < 0.4 < np.median(table, axis=1).std()
 
 
+def test_mains_are_the_same_in_both_modalities() -> None:
+    mains = []
+    for one in read_all("people=12,windows=1,seed=1"):
+        louder = []
+        for signal in one.signals.values():
+            frequency, power = welch(signal.data, 200, nperseg=400)
+            fifty, sixty = (np.median(power[:, frequency == f]) for f in (50.0, 60.0))
+            louder.append(50 if fifty > sixty else 60)
+        assert louder[0] == louder[1]
+        mains.append(louder[0])
+    assert set(mains) == {50, 60}
+
+
+def test_beats_and_noise_and_faults_are_drawn_for_each_record() -> None:
+    people = read_all("people=40,trials=2,windows=2,seed=3")
+    first, second = people[::2], people[1::2]
+    assert {bool(a.labels["faults"]) for a, b in zip(first, second, strict=True) if not b.labels["faults"]} == {
+        True,
+        False,
+    }
+    whole = [i for i in range(40) if not first[i].labels["faults"] and not second[i].labels["faults"]]
+    fast = butter(4, 75.0, "highpass", fs=200, output="sos")  # above mains and all that the heart does
+    alike: dict[str, list[float]] = {"noise": [], "scalp": [], "phase": []}
+    for i in whole:
+        chest = [sosfiltfilt(fast, one.signals["ecg"].data[6:].astype(float), axis=1) for one in (first[i], second[i])]
+        alike["noise"] += [correlation(a, b) for a, b in zip(*chest, strict=True)]
+        heads = [one.signals["eeg"].data.astype(float) for one in (first[i], second[i])]
+        alike["scalp"] += [correlation(a, b) for a, b in zip(*heads, strict=True)]
+        # Where in a heart cycle the record starts.
+        times = [beats_of(one.signals["ecg"].data[1].astype(float)) for one in (first[i], second[i])]
+        a, b = (found[0] / np.diff(found)[:5].mean() for found in times)
+        alike["phase"].append(float(np.cos(2 * np.pi * (a - b))))
+    assert len(whole) > 25
+    for name, most in (("noise", 0.2), ("scalp", 0.2), ("phase", 0.4)):
+        assert abs(np.mean(alike[name])) < most, name
+
+
 def test_eeg_passes_the_quality_check(study: Study) -> None:
     assert np.mean([window.valid["eeg"].all() for window in study.windows]) > 0.995
     data = np.stack([window.data["eeg"] for window in study.windows]) * 0.1
@@ -206,10 +251,6 @@ def within(values: Array, person: NDArray[np.intp]) -> Array:
     """Values minus their person's mean."""
     sums = np.bincount(person, values)
     return values - (sums / np.maximum(np.bincount(person), 1))[person]
-
-
-def correlation(a: Array, b: Array) -> float:
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 def test_each_drive_moves_its_own_modality_across_and_within_persons(study: Study) -> None:

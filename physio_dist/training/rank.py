@@ -21,7 +21,7 @@ from tqdm import tqdm
 from physio_dist import __version__, lifeline, storage
 from physio_dist.config import PretrainConfig, mixture
 from physio_dist.errors import EXIT_FAULT, PhysioError, UserError
-from physio_dist.models.criss_cross import PATCH, MaskedModel, count_flops, preset
+from physio_dist.models.criss_cross import PATCH, UNIT_UV, MaskedModel, count_flops, preset
 from physio_dist.models.masking import MaskConfig, draw_masks
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.stream import Batch, Feed, Source
@@ -33,7 +33,7 @@ from physio_dist.training.guards import StopFlag
 from physio_dist.training.loop import Hooks, Share, train
 from physio_dist.training.place import Place, join_ranks, split_share
 from physio_dist.training.rundir import METRICS, RunDir, compare_config, write_config
-from physio_dist.training.step import UNIT_UV, Prepared, pin, prepare, to_device
+from physio_dist.training.step import Prepared, pin, prepare, to_device
 from physio_dist.training.validation import Validation
 
 # A launcher ends the other ranks within about a second of one's death.

@@ -52,8 +52,12 @@ def durable(url: str, option: str) -> str:
     return storage.absolute(url)
 
 
-def connect(say: Say) -> None:
+def connect(say: Say, hear_workers: bool = True) -> None:
     """Connect to the cluster that ``RAY_ADDRESS`` names, else to one that runs on this machine, else start one here.
+
+    Args:
+        say: told which cluster it is.
+        hear_workers: whether what workers print is repeated here; it is in the dashboard in any case.
 
     Raises:
         UserError: there is no cluster at the address, it refuses this client, or it runs other versions.
@@ -63,7 +67,7 @@ def connect(say: Say) -> None:
         _probe(address)
     try:
         # Ray says in a dozen lines what is said here in one.
-        context = ray.init(logging_level="WARNING", log_to_driver=True)
+        context = ray.init(logging_level="WARNING", log_to_driver=hear_workers)
     except AuthenticationError as error:
         raise UserError(
             f"the Ray cluster{_at(address)} wants a token ({_first_line(error)}): set RAY_AUTH_TOKEN or "

@@ -14,10 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import OmegaConf
-
 from physio_dist import storage
-from physio_dist.config import ClusterOptions, PretrainConfig, flatten, to_yaml
+from physio_dist.config import ClusterOptions, PretrainConfig, TuneConfig, refuse_another, to_yaml
 from physio_dist.errors import UserError
 
 CONFIG = "config.yaml"
@@ -128,27 +126,11 @@ def compare_config(run: RunDir, options: PretrainConfig) -> None:
     Raises:
         UserError: an option differs that must not (all of them are named), or ``resume=none`` on an existing run.
     """
-    try:
-        there = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(run.file(CONFIG)).decode()))
-    except storage.NotFoundError:
-        there = None
-    if there is None:
-        return
-    if options.resume == "none":
+    if options.resume == "none" and storage.exists(run.file(CONFIG)):
         raise UserError(f"{run.url} exists already: choose another run.name, or leave out resume=none to go on with it")
-    old, new = flatten(there), flatten(options)
-    fixed = sorted((set(old) | set(new)) - MAY_DIFFER)
-    differing = [name for name in fixed if old.get(name) != new.get(name)]
-    if "train.steps" in differing and new["train.steps"] > old["train.steps"]:
-        differing.remove("train.steps")
-    if differing:
-        told = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing)
-        raise UserError(
-            f"{run.url} was started with another configuration ({told}). Give the same options to go on, or choose "
-            "another run.name"
-        )
+    refuse_another(run.file(CONFIG), options, MAY_DIFFER, grow="train.steps")
 
 
-def write_config(run: RunDir, options: PretrainConfig) -> None:
+def write_config(run: RunDir, options: PretrainConfig | TuneConfig) -> None:
     """Write the resolved configuration: from here on the run is there, and other options are refused."""
     storage.write_bytes(run.file(CONFIG), to_yaml(options).encode())

@@ -225,7 +225,10 @@ class Ledger:
     def end(self, name: str, last: dict[str, int]) -> None:
         """A trial has ended well; ``last`` as in :class:`TrialRecord`."""
         running = self._running.pop(name, None)
-        if running is None or not running.record.history:
+        if running is None or not running.record.history or self.failure is not None:
+            # After a failure trials end because they are told to.
+            if running is not None:
+                running.board.close()
             return
         record = running.record
         record.last, record.seconds = dict(last), time.monotonic() - running.began

@@ -169,6 +169,37 @@ def _line_of(result: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("line/"): value for name, value in result.items() if name.startswith("line/")}
 
 
+class _Shown:
+    """Trials in the dashboard: a task for each, of the trial's name, that runs as long as the trial does.
+
+    Actors serve one trial after the other, and Ray names them for good when they start.
+    """
+
+    def __init__(self) -> None:
+        # Defined in here, so that its process imports nothing of ours.
+        class Trials:
+            def __init__(self) -> None:
+                import asyncio
+
+                self._ended: dict[str, asyncio.Event] = {}
+                self._event = asyncio.Event
+
+            async def run(self, name: str, config: dict[str, Any]) -> None:
+                await self._ended.setdefault(name, self._event()).wait()
+
+            async def end(self, name: str) -> None:
+                self._ended.setdefault(name, self._event()).set()
+
+        Trials.__qualname__ = "Trials"
+        self._actor = ray.remote(num_cpus=0, max_concurrency=10_000)(Trials).remote()
+
+    def start(self, trial: Any) -> None:
+        self._actor.run.options(name=_name(trial)).remote(_name(trial), trial.config["trial"]["config"])
+
+    def end(self, trial: Any) -> None:
+        self._actor.end.remote(_name(trial))
+
+
 class _OfDriver:
     """Tune pickles what it is given, for a way of going on that is not ours; open files stay out of it."""
 
@@ -180,10 +211,11 @@ class _Reporter(_OfDriver, tune.Callback):  # type: ignore[misc]
     """Hands on to the ledger what Ray tells the driver."""
 
     def __init__(self, ledger: sweep.Ledger, last: dict[str, dict[str, int]]) -> None:
-        self._ledger, self._last = ledger, last
+        self._ledger, self._last, self._shown = ledger, last, _Shown()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ledger.start(_name(trial))
+        self._shown.start(trial)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "failure" in result:
@@ -194,6 +226,7 @@ class _Reporter(_OfDriver, tune.Callback):  # type: ignore[misc]
             self._ledger.epoch(_name(trial), line)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._shown.end(trial)
         self._ledger.end(_name(trial), self._last.get(_name(trial), {}))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -231,9 +264,12 @@ def search(options: TuneConfig, ledger: sweep.Ledger, prepared: study.Study, att
             asha.replay(record)
     filesystem, path = storage.for_arrow(options.tune.storage or ledger.run.file("ray"))
     trials = [{"name": trial.name, "row": trial.row, "config": trial.config} for trial in ledger.left]
+    # In the object store once; a node's trials share one copy of its arrays.
+    trainable = tune.with_parameters(FusionTrial, study_of_all=prepared)
+    # The dashboard would name them after a function of Ray's.
+    trainable.__qualname__ = FusionTrial.__qualname__
     tuner = tune.Tuner(
-        # In the object store once; a node's trials share one copy of its arrays.
-        tune.with_parameters(FusionTrial, study_of_all=prepared),
+        trainable,
         param_space={"trial": tune.grid_search(trials), "cpus": options.tune.cpus},
         tune_config=tune.TuneConfig(
             scheduler=asha or FIFOScheduler(), reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name

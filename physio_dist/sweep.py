@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -173,8 +174,7 @@ class Ledger:
         self.ended = {record.trial: record for record in self._kept()}
         self.left = [trial for trial in trials if trial.name not in self.ended]
         for trial in self.left:
-            # Events of a trial that was cut off would be drawn together with those of its second try.
-            storage.remove(run.file(BOARD, trial.name), recursive=True)
+            self._forget_events(trial.name)
         self._running: dict[str, _Running] = {}
         self._planned = {trial.name: trial for trial in trials}
         self._began = self._told = self._sent = time.monotonic()
@@ -198,9 +198,15 @@ class Ledger:
         """A trial starts, perhaps again after its worker was lost."""
         if name in self._running:
             self._running.pop(name).board.close()
+            self._forget_events(name)
         trial = self._planned[name]
         board = SummaryWriter(str(self.run.spool / BOARD / name), flush_secs=10)
         self._running[name] = _Running(TrialRecord(name, trial.row, trial.config, []), board, time.monotonic())
+
+    def _forget_events(self, name: str) -> None:
+        """Events of a trial that was cut off would be drawn together with those of its second try."""
+        storage.remove(self.run.file(BOARD, name), recursive=True)
+        shutil.rmtree(self.run.spool / BOARD / name, ignore_errors=True)
 
     def epoch(self, name: str, line: dict[str, Any]) -> None:
         """A trial has finished an epoch and yielded ``line``."""

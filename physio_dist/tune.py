@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -36,7 +37,7 @@ _FIRST_LOOK = 8
 # What is kept and told of trials is our own, so is Ctrl-C, and a trial's working directory stays as it was.
 _TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }  # fmt: skip
 
 
@@ -126,6 +127,8 @@ class FoldwiseAsha(FIFOScheduler):  # type: ignore[misc]
         if not line or line["epoch"] <= self._seen.get(name, 0):
             return str(TrialScheduler.CONTINUE)
         self._seen[name] = line["epoch"]
+        if line["epoch"] >= self._max_epochs:
+            return str(TrialScheduler.STOP)
         folds = [tag for tag in line if tag.startswith("fold_")]
         out = self.last.setdefault(name, {})
         for tag in folds:
@@ -139,8 +142,7 @@ class FoldwiseAsha(FIFOScheduler):  # type: ignore[misc]
             if asha.on_trial_result(tune_controller, trial, line) == TrialScheduler.STOP:
                 out[fold] = line["epoch"]
                 asha.on_trial_remove(tune_controller, trial)
-        stop = len(out) == len(folds) or line["epoch"] >= self._max_epochs
-        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+        return str(TrialScheduler.STOP if len(out) == len(folds) else TrialScheduler.CONTINUE)
 
     def _scheduler(self, row: str, tag: str) -> AsyncHyperBandScheduler:
         if (row, tag) not in self._of:
@@ -210,8 +212,8 @@ class _OfDriver:
 class _Reporter(_OfDriver, tune.Callback):  # type: ignore[misc]
     """Hands on to the ledger what Ray tells the driver."""
 
-    def __init__(self, ledger: sweep.Ledger, last: dict[str, dict[str, int]]) -> None:
-        self._ledger, self._last, self._shown = ledger, last, _Shown()
+    def __init__(self, ledger: sweep.Ledger, last: dict[str, dict[str, int]], say: Callable[[str], None]) -> None:
+        self._ledger, self._last, self._say, self._shown = ledger, last, say, _Shown()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ledger.start(_name(trial))
@@ -229,8 +231,11 @@ class _Reporter(_OfDriver, tune.Callback):  # type: ignore[misc]
         self._shown.end(trial)
         self._ledger.end(_name(trial), self._last.get(_name(trial), {}))
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(f"the worker of trial {_name(trial)} is lost; the trial starts again ({_why(trial)})")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ledger.fail(_name(trial), f"its worker was lost {_TRIES + 1} times; Ray's lines above say why")
+        self._ledger.fail(_name(trial), f"its worker was lost {_TRIES + 1} times ({_why(trial)})")
 
 
 class _OnFailure(_OfDriver, tune.Stopper):  # type: ignore[misc]
@@ -246,11 +251,24 @@ class _OnFailure(_OfDriver, tune.Stopper):  # type: ignore[misc]
         return self._ledger.failure is not None
 
 
+def _why(trial: Any) -> str:
+    """What Ray noted of a lost worker, shortened."""
+    try:
+        text = Path(trial.error_file).read_text(encoding="utf-8")
+    except (OSError, TypeError):
+        return "Ray noted no reason"
+    # What comes before it is a traceback of Ray's own code, or ids.
+    start = max(text.rfind("\nray.exceptions."), text.find("The actor is dead"), 0)
+    return " ".join(text[start:].split())[:300]
+
+
 def _name(trial: Any) -> str:
     return str(trial.config["trial"]["name"])
 
 
-def search(options: TuneConfig, ledger: sweep.Ledger, prepared: study.Study, attempt: int) -> None:
+def search(
+    options: TuneConfig, ledger: sweep.Ledger, prepared: study.Study, attempt: int, say: Callable[[str], None]
+) -> None:
     """Run the trials that are left; the ledger holds what they found.
 
     Raises:
@@ -276,7 +294,7 @@ def search(options: TuneConfig, ledger: sweep.Ledger, prepared: study.Study, att
         ),
         run_config=tune.RunConfig(
             name=f"{options.run.name}-{attempt}", storage_path=path, storage_filesystem=filesystem, verbose=0,
-            callbacks=[_Reporter(ledger, asha.last if asha else {})], stop=_OnFailure(ledger),
+            callbacks=[_Reporter(ledger, asha.last if asha else {}, say)], stop=_OnFailure(ledger),
             failure_config=tune.FailureConfig(max_failures=_TRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
@@ -286,7 +304,7 @@ def search(options: TuneConfig, ledger: sweep.Ledger, prepared: study.Study, att
     if ledger.failure is not None:
         raise TrialError(f"{ledger.failure}; {kept}")
     if missing := len(ledger.trials) - len(ledger.ended):
-        raise TrialError(f"{missing} trial(s) did not end, Ray's lines above say why; {kept}")
+        raise TrialError(f"{missing} trial(s) did not end, Ray has said why if it knows; {kept}")
 
 
 def run(options: TuneConfig, say: Callable[[str], None]) -> None:
@@ -332,7 +350,7 @@ def _sweep(
         kept = f", {len(ledger.ended)} of them done in an earlier attempt" if ledger.ended else ""
         say(f"{len(ledger.trials)} trials: {options.tune.trials} configurations for each of {len(study.SEARCHED)} rows{kept}")
         say(f"while they run: tensorboard --logdir {directory.file(sweep.BOARD)}")
-        search(options, ledger, prepared, held.attempt)
+        search(options, ledger, prepared, held.attempt, say)
         say(ledger.standing())
     finally:
         ledger.close()

@@ -128,7 +128,7 @@ def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, opt
     patience = max(wait_s, _RETURN_S) if enough else wait_s
     advice = "Ask for less or add nodes" + (f"; {option}=SECONDS waits for them" if option else "")
     if not enough and wait_s <= 0:
-        raise UserError(f"{_shortage(cpus, gpus, workers)}. {advice}")
+        raise UserError(f"{shortage(cpus, gpus, workers)}. {advice}")
     bundle = {name: each for name, each in (("CPU", cpus), ("GPU", gpus)) if each > 0}
     # A group that waits for its place is also what tells an autoscaler to bring nodes.
     group = placement_group([bundle] * workers, strategy="PACK")
@@ -139,15 +139,16 @@ def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, opt
             now = time.monotonic()
             if now - began >= patience:
                 busy = "; others are using it" if room(cpus, gpus) >= workers else ""
-                raise UserError(f"{_shortage(cpus, gpus, workers)}{busy}. Waited {patience:g} s in vain. {advice}")
+                raise UserError(f"{shortage(cpus, gpus, workers)}{busy}. Waited {patience:g} s in vain. {advice}")
             if told == began or now - told >= _TELL_S:
-                say(f"waiting up to {patience - (now - began):.0f} s for room: {_shortage(cpus, gpus, workers)}")
+                say(f"waiting up to {patience - (now - began):.0f} s for room: {shortage(cpus, gpus, workers)}")
                 told = now
     finally:
         remove_placement_group(group)
 
 
-def _shortage(cpus: float, gpus: float, workers: int) -> str:
+def shortage(cpus: float, gpus: float, workers: int) -> str:
+    """What was asked and what is there, for a message."""
     def told(resources: dict[str, float]) -> str:
         return f"{resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)"
 

@@ -94,7 +94,10 @@ def flatten(options: Any) -> dict[str, Any]:
     return flat
 
 
-def refuse_another(url: str, options: Any, may_differ: Collection[str], grow: str | None = None) -> None:
+def refuse_another(
+    url: str, options: Any, may_differ: Collection[str], grow: str | None = None,
+    adapt: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> None:  # fmt: skip
     """Compare options with the configuration that a run was started with, if it was.
 
     Args:
@@ -102,6 +105,7 @@ def refuse_another(url: str, options: Any, may_differ: Collection[str], grow: st
         options: those of now.
         may_differ: names that say where and how fast, and not what.
         grow: name of a number that may be larger now.
+        adapt: brings either side, flattened, to the form in which they are compared.
 
     Raises:
         UserError: an option differs that must not; all of them are named.
@@ -111,6 +115,8 @@ def refuse_another(url: str, options: Any, may_differ: Collection[str], grow: st
     except storage.NotFoundError:
         return
     old, new = flatten(there), flatten(options)
+    adapt(old)
+    adapt(new)
     differing = [name for name in sorted((set(old) | set(new)) - set(may_differ)) if old.get(name) != new.get(name)]
     if grow in differing and new[grow] > old[grow]:
         differing.remove(grow)

@@ -27,7 +27,7 @@ TRIALS, RESULTS, PREDICTIONS, DATA, BOARD = (
     "trials.jsonl", "results.json", "predictions.safetensors", "data.json", "tensorboard",
 )  # fmt: skip
 # They say where and how fast a sweep runs, not what it finds.
-MAY_DIFFER = frozenset(["tune.cpus", "tune.storage", "tune.features"])
+MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.storage", "tune.features"])
 # A run in a bucket is looked at from elsewhere while it grows.
 _SEND_S = 15.0
 _TELL_S = 10.0

@@ -26,7 +26,7 @@ from physio_dist.config import TuneConfig
 from physio_dist.downstream import study
 from physio_dist.errors import EXIT_FAULT, PhysioError
 from physio_dist.training.lease import Lease, end_process
-from physio_dist.training.rundir import RunDir, write_config
+from physio_dist.training.rundir import CONFIG, RunDir
 
 # Of a trial whose worker was lost. What a trial itself raises is not tried again: it would be raised again.
 _TRIES = 3
@@ -280,7 +280,6 @@ def search(
     if asha is not None:
         for record in ledger.records():
             asha.replay(record)
-    filesystem, path = storage.for_arrow(options.tune.storage or ledger.run.file("ray"))
     trials = [{"name": trial.name, "row": trial.row, "config": trial.config} for trial in ledger.left]
     # In the object store once; a node's trials share one copy of its arrays.
     trainable = tune.with_parameters(FusionTrial, study_of_all=prepared)
@@ -293,7 +292,7 @@ def search(
             scheduler=asha or FIFOScheduler(), reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name
         ),
         run_config=tune.RunConfig(
-            name=f"{options.run.name}-{attempt}", storage_path=path, storage_filesystem=filesystem, verbose=0,
+            name=f"{options.run.name}-{attempt}", storage_path=options.tune.storage, verbose=0,
             callbacks=[_Reporter(ledger, asha.last if asha else {}, say)], stop=_OnFailure(ledger),
             failure_config=tune.FailureConfig(max_failures=_TRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -313,7 +312,7 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
     Raises:
         PhysioError: everything that has a documented status.
     """
-    features = _durable(options)
+    _settle(options)
     directory = RunDir(storage.join(options.run.dir, options.run.name), 0)
     if (results := sweep.finished(directory, options)) is not None:
         _tell(directory, results, say, "finished already")
@@ -322,7 +321,7 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
         # It is soon known whether it is there; to start one only to refuse the input would be a waste.
         _connect(options, say)
     facts = sweep.facts_of_data(options.tune.data)
-    prepared = study.prepare(options, features, say)
+    prepared = study.prepare(options, options.tune.features, say)
     if not ray.is_initialized():
         _connect(options, say)
     held = Lease(directory.url, lambda why: end_process(why, EXIT_FAULT), say)
@@ -345,7 +344,7 @@ def _sweep(
     sweep.refuse_other_data(directory, facts)
     ledger = sweep.Ledger(directory, sweep.plan(options), options.tune.max_epochs, say)
     try:
-        write_config(directory, options)
+        storage.write_bytes(directory.file(CONFIG), config.to_yaml(options).encode())
         storage.write_json(directory.file(sweep.DATA), facts)
         kept = f", {len(ledger.ended)} of them done in an earlier attempt" if ledger.ended else ""
         say(f"{len(ledger.trials)} trials: {options.tune.trials} configurations for each of {len(study.SEARCHED)} rows{kept}")
@@ -373,18 +372,26 @@ def _connect(options: TuneConfig, say: Callable[[str], None]) -> None:
     cluster.require(options.tune.cpus, 0.0, 1, 0.0, say)
 
 
-def _durable(options: TuneConfig) -> str:
-    """Refuse what would vanish with a Ray job, and what it would not find; the features' folder."""
-    tune_options, run_options = options.tune, options.run
-    run_options.dir = cluster.durable(run_options.dir, "run.dir")
-    features = cluster.durable(tune_options.features, "tune.features") if tune_options.features else ""
-    if tune_options.storage:
-        tune_options.storage = cluster.durable(tune_options.storage, "tune.storage")
-    cluster.durable(tune_options.data, "tune.data")
-    for name, value in (("ecg_encoder", tune_options.ecg_encoder), ("eeg_encoder", tune_options.eeg_encoder)):
-        for folder in value.values() if isinstance(value, dict) else [value]:
-            cluster.durable(folder, f"tune.{name}")
-    return features or storage.join(run_options.dir, "features")
+def _settle(options: TuneConfig) -> None:
+    """Make all local paths absolute, so that the next start may be from another folder or inside a job.
+
+    Raises:
+        UserError: one is relative inside a Ray job, or ``tune.storage`` cannot be listed.
+    """
+    chosen, where = options.tune, options.run
+    where.dir = cluster.durable(where.dir, "run.dir")
+    chosen.data = cluster.durable(chosen.data.removesuffix("/index.json"), "tune.data")
+    for name in ("ecg_encoder", "eeg_encoder"):
+        value = getattr(chosen, name)
+        if isinstance(value, dict):
+            value = {fold: cluster.durable(url, f"tune.{name}") for fold, url in value.items()}
+        else:
+            value = cluster.durable(value, f"tune.{name}")
+        setattr(chosen, name, value)
+    chosen.features = cluster.durable(chosen.features or storage.join(where.dir, "features"), "tune.features")
+    chosen.storage = cluster.durable(chosen.storage or storage.join(where.dir, options.run.name, "ray"), "tune.storage")
+    # Ray opens it with a client of its own, whose messages are of another kind.
+    storage.names(chosen.storage)
 
 
 def _tell(directory: RunDir, results: dict[str, Any], say: Callable[[str], None], how: str) -> None:

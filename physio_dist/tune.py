@@ -280,6 +280,7 @@ def search(
     if asha is not None:
         for record in ledger.records():
             asha.replay(record)
+    filesystem, path = storage.for_arrow(options.tune.storage)
     trials = [{"name": trial.name, "row": trial.row, "config": trial.config} for trial in ledger.left]
     # In the object store once; a node's trials share one copy of its arrays.
     trainable = tune.with_parameters(FusionTrial, study_of_all=prepared)
@@ -292,7 +293,7 @@ def search(
             scheduler=asha or FIFOScheduler(), reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name
         ),
         run_config=tune.RunConfig(
-            name=f"{options.run.name}-{attempt}", storage_path=options.tune.storage, verbose=0,
+            name=f"{options.run.name}-{attempt}", storage_path=path, storage_filesystem=filesystem, verbose=0,
             callbacks=[_Reporter(ledger, asha.last if asha else {}, say)], stop=_OnFailure(ledger),
             failure_config=tune.FailureConfig(max_failures=_TRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -74,9 +74,14 @@ def finished(run: RunDir, options: TuneConfig) -> dict[str, Any] | None:
     return document
 
 
-def facts_of_data(url: str) -> dict[str, Any]:
-    """What the report tells of the shard set, and what must be the same when a sweep goes on."""
-    shards = open_set(url)
+def facts_of(data: str, encoders: dict[str, Any]) -> dict[str, Any]:
+    """``data.json``: what the report tells of the inputs, and what must be the same when a sweep goes on.
+
+    Args:
+        data: URL of the shard set.
+        encoders: what the study knows of them.
+    """
+    shards = open_set(data)
     channels = {name: list(info.channels) for name, info in shards.signals.items()}
     return {
         "indexes": [
@@ -85,25 +90,31 @@ def facts_of_data(url: str) -> dict[str, Any]:
                 "rate": shards.rate, "channels": [name for names in channels.values() for name in names],
                 "signals": channels, "simulated": shards.simulated, "sources": list(shards.sources),
             }
-        ]
+        ],
+        "encoders": encoders,
     }  # fmt: skip
 
 
-def refuse_other_data(run: RunDir, facts: dict[str, Any]) -> None:
-    """Keep trials of one shard set from being continued with another at the same URL.
+def refuse_other_inputs(run: RunDir, facts: dict[str, Any]) -> None:
+    """Keep trials of one shard set or encoder from being continued with another at the same URL.
 
     Raises:
-        UserError: the fingerprint is not that of the sweep that is there.
+        UserError: an input is not what it was when the sweep that is there began.
     """
     try:
         there = storage.read_json(run.file(DATA))
     except storage.NotFoundError:
         return
-    old, new = there["indexes"][0]["fingerprint"], facts["indexes"][0]["fingerprint"]
-    if old != new:
+
+    def hashes(document: dict[str, Any]) -> dict[str, Any]:
+        prints = [one["fingerprint"] for one in document["indexes"]]
+        return {"tune.data": prints, **{f"tune.{name}_encoder": of for name, of in document["encoders"].items()}}
+
+    old, new = hashes(there), hashes(facts)
+    if changed := [name for name in new if old.get(name) != new[name]]:
         raise UserError(
-            f"{run.url} was started on other data ({facts['indexes'][0]['url']} had the fingerprint {old[:12]}, now "
-            f"{new[:12]}): choose another run.name"
+            f"what {' and '.join(changed)} leads to has changed since {run.url} was begun: its trials and new ones would "
+            "not be of the same kind. Choose another run.name"
         )
 
 

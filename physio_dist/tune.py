@@ -321,8 +321,8 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
     if os.environ.get("RAY_ADDRESS"):
         # It is soon known whether it is there; to start one only to refuse the input would be a waste.
         _connect(options, say)
-    facts = sweep.facts_of_data(options.tune.data)
     prepared = study.prepare(options, options.tune.features, say)
+    facts = sweep.facts_of(options.tune.data, prepared.about)
     if not ray.is_initialized():
         _connect(options, say)
     held = Lease(directory.url, lambda why: end_process(why, EXIT_FAULT), say)
@@ -342,7 +342,7 @@ def _sweep(
 ) -> dict[str, Any]:  # fmt: skip
     """All of it that writes to the run's directory."""
     directory.begin(held.attempt)
-    sweep.refuse_other_data(directory, facts)
+    sweep.refuse_other_inputs(directory, facts)
     ledger = sweep.Ledger(directory, sweep.plan(options), options.tune.max_epochs, say)
     try:
         storage.write_bytes(directory.file(CONFIG), config.to_yaml(options).encode())

@@ -21,7 +21,7 @@ MAY_KNOW = {
     "storage": {"errors"},
     "config": {"errors", "options"},
     "options": {"errors", "storage"},
-    "cluster": {"errors", "config", "storage"},
+    "cluster": {"errors", "config", "storage", "exits"},
     "errors": set(),
     "lifeline": set(),
     "exits": {"errors"},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -15,12 +16,13 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from physio_dist import storage
+from physio_dist import exits, storage
 from physio_dist.errors import UserError
 
 # Ray's own name for what it tells the driver of a submitted job.
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _PROBE_S = 5.0
+_CONNECT_S = 22.0
 # What an earlier run held comes back within seconds of its end.
 _RETURN_S = 15.0
 _TELL_S = 10.0
@@ -65,6 +67,11 @@ def connect(say: Say, hear_workers: bool = True) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address not in ("", "auto", "local"):
         _probe(address)
+    # What speaks HTTP/2 and is no cluster is asked by Ray for minutes, in a call that nothing interrupts.
+    limit = threading.Timer(_CONNECT_S, _give_up, (address,))
+    limit.daemon = True
+    if address not in ("", "local"):
+        limit.start()
     try:
         # Ray says in a dozen lines what is said here in one.
         context = ray.init(logging_level="WARNING", log_to_driver=hear_workers)
@@ -81,6 +88,8 @@ def connect(say: Say, hear_workers: bool = True) -> None:
     except (RuntimeError, ValueError) as error:
         # Ray has no class of its own for a cluster of another version.
         raise UserError(f"cannot join the Ray cluster{_at(address)}: {' '.join(str(error).split())}") from None
+    finally:
+        limit.cancel()
     global _dashboard
     _dashboard = context.dashboard_url or ""
     ours = any(child.name() == "gcs_server" for child in psutil.Process().children())
@@ -184,7 +193,14 @@ def _probe(address: str) -> None:
             "unset it to use this machine alone"
         ) from None
     if len(answer) < 4 or answer[3] != _SETTINGS:
-        raise UserError(f"what answers at {address} is no Ray cluster: RAY_ADDRESS takes the cluster's HOST:PORT, 6379")
+        raise UserError(f"what answers at {address} is no Ray cluster: RAY_ADDRESS takes the cluster's HOST:PORT")
+
+
+def _give_up(address: str) -> None:
+    def tell() -> None:
+        raise UserError(f"what answers at {address} is no Ray cluster: RAY_ADDRESS takes the cluster's HOST:PORT")
+
+    os._exit(exits.status_of(tell))
 
 
 def _gcs_address() -> str:

@@ -21,7 +21,7 @@ MAY_KNOW = {
     "storage": {"errors"},
     "config": {"errors", "options"},
     "options": {"errors", "storage"},
-    "cluster": {"errors", "config", "storage"},
+    "cluster": {"errors", "config", "storage", "exits"},
     "sweep": {"downstream", "training", "shards", "storage", "config", "errors"},
     "errors": set(),
     "lifeline": set(),

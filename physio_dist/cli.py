@@ -49,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="run.dir/run.name")
     export.add_argument("out", metavar="OUT", help="folder for encoder.safetensors, config.json and the model card")
 
+    embed = verbs.add_parser("embed", help="frozen features of every window of a shard set")
+    embed.add_argument("--encoder", required=True, metavar="DIR", help="an export, or a CBraMod checkpoint; or cbramod")
+    embed.add_argument("--data", required=True, metavar="URL", help="a shard set")
+    embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
+    embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
+
     report = verbs.add_parser("report", help="report.html of a run, self-contained")
     report.add_argument("run", metavar="RUN")
     return parser
@@ -113,6 +119,12 @@ def _export(given: argparse.Namespace) -> None:
     print(f"step {found.progress.step} of {given.run} -> {given.out}")
 
 
+def _embed(given: argparse.Namespace) -> None:
+    from physio_dist.downstream import backbones, features
+
+    features.embed(backbones.open_backbone(given.encoder, given.signal), given.data, given.out, print)
+
+
 def _report(given: argparse.Namespace) -> None:
     from physio_dist.report.page import render
 
@@ -132,7 +144,8 @@ def _report(given: argparse.Namespace) -> None:
 
 
 _VERBS = {
-    "shard": _shard, "index": _index, "verify": _verify, "inspect": _inspect, "export": _export, "report": _report,
+    "shard": _shard, "index": _index, "verify": _verify, "inspect": _inspect, "export": _export, "embed": _embed,
+    "report": _report,
 }  # fmt: skip
 
 
@@ -160,7 +173,9 @@ def _given(words: list[str]) -> argparse.Namespace:
     return given
 
 
-_OPTIONS = {"shard": ("--out",), "inspect": ("--plot",)}
+_OPTIONS = {
+    "shard": ("--out",), "inspect": ("--plot",), "embed": ("--encoder", "--data", "--out", "--signal"),
+}  # fmt: skip
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from physio_dist.errors import UserError, closest
 from physio_dist.options import flatten as flatten
 from physio_dist.options import load as load
 from physio_dist.options import option_types as option_types
+from physio_dist.options import refuse_another as refuse_another
 from physio_dist.options import to_yaml as to_yaml
 
 PRESETS = ("tiny", "base", "large", "xl")

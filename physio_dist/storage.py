@@ -1,8 +1,8 @@
 """Every byte to or from a URL.
 
-A URL is a local path (``runs/x``, ``file:///runs/x``) or anything fsspec opens (``s3://bucket/key``). Writes are
-atomic: a reader sees the old object or the new one, never a part. Transient faults are tried again with
-exponential back-off and jitter within a bounded time; what lasts becomes one clear error.
+A URL is a local path (``runs/x``, ``file:///runs/x``) or anything fsspec opens (``s3://bucket/key``; ``https://``, to
+read). Writes are atomic: a reader sees the old object or the new one, never a part. Transient faults are tried again
+with exponential back-off and jitter within a bounded time; what lasts becomes one clear error.
 
 Credentials and endpoint come from where S3 clients look for them (``AWS_ACCESS_KEY_ID``, profiles, instance roles,
 ``AWS_ENDPOINT_URL``); no function here takes one.
@@ -36,7 +36,14 @@ _PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT)
 # Client errors by their status, yet a second try is what servers ask for.
 _PASSING_CODES = ("RequestTimeout", "IncompleteBody", "OperationAborted", "XAmzContentSHA256Mismatch")
 
-# Protocols whose endpoint has answered; a process that starts others passes it on.
+_WEB = ("http", "https")
+# Errors of clients that a second try does not mend.
+_LASTING = (
+    "NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "NoRegionError",
+    "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError", "ClientConnectorCertificateError",
+)  # fmt: skip
+
+# Protocols (web servers) whose endpoint has answered; a process that starts others passes it on.
 contacted: set[str] = set()
 
 P = ParamSpec("P")
@@ -102,10 +109,32 @@ def _filesystem(protocol: str, pid: int) -> Any:
         # One place counts the tries: `_patiently`.
         fs.retries = 1
         return fs
+    if protocol in _WEB:
+        import aiohttp
+
+        # Its own limit is five minutes for a whole file, however fast it comes.
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
+        client = {"timeout": limits, "trust_env": True}
+        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, client_kwargs=client)
     try:
         return fsspec.filesystem(protocol)
     except (ValueError, ImportError) as error:
         raise StorageError(f"no way to open {protocol}:// URLs: {error}") from None
+
+
+def for_arrow(url: str) -> tuple[Any, str]:
+    """A URL as libraries on Arrow take it: a file system (None for the local one) and a path.
+
+    Arrow's own S3 client writes objects for folders, which servers that keep real folders refuse. The file system
+    carries no credentials: whoever unpickles it finds its own, where S3 clients look for them.
+    """
+    if is_local(url):
+        return None, absolute(url)
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    _, path = _resolve(url)
+    # One of its own, because here the client itself has to try again.
+    return PyFileSystem(FSSpecHandler(fsspec.filesystem(_protocol(url), skip_instance_cache=True))), path
 
 
 def _resolve(url: str) -> tuple[Any, str]:
@@ -120,13 +149,16 @@ def _resolve(url: str) -> tuple[Any, str]:
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """The HTTP status and the S3 error code behind an error of the client, if there are any."""
+    """The HTTP status and the S3 error code (else the server's words) behind a client's error, if there are any."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if isinstance(status, int):
                 return status, str(response.get("Error", {}).get("Code", ""))
+        status = getattr(candidate, "status", None)
+        if isinstance(status, int) and _of_client(candidate):
+            return status, str(getattr(candidate, "message", ""))
     return None, ""
 
 
@@ -136,19 +168,21 @@ def is_transient(error: BaseException) -> bool:
         return False
     status, code = _answer(error)
     if status is not None:
-        return status >= 500 or status in (408, 429) or code in _PASSING_CODES
+        return (status >= 500 and status != 501) or status in (408, 429) or code in _PASSING_CODES
     name = type(error).__name__
-    if name in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "NoRegionError"):
+    if name in _LASTING:
         return False
-    if isinstance(error, ConnectionError | TimeoutError) or "Timeout" in name or "Connection" in name:
+    if _of_client(error) or isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if "Timeout" in name or "Connection" in name:
         return True
     # The S3 client wraps unknown faults, a reset in mid-body among them, into its own classes or a bare OSError.
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _PASSING
-    return isinstance(error, OSError) or _of_s3_client(error)
+    return isinstance(error, OSError)
 
 
-def _of_s3_client(error: BaseException) -> bool:
+def _of_client(error: BaseException | None) -> bool:
     return type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp"))
 
 
@@ -156,7 +190,7 @@ def explain(url: str, doing: str, error: BaseException) -> StorageError:
     """What happened, on which URL, and what to check, as an error a person can read."""
     status, code = _answer(error)
     name = type(error).__name__
-    s3 = _protocol(url) in ("s3", "s3a")
+    s3, web = _protocol(url) in ("s3", "s3a"), _protocol(url) in _WEB
     where = f" (endpoint {endpoint()})" if s3 and endpoint() else ""
     if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and doing == "write" and s3):
         bucket = url.split("://", 1)[1].split("/", 1)[0]
@@ -167,19 +201,23 @@ def explain(url: str, doing: str, error: BaseException) -> StorageError:
         return NotFoundError(f"cannot {doing} {url}{where}: there is nothing there")
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in name:
         hint = (
-            "check the file's permissions"
-            if is_local(url)
-            else (
-                "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or an instance role) "
-                "and what they may do"
-            )
+            "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or an instance role) "
+            "and what they may do"
         )
+        if is_local(url):
+            hint = "check the file's permissions"
+        elif web:
+            error, hint = OSError(f"{status} {code}"), "over http only what is open to everybody can be read"
         return StorageError(f"cannot {doing} {url}{where}: access denied ({error}); {hint}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"cannot {doing} {url}: the disk is full; free some space and start again")
     if is_local(url) and isinstance(error, OSError) and error.strerror:
         return StorageError(f"cannot {doing} {url}: {error.strerror}")
+    if web and status is not None:
+        # Not the error's own text: it tells the address that a redirection led to, signature and all.
+        return StorageError(f"cannot {doing} {url}: the server answers {status} {code}")
     hint = "; check AWS_ENDPOINT_URL and that the server is up" if s3 else ""
+    hint = "; check the address and that the server is up" if web else hint
     return StorageError(f"cannot {doing} {url}{where}: {name}: {error}{hint}")
 
 
@@ -203,7 +241,9 @@ def without_secrets(url: str) -> str:
 def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
     """Run ``action``, trying again while faults are transient and the budget lasts."""
     protocol = _protocol(url)
-    budget = OUTAGE_S if protocol in contacted else FIRST_CONTACT_S
+    # The web is many servers: that one has answered says nothing of another.
+    peer = "/".join(url.split("/", 3)[:3]) if protocol in _WEB else protocol
+    budget = OUTAGE_S if peer in contacted else FIRST_CONTACT_S
     try:
         result = Retrying(
             retry=retry_if_exception(is_transient),
@@ -212,13 +252,13 @@ def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
             reraise=True,
         )(action)
     except Exception as error:
-        if _answer(error)[0] is not None:
-            contacted.add(protocol)
+        if _answer(error)[0] is not None or isinstance(error, FileNotFoundError):
+            contacted.add(peer)
         # The client calls a malformed endpoint a ValueError.
-        if isinstance(error, OSError) or _of_s3_client(error) or (isinstance(error, ValueError) and not is_local(url)):
+        if isinstance(error, OSError) or _of_client(error) or (isinstance(error, ValueError) and not is_local(url)):
             raise explain(url, doing, error) from error
         raise
-    contacted.add(protocol)
+    contacted.add(peer)
     return result
 
 
@@ -230,6 +270,10 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
         StorageError: it cannot be read.
     """
     fs, path = _resolve(url)
+    if _protocol(url) in _WEB:
+        # A server may answer a request for a part with the whole, and the client does not tell which it was.
+        whole: bytes = _patiently(url, "read", lambda: fs.cat_file(path))
+        return whole[start:end]
     data: bytes = _patiently(url, "read", lambda: fs.cat_file(path, start=start, end=end))
     return data
 
@@ -298,7 +342,9 @@ def get_file(url: str, target: Path) -> None:
 def exists(url: str) -> bool:
     """Whether there is an object or folder at the URL."""
     fs, path = _resolve(url)
-    return bool(_patiently(url, "look for", lambda: fs.exists(path)))
+    # Unless told to be strict, the client takes a web server that does not answer for one that has not got it.
+    options = {"strict": True} if _protocol(url) in _WEB else {}
+    return bool(_patiently(url, "look for", lambda: fs.exists(path, **options)))
 
 
 def size(url: str) -> int:

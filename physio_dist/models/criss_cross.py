@@ -25,6 +25,8 @@ from physio_dist.models.primitives import at_least_fp32, attend, drop
 
 PATCH = 200
 """Samples in a patch: one second at 200 Hz."""
+UNIT_UV = 100.0
+"""The unit of an encoder's input, in microvolts, as in CBraMod."""
 
 # The patch embedding's constants, all from the CBraMod paper: eight positions a patch, five norm groups.
 _POSITIONS = 8

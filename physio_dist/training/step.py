@@ -11,12 +11,9 @@ from typing import Any
 import torch
 
 from physio_dist.config import TrainOptions
-from physio_dist.models.criss_cross import PATCH
+from physio_dist.models.criss_cross import PATCH, UNIT_UV
 from physio_dist.models.masking import DualMask, MaskConfig, draw_masks
 from physio_dist.shards.stream import Batch
-
-# The encoder's unit: 100 microvolts, as in CBraMod.
-UNIT_UV = 100.0
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import save as save_safetensors
 
+from physio_dist.models.criss_cross import UNIT_UV
 from physio_dist.models.masking import MaskConfig, dual_mask_loss, predict_interpolation, predict_zero
 from physio_dist.shards.order import Ints, rank_slice
 from physio_dist.shards.stream import Source
 from physio_dist.training.engine import Engine
-from physio_dist.training.step import UNIT_UV, Micro, Prepared, prepare, to_device
+from physio_dist.training.step import Micro, Prepared, prepare, to_device
 
 EXAMPLES = 6
 _PREDICTORS = ("", "zero_", "interp_")

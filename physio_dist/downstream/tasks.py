@@ -1,0 +1,173 @@
+"""What is to be told from the signals: the windows of a shard set that carry a label, as one table."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from physio_dist.config import DataOptions
+from physio_dist.errors import UserError, nearest
+from physio_dist.shards import tar
+from physio_dist.shards.cache import ShardCache
+from physio_dist.shards.index import ShardSet, open_set, read_sidecar
+
+SIGNALS = ("ecg", "eeg")
+MOST_CLASSES = 20
+EEGMAT_LABEL = "task"
+EEGMAT_CLASSES = ("rest", "arithmetic")
+_DRIVES = {signal: f"drive_{signal}" for signal in SIGNALS}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The labelled windows of a shard set, in its storage order.
+
+    Attributes:
+        keys: of the windows.
+        sample: int64 ``[n]``, position of each window among all of the set: its row in the features.
+        person: uint64 ``[n]``, pseudonym.
+        recording: int64 ``[n]``, number of the recording a window was cut from.
+        label: int64 ``[n]``, position in ``classes``.
+        classes: names.
+        split: uint8 ``[n]``, position in ``shards.index.SPLITS``.
+        simulated: whether any of the set comes from a simulator.
+        latent: only of simulated sets: float64 ``[n]``, the hidden drive of each signal.
+    """
+
+    keys: list[str]
+    sample: npt.NDArray[np.int64]
+    person: npt.NDArray[np.uint64]
+    recording: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+    split: npt.NDArray[np.uint8]
+    simulated: bool
+    latent: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+
+def shard_cache() -> ShardCache:
+    """The node's cache of shards, at the place where pretraining keeps it unless told otherwise."""
+    return ShardCache(DataOptions.cache_dir, DataOptions.cache_gb * 1e9)
+
+
+def need_both(shards: ShardSet) -> None:
+    """Refuse a set that is not paired.
+
+    Raises:
+        UserError: ECG or EEG is missing.
+    """
+    missing = [signal for signal in SIGNALS if signal not in shards.signals]
+    if missing:
+        raise UserError(
+            f"tune.data={shards.url} has no {' and no '.join(missing)}, only {', '.join(sorted(shards.signals))}: fusion "
+            "needs windows with both; convert the recordings with signals=ecg,eeg"
+        )
+
+
+def load_table(data: str, task: str, label: str | None) -> Table:
+    """The windows that carry the label.
+
+    Args:
+        data: URL of a shard set with both signals.
+        task: ``labels``: the classes are the sorted values of ``label``; ``eegmat``: rest, then arithmetic.
+        label: name of the label; None for the task's own.
+
+    Raises:
+        UserError: a signal is missing, the label is not there, is no class label, or has only one class.
+        DataError: the set is damaged.
+    """
+    shards = open_set(data)
+    need_both(shards)
+    name = label or (EEGMAT_LABEL if task == "eegmat" else "")
+    sidecar = read_sidecar(shards)
+    facts = list(_facts(shards))
+    keys = sidecar.keys(np.arange(shards.nsamples))
+    labels = [found if isinstance(found := one.get("labels"), dict) else {} for one in facts]
+    known = {word for one in labels for word in one}
+    if name not in known:
+        hint = nearest(name, known) if known else "its windows have no labels at all; labels=FILE.csv joins them"
+        there = f"; it has {', '.join(sorted(known))}" if len(known) > 1 else ""
+        raise UserError(f"tune.label={name}: no window of {shards.url} has that label{there}; {hint}")
+    values = [one.get(name) for one in labels]
+    sample = np.array([i for i, value in enumerate(values) if value is not None], dtype=np.int64)
+    given = [values[i] for i in sample]
+    classes = _eegmat_classes(given, name, data) if task == "eegmat" else _classes(given, name)
+    if len(classes) < 2:
+        only = f"only the value {_word(classes[0])}" if classes else "no value"
+        raise UserError(f"tune.label={name}: {shards.url} has {only} of it; there is nothing to tell apart")
+    number = {value: i for i, value in enumerate(classes)}
+    recordings = [_recording(facts[i], keys[i]) for i in sample]
+    order = {recording: i for i, recording in enumerate(sorted(set(recordings)))}
+    return Table(
+        keys=[keys[i] for i in sample],
+        sample=sample,
+        person=sidecar.person[sample],
+        recording=np.array([order[recording] for recording in recordings], dtype=np.int64),
+        label=np.array([number[value] for value in given], dtype=np.int64),
+        classes=tuple(_word(value) for value in classes),
+        split=sidecar.split[sample],
+        simulated=shards.simulated,
+        latent=_latent([labels[i] for i in sample]) if shards.simulated else {},
+    )
+
+
+def _facts(shards: ShardSet) -> Iterator[dict[str, Any]]:
+    cache = shard_cache()
+    for number, info in enumerate(shards.shards):
+        for member in tar.scan(io.BytesIO(cache.open(shards, number).data), info.url):
+            yield member.facts or {}
+
+
+def _recording(facts: dict[str, Any], key: str) -> tuple[str, str]:
+    """Shards of others may not say which recording a window is from: then it stands for itself."""
+    record = facts.get("record")
+    return str(facts.get("source", "")), f"key {key}" if record is None else f"record {record}"
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _eegmat_classes(values: Sequence[Any], name: str, data: str) -> list[Any]:
+    others = sorted({_word(value) for value in values} - set(EEGMAT_CLASSES))
+    if others:
+        raise UserError(
+            f"tune.task=eegmat: label {name} of {data} also has {', '.join(others[:5])}; it must be rest or arithmetic. "
+            f"tune.task=labels tune.label={name} takes any classes"
+        )
+    present = set(values)
+    return [value for value in EEGMAT_CLASSES if value in present]
+
+
+def _classes(values: Sequence[Any], name: str) -> list[Any]:
+    kinds = {type(value) for value in values}
+    no_class = f"tune.label={name} is no class label:"
+    if not kinds <= {bool, int, str}:
+        example = next(value for value in values if type(value) not in (bool, int, str))
+        kind = "numbers with a fraction" if isinstance(example, float) else f"a {type(example).__name__}"
+        raise UserError(f"{no_class} its values are {kind}, such as {_word(example)}; make classes of them first")
+    if len(kinds) > 1:
+        some = ", ".join(_word(next(value for value in values if type(value) is kind)) for kind in sorted(kinds, key=str))
+        raise UserError(f"{no_class} its values are of different kinds, such as {some}; write all of them as words")
+    found = sorted(set(values))
+    if len(found) > MOST_CLASSES:
+        raise UserError(
+            f"{no_class} it has {len(found)} different values ({', '.join(map(_word, found[:4]))}, ...), more than "
+            f"{MOST_CLASSES}; make fewer classes of them first"
+        )
+    return found
+
+
+def _latent(labels: Sequence[dict[str, Any]]) -> dict[str, npt.NDArray[np.float64]]:
+    found = {}
+    for signal, name in _DRIVES.items():
+        drives = [one.get(name) for one in labels]
+        if all(isinstance(drive, (int, float)) for drive in drives):
+            found[signal] = np.array(drives, dtype=np.float64)
+    return found if len(found) == len(_DRIVES) else {}

@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="run.dir/run.name")
     export.add_argument("out", metavar="OUT", help="folder for encoder.safetensors, config.json and the model card")
 
-    report = verbs.add_parser("report", help="report.html of a run, self-contained")
-    report.add_argument("run", metavar="RUN")
+    report = verbs.add_parser("report", help="report.html of a pretraining run or a sweep, self-contained")
+    report.add_argument("run", metavar="RUN", help="run.dir/run.name")
     return parser
 
 
@@ -124,8 +124,9 @@ def _report(given: argparse.Namespace) -> None:
 
     try:
         page = render(read)
-    except UserError as error:
-        raise UserError(f"{given.run}: {error}") from None
+    except (UserError, DataError) as error:
+        kind = DataError if isinstance(error, DataError) else UserError
+        raise kind(f"{given.run}: {error}") from None
     target = storage.join(given.run, "report.html")
     storage.write_bytes(target, page.encode())
     print(target)

@@ -134,7 +134,7 @@ def recall_panel(title: str, curves: Sequence[Curve], base: float, alt: str) -> 
     """Precision over recall with the areas named at the right; ``base`` is the share of positive windows."""
     figure, axes = _square(title, "recall", "precision")
     axes.axhline(base, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
-    axes.text(0.015, base - 0.015, f"chance {metric(base)}", ha="left", va="top", fontsize=8.5, color=SOFT)
+    axes.text(0.99, base - 0.015, f"chance {metric(base)}", ha="right", va="top", fontsize=8.5, color=SOFT)
     _curves(axes, curves, "PR-AUC")
     return embed(figure, alt)
 
@@ -150,7 +150,7 @@ def confusions(tables: Sequence[tuple[str, Ints]], classes: Sequence[str], alt: 
     left, gap = 0.5 + min(long, 1.15), 0.35
     side = min((WIDE_INCHES - left - 0.1 - (across - 1) * gap) / across, 3.3)
     turned = long > 0.95 * side / k
-    below = 0.35 + (0.8 * long + 0.1 if turned else 0.2)
+    below = 0.35 + (0.6 * min(long, 1.2) + 0.1 if turned else 0.2)
     slot = side + 0.4 + below
     height = down * slot
     figure = new_figure(WIDE_INCHES, height)
@@ -195,7 +195,7 @@ def people_panel(
                 axes.plot([x], [rows[row][person]], MARKERS[row], ms=size, zorder=3, **face)
         axes.plot([x], [fused[person]], "o", ms=size + 0.7, mfc=INK if up else "white", mec=INK, mew=1.2, zorder=4)
     _people_axis(axes, [names[person] for person in order.tolist()], width - 0.7)
-    low = min(float(np.nanmin(np.stack(list(rows.values())))), chance)
+    low = float(np.nanmin([float(np.nanmin(np.stack(list(rows.values())))), chance]))
     axes.set_ylim(low - 0.05 * (1 - low), 1.0 + 0.05 * (1 - low))
     _divide(axes, int((gain <= 0).sum()), n)
     _key(axes, rows, width - 0.7, height - 1.55)

@@ -67,6 +67,12 @@ def baselines(sweep: Sweep, held: HeldOut | None) -> Section:
         tables.append(table)
     absent = [label_of(name) for name in ROWS if sweep.row(name) is None]
     notes = [f"results.json has no row for: {', '.join(absent)}."] if absent else []
+    blind = sweep.row("majority")
+    if blind is not None and len(blind.folds) > 1 and abs(blind.scores["auc"] - CHANCE) > AREA_TOLERANCE:
+        notes.append(
+            "The majority class has another AUC than 0.5 because folds differ a little in their training people's "
+            "class shares: pooled over folds, even that orders windows."
+        )
     return Section("Results", "results", figures=figures, tables=tables, notes=notes)
 
 
@@ -139,6 +145,8 @@ def people(sweep: Sweep, held: HeldOut | None) -> Section:
         missing = f"{PREDICTIONS} lacks the fused or both single rows, so people cannot be compared."
         return Section("People", "people", missing=missing)
     text, images = [], []
+    blind = sweep.row("majority")
+    majority = math.nan if blind is None else blind.scores["accuracy"]
     for kind, table in (("ROC-AUC", found.auc), ("Accuracy", found.accuracy)):
         rows = {name: table[name] for name in SIGNALS if name in table}
         both = np.isfinite(rows["fused"]) & np.isfinite(plots.best_single(rows))
@@ -150,14 +158,14 @@ def people(sweep: Sweep, held: HeldOut | None) -> Section:
         words = _count_gains(sweep, kept, kind)
         left = int((~both).sum())
         text.append(words + (f" {left} have windows of one class only and are left out." if left else ""))
-        chance = CHANCE if kind == "ROC-AUC" else 1 / max(len(sweep.classes), 1)
+        chance = CHANCE if kind == "ROC-AUC" else majority
         title = f"{kind} of each held-out person"
         images.append(plots.people_panel(title, names, kept, chance, f"{title}. {words}"))
     caption = (
         "Each column is a held-out person, named by the first digits of a pseudonym, sorted by what fusion gains over "
         "the better of that person's two single signals. Black line: the gain; dotted grey: the loss. The better "
-        "signal is picked for each person with hindsight, so this is a hard bar. Dashed: chance"
-        f"{'' if len(sweep.classes) == 2 else ' among equally frequent classes'}. {_windows_each(found.windows)}"
+        "signal is picked for each person with hindsight, so this is a hard bar. Dashed: chance, for accuracy the "
+        f"majority class over all held-out windows. {_windows_each(found.windows)}"
     )
     if len(sweep.classes) > 2:
         caption += " A person's ROC-AUC is the mean over the classes that person has."

@@ -19,7 +19,7 @@ CHANCE = 0.5
 def summarise_sweep(sweep: Sweep, held: HeldOut | None) -> Summary:
     """The summary of a sweep; whatever it does not tell is left out or shown as a dash."""
     badge, text = badge_of(sweep.simulated())
-    verdicts = [_headline(sweep), _others(sweep), _gain(sweep, held), _reached(sweep), _control(sweep)]
+    verdicts = [_headline(sweep), _others(sweep), *_gain(sweep, held), _reached(sweep), _control(sweep)]
     told = [verdict for verdict in verdicts if verdict]
     return Summary(sweep.name, badge, text, told, _facts(sweep, held), None, kicker="sweep of a fusion head")
 
@@ -99,21 +99,30 @@ def _others(sweep: Sweep) -> str:
     return f"Against it: {', '.join(told)}." if told else ""
 
 
-def _gain(sweep: Sweep, held: HeldOut | None) -> str:
+def _gain(sweep: Sweep, held: HeldOut | None) -> list[str]:
+    """Fused against the better single signal, the hand-made features and the untrained encoders: a sentence each."""
     fused, best = sweep.row("fused"), better_single(sweep)
-    if fused is None or best is None or not math.isfinite(fused.scores["auc"]):
+    if fused is None or not math.isfinite(fused.scores["auc"]):
+        return []
+    told = []
+    against = [] if best is None else [(best, f"the better single signal ({label_of(best.name)})")]
+    for name, called in (("handmade", "hand-made features"), ("untrained", "untrained encoders of the same shape")):
+        if (row := sweep.row(name)) is not None and math.isfinite(row.scores["auc"]):
+            against.append((row, called))
+    found = gains(held, [row.name for row, _ in against])
+    for row, called in against:
+        text = f"Fused minus {called}: {signed(fused.scores['auc'] - row.scores['auc'])}"
+        one = found.get(row.name)
+        if one is not None and math.isfinite(one.low):
+            text += f", 95 % interval {signed(one.low)} to {signed(one.high)}{_meaning(one)}"
+        told.append(text + ".")
+    return told
+
+
+def _meaning(one: Difference) -> str:
+    if one.low > 0:
         return ""
-    value = fused.scores["auc"] - best.scores["auc"]
-    text = f"Fused minus the better single signal ({label_of(best.name)}): {signed(value)}"
-    found = gains(held, [best.name]).get(best.name)
-    if found is None or not math.isfinite(found.low):
-        return text + "."
-    text += f", 95 % interval {signed(found.low)} to {signed(found.high)}"
-    if found.low > 0:
-        return text + "."
-    if found.high < 0:
-        return text + ": on these people fusion is worse."
-    return text + ": the interval includes zero, so these people do not show that fusion helps."
+    return ": worse on these people" if one.high < 0 else ": it includes zero, so these people do not show a difference"
 
 
 def _reached(sweep: Sweep) -> str:

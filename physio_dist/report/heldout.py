@@ -167,11 +167,12 @@ def mean_roc(predictions: Predictions, row: str, classes: Sequence[int]) -> tupl
 
 
 def precision_recall(predictions: Predictions, row: str, positive: int) -> tuple[Floats, Floats]:
-    """Recall and precision, from recall 0 on."""
+    """Recall and precision, from the first positive window on: before it there is no precision to speak of."""
     precision, recall, _ = precision_recall_curve(
         predictions.label == positive, predictions.probability[row][:, positive]
     )
-    return np.asarray(recall[::-1], np.float64), np.asarray(precision[::-1], np.float64)
+    found = recall[::-1] > 0
+    return np.asarray(recall[::-1][found], np.float64), np.asarray(precision[::-1][found], np.float64)
 
 
 def present(predictions: Predictions, classes: int) -> list[int]:

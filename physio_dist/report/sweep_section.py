@@ -44,7 +44,7 @@ def search(sweep: Sweep, held: HeldOut | None) -> Section:
             details.append(("What each fold chose for the fused row", _chosen_listing(row.folds)))
     how = sweep.results.get("selection")
     how = how.get("rule") if isinstance(how, dict) else how
-    text = [f"How it was selected: {plain(how)}"] if how else []
+    text = [f"How it was selected: {plain(how).rstrip('.')}."] if how else []
     notes = [f"The last line of {TRIALS} was not finished and is left out."] if sweep.unfinished else []
     lost = sum(not math.isfinite(trial.val_auc) for trial in sweep.trials)
     if lost:
@@ -121,7 +121,7 @@ def _progress(sweep: Sweep, fused: Sequence[Trial], rows: Sequence[str]) -> list
 
 
 def _trial_table(sweep: Sweep, rows: Sequence[str]) -> Table:
-    head = ["Row", "Trials", "Stopped early", "Epochs", "Best validation AUC", "Held-out AUC", "Time"]
+    head = ["Row", "Trials", "Stopped early", "Epochs", "Best validation AUC", "Held\u2011out AUC", "Time"]
     lines = []
     for name in rows:
         mine = [trial for trial in sweep.trials if trial.row == name]
@@ -148,7 +148,7 @@ def _trial_table(sweep: Sweep, rows: Sequence[str]) -> Table:
 def _chosen_table(folds: Sequence[FoldResult]) -> Table:
     names = [name for name in plots.AXES if any(fold.config and name in fold.config for fold in folds)]
     titles = [plots.TITLES.get(name, name).replace("\n", " ").capitalize() for name in names]
-    head = ["Fold", "People", "Windows", "Held-out AUC", *titles, "Epoch"]
+    head = ["Fold", "People", "Windows", "Held\u2011out AUC", *titles, "Epoch"]
     lines = []
     for fold in folds:
         config = fold.config or {}

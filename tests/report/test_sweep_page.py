@@ -121,6 +121,9 @@ def test_the_headline_tells_what_and_how_well(tmp_path):
     )
     gain = f"{rows['fused']['auc'] - rows['eeg']['auc']:+.3f}"
     assert f"Fused minus the better single signal (EEG alone): {gain}, 95 % interval" in page.text
+    for name, called in (("handmade", "hand-made features"), ("untrained", "untrained encoders of the same shape")):
+        gain = f"{rows['fused']['auc'] - rows[name]['auc']:+.3f}"
+        assert f"Fused minus {called}: {gain}, 95 % interval" in page.text
     assert "4 folds of whole people; each person is held out once" in page.text
     assert "rest 144, task 144" in page.text
     auc = document["permuted"]["auc"]
@@ -168,7 +171,7 @@ def test_a_loss_and_a_doubtful_gain_are_called_so(tmp_path):
         "results": json.dumps(results_of(tensors, CLASSES)).encode(),
     }
     _, page = page_of(write_sweep(tmp_path, **files))
-    assert "on these people fusion is worse" in page.text
+    assert re.search(r"single signal \(EEG alone\): \S+, 95 % interval [^:]*: worse on", page.text)
     tensors["probability.fused"] = tensors["probability.eeg"].copy()
     tensors["probability.fused"][::2] = tensors["probability.fused"][::2] * 0.98 + 0.01
     files = {
@@ -176,7 +179,7 @@ def test_a_loss_and_a_doubtful_gain_are_called_so(tmp_path):
         "results": json.dumps(results_of(tensors, CLASSES)).encode(),
     }
     _, page = page_of(write_sweep(tmp_path, **files))
-    assert "the interval includes zero" in page.text
+    assert re.search(r"single signal \(EEG alone\): \S+, 95 % interval [^:]*: it includes zero", page.text)
 
 
 def test_people_are_counted(tmp_path):
@@ -299,6 +302,12 @@ def test_one_class_only(tmp_path):
     assert "Nothing to draw: the held-out windows are all of one class." in page.text
     assert "ROC-AUC is not defined for any person" in page.text
     assert "Accuracy: fused is above" in page.text
+
+
+def test_a_majority_that_is_not_at_chance_is_explained(tmp_path):
+    words = "folds differ a little in their training people's class shares"
+    assert words in page_of(write_sweep(tmp_path, results=changed(majority={"auc": 0.493})))[1].text
+    assert words not in page_of(write_sweep(tmp_path))[1].text
 
 
 def test_predictions_that_give_another_area_are_told(tmp_path):

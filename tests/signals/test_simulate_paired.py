@@ -202,16 +202,22 @@ def test_a_persons_body_is_the_same_in_all_records() -> None:
 
 
 def test_mains_are_the_same_in_both_modalities() -> None:
-    mains = []
-    for one in read_all("people=12,windows=1,seed=1"):
-        louder = []
+    agreed = []
+    for one in read_all("people=20,windows=3,seed=1"):
+        found = []
         for signal in one.signals.values():
-            frequency, power = welch(signal.data, 200, nperseg=400)
-            fifty, sixty = (np.median(power[:, frequency == f]) for f in (50.0, 60.0))
-            louder.append(50 if fifty > sixty else 60)
-        assert louder[0] == louder[1]
-        mains.append(louder[0])
-    assert set(mains) == {50, 60}
+            frequency, power = welch(signal.data.astype(float), 200, nperseg=1000)
+            height = {}
+            for hum in (50.0, 60.0):
+                beside = (np.abs(frequency - hum) > 0.5) & (np.abs(frequency - hum) < 3.0)
+                line = np.isclose(frequency, hum)
+                height[hum] = float(np.median(power[:, line].max(axis=1) / np.median(power[:, beside], axis=1)))
+            found += [hum for hum in height if height[hum] > 5.0]
+        # Some live where it is too faint to be seen.
+        assert len(set(found)) <= 1
+        agreed += found[:1] if len(found) == 2 else []
+    assert len(agreed) > 8
+    assert set(agreed) == {50.0, 60.0}
 
 
 def test_beats_and_noise_and_faults_are_drawn_for_each_record() -> None:

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
     shard = verbs.add_parser("shard", help="raw recordings -> shards and their index")
     shard.add_argument("reader", metavar="READER", help=", ".join(readers.names()))
-    shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N")
+    shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N,trials=N")
     shard.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or s3://")
     shard.add_argument("options", nargs="*", metavar="key=value", help="see docs/data.md")
 

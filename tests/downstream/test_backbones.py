@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from physio_dist import storage
-from physio_dist.downstream import backbones
+from physio_dist.downstream import backbones, kept
 from physio_dist.downstream.backbones import CBRAMOD_BYTES, Backbone, open_backbone, refuse_overlap, untrained
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.criss_cross import CrissCrossEncoder, EncoderConfig, MaskedModel, preset
@@ -156,22 +156,42 @@ def test_a_download_is_kept_verified_and_fetched_again_when_damaged(
     first = open_backbone(f"{web.url}/a.pth", "eeg")
     assert open_backbone(f"{web.url}/a.pth", "eeg").sha256 == first.sha256
     assert web.asked == ["/a.pth"]
-    (kept,) = (tmp_path / "xdg" / "physio-dist" / "weights").iterdir()
-    assert kept.read_bytes() == source.read_bytes()
+    (copy,) = (tmp_path / "xdg" / "physio-dist" / "weights").iterdir()
+    assert copy.read_bytes() == source.read_bytes()
     # Another URL is another file.
     with pytest.raises(UserError, match=r"b\.pth: not a checkpoint of tensors alone"):
         open_backbone(f"{web.url}/b.pth", "eeg")
-    for damage in (b"", kept.read_bytes()[:-1] + b"x"):
-        kept.write_bytes(damage)
+    for damage in (b"", copy.read_bytes()[:-1] + b"x"):
+        copy.write_bytes(damage)
         web.asked.clear()
         assert open_backbone(f"{web.url}/a.pth", "eeg").sha256 == first.sha256
         assert web.asked == ["/a.pth"]
-        assert kept.read_bytes() == source.read_bytes()
+        assert copy.read_bytes() == source.read_bytes()
+    # A new file at the old address takes the place of what is damaged.
+    copy.write_bytes(b"")
+    shutil.copy(source.with_suffix(".safetensors"), web.folder / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth"):
+        open_backbone(f"{web.url}/a.pth", "eeg")
+    assert not copy.exists()
+    shutil.copy(source, web.folder / "a.pth")
+    for path in copy.parent.iterdir():
+        path.write_bytes(b"")
+    assert open_backbone(f"{web.url}/a.pth", "eeg").sha256 == first.sha256
+    assert sum(path.name.startswith(copy.name[:32]) for path in copy.parent.iterdir()) == 1
     web.stop()
     assert open_backbone(f"{web.url}/a.pth", "eeg").sha256 == first.sha256
-    kept.unlink()
+    copy.unlink()
     with pytest.raises(UserError, match=r"a\.pth.*Cannot connect.*give the path of a copy"):
         open_backbone(f"{web.url}/a.pth", "eeg")
+
+
+def test_the_cache_lies_where_users_keep_theirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for base, folder in (("/a", "/a"), ("", f"{tmp_path}/.cache"), ("relative", f"{tmp_path}/.cache")):
+        monkeypatch.setenv("XDG_CACHE_HOME", base)
+        assert str(kept.cache_folder("weights")) == f"{folder}/physio-dist/weights"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert str(kept.cache_folder("weights")) == f"{tmp_path}/.cache/physio-dist/weights"
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_anybody(

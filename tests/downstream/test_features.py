@@ -233,6 +233,13 @@ def test_what_was_interrupted_is_made_again_and_leaves_nothing_behind(
     (out / "features-00001.safetensors").unlink()
     assert made(backbone, shards, str(out)) == [f"features [2, 3, 80] of 12 ecg windows -> {out}"]
     assert np.array_equal(open_features(str(out)).values, whole)
+    # Made again after a loss, they are not there until they are whole.
+    (out / "features-00000.safetensors").unlink()
+    flip(tmp_path / "set" / "ecg-000002.tar", 2000)
+    with pytest.raises(DataError, match=r"ecg-000002\.tar"):
+        made(backbone, shards, str(out))
+    with pytest.raises(UserError, match="there are no finished features"):
+        open_features(str(out))
 
 
 def test_a_failure_leaves_no_index(backbone: Backbone, shards: ShardSet, tmp_path: Path, tiny_disk: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -41,8 +42,18 @@ SWEEP_SECTIONS: tuple[Callable[[Sweep, HeldOut | None], Section], ...] = (
 )
 
 
-def render(read: Reader) -> str:
-    """The page of a run, as HTML text for ``report.html``.
+@dataclass(frozen=True)
+class _Chapter:
+    """One run on the page; ``prefix`` tells its anchors from those of other runs."""
+
+    summary: Summary
+    sections: Sequence[Section]
+    notes: Sequence[str]
+    prefix: str = ""
+
+
+def render(read: Reader, *more: Reader) -> str:
+    """The page of a run, or of several one below the other, as HTML text for ``report.html``.
 
     ``read(name)`` returns the bytes of a file of the run directory, or None where there is none. A directory with
     ``metrics.jsonl`` is a pretraining run (``config.yaml``, ``examples.safetensors``, ``data.json`` and
@@ -51,6 +62,20 @@ def render(read: Reader) -> str:
     logged step, or where a file cannot be understood, and ``DataError`` where files contradict each other; both name
     the file.
     """
+    first, *rest = (_chapter(one) for one in (read, *more))
+    chapters = [first, *(replace(chapter, prefix=f"run{n}-") for n, chapter in enumerate(rest, 2))]
+    # Not decided by file name: everything that comes from a run is escaped.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(chapters=chapters)
+
+
+def _chapter(read: Reader) -> _Chapter:
     known: dict[str, bytes | None] = {}
 
     def once(name: str) -> bytes | None:
@@ -68,32 +93,19 @@ def render(read: Reader) -> str:
     )
 
 
-def _pretraining(run: Run) -> str:
+def _pretraining(run: Run) -> _Chapter:
     with style():
         drawn = [section(run) for section in SECTIONS]
     notes = []
     if run.metrics.unfinished:
         notes.append("The last line of metrics.jsonl was not finished yet and is left out.")
-    return _page(summarise(run), drawn, notes)
+    return _Chapter(summarise(run), drawn, notes)
 
 
-def _sweep(sweep: Sweep) -> str:
+def _sweep(sweep: Sweep) -> _Chapter:
     held = None if sweep.predictions is None else HeldOut.of(sweep.predictions)
     with style():
         drawn = [section(sweep, held) for section in SWEEP_SECTIONS]
     told = sweep.results.get("notes")
     notes = [str(note) for note in told] if isinstance(told, list) else []
-    return _page(summarise_sweep(sweep, held), drawn, notes)
-
-
-def _page(summary: Summary, drawn: Sequence[Section], notes: Sequence[str]) -> str:
-    # Not decided by file name: everything that comes from a run is escaped.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("page.html.j2")
-    return template.render(summary=summary, sections=drawn, notes=notes)
+    return _Chapter(summarise_sweep(sweep, held), drawn, notes)

@@ -135,7 +135,7 @@ def to_line(record: TrialRecord, max_epochs: int) -> dict[str, Any]:
     names = sorted({name for line in history for name in line} - {"epoch", "val_auc"})
     return {
         "trial": record.trial, "row": record.row, "config": record.config, "val_auc": best(history),
-        "epochs": len(history), "stopped": len(history) < max_epochs, "seconds": round(record.seconds, 3),
+        "epochs": len(history), "stopped": len(history) < max_epochs, "seconds": record.seconds,
         "history": [[line["epoch"], line["val_auc"]] for line in history],
         "folds": {name: [line.get(name) for line in history] for name in names}, "last": record.last,
     }  # fmt: skip
@@ -248,7 +248,7 @@ class Ledger:
                 running.board.close()
             return
         record = running.record
-        record.last, record.seconds = dict(last), time.monotonic() - running.began
+        record.last, record.seconds = dict(last), round(time.monotonic() - running.began, 3)
         self.run.add_line(TRIALS, to_line(record, self._max_epochs))
         self.ended[name] = record
         self._hparams(running)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,8 @@ REGULARISATION = (0.001, 0.01, 0.1, 1.0)
 _QRS_HZ = (5.0, 18.0)
 _QRS_S = 0.12
 _REFRACTORY_S = 0.33
-# Of intervals between beats: beyond 30 to 200 a minute, or a quarter off the window's median, a beat was missed or made up.
+# Intervals between beats outside of 30 to 200 a minute, or a quarter off the window's median: a beat was missed or made
+# up.
 _SHORTEST_MS, _LONGEST_MS, _OFF = 300.0, 2000.0, 0.25
 _FEWEST = 3
 
@@ -62,7 +64,7 @@ def handmade(data: str, say: Callable[[str], None]) -> dict[str, Floats]:
     for number in range(len(shards.shards)):
         content = cache.open(shards, number)
         for sample in range(int(starts[number]), int(starts[number + 1])):
-            waves = {}
+            waves: dict[str, Floats] = {}
             for name, info in shards.signals.items():
                 start = int(sidecar.offset[name][sample])
                 raw = content[start : start + info.nbytes].view("<i2").reshape(len(info.channels), info.samples)
@@ -84,11 +86,11 @@ def _leads(shards: ShardSet) -> list[int]:
 
 def _clearest(ecg: Floats, usable: Sequence[int], shards: ShardSet) -> Floats:
     if shards.signals["ecg"].channels[usable[0]] == "II" or len(usable) == 1:
-        return ecg[usable[0]]
+        return cast(Floats, ecg[usable[0]])
     # The kurtosis of what is left in the band of the QRS: high where little happens but sharp peaks.
     rest = _qrs_band(ecg[list(usable)], shards.rate)
-    moments = (rest**4).mean(axis=1) / np.maximum((rest**2).mean(axis=1) ** 2, 1e-12)
-    return ecg[usable[int(moments.argmax())]]
+    moments: Floats = (rest**4).mean(axis=1) / np.maximum((rest**2).mean(axis=1) ** 2, 1e-12)
+    return cast(Floats, ecg[usable[int(moments.argmax())]])
 
 
 def _qrs_band(ecg: Floats, rate: float) -> Floats:
@@ -100,8 +102,8 @@ def _qrs_band(ecg: Floats, rate: float) -> Floats:
 def r_peaks(ecg: Floats, rate: float) -> Ints:
     """Sample numbers of R peaks in one lead, ascending.
 
-    Peaks of the squared band from 5 to 18 Hz, where QRS complexes are and T waves are not (after Pan and Tompkins 1985),
-    smoothed over 120 ms; each must reach a fifth of what the seconds of the window typically reach.
+    Peaks of the squared band from 5 to 18 Hz, where QRS complexes are and T waves are not (after Pan and
+    Tompkins 1985), smoothed over 120 ms; each must reach a fifth of what the seconds of the window typically reach.
     """
     band = _qrs_band(ecg, rate)
     energy = dsp.convolve(band**2, np.hanning(max(3, round(_QRS_S * rate))), "same")
@@ -145,7 +147,7 @@ def heart_rate(ecg: Floats, rate: float) -> Floats:
 
 
 def band_powers(eeg: Floats, rate: float) -> Floats:
-    """Natural logarithms of mean spectral densities (uV^2/Hz), ``[channel, band]``, of ``[channel, time]`` in microvolts.
+    """Natural logarithms of mean spectral densities (uV^2/Hz), ``[channel, band]``, of ``[channel, time]`` in uV.
 
     Welch's method with segments of two seconds. NaN for a band that the rate does not reach.
     """

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from physio_dist.models.fusion import ConcatHead
@@ -32,6 +32,8 @@ _ROWS_A_STEP = 128
 _MOST_STEPS = 64
 # Values of a stack of inputs, at most: 128 MB.
 _MOST_VALUES = 1 << 25
+# Up to this many values inputs are standardised once rather than in every step: 256 MB.
+_MOST_READY = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,28 @@ class Job:
 
     Attributes:
         inputs: for each modality float32 ``[n, f]``, all rows of the table.
+        channels: for each modality, how many channels lie side by side in its features.
         label: int64 ``[n]``; only those of ``rows`` are read.
         rows: int64, rows of the table to train on.
         purpose: whatever tells its random draws from those of other heads, the run's seed among it.
     """
 
     inputs: Mapping[str, Floats]
+    channels: Mapping[str, int]
     label: Ints
     rows: Ints
     purpose: str
+
+
+class _Classify(nn.Module):
+    """A head without its statistics, which are no part of what is trained."""
+
+    def __init__(self, head: ConcatHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor, keep: Sequence[Tensor] | None) -> Tensor:
+        return self.head.classify(x, keep)
 
 
 class Heads:
@@ -68,9 +83,15 @@ class Heads:
         features = {name: values.shape[1] for name, values in jobs[0].inputs.items()}
         rows = len(jobs[0].label)
         self.steps = min(max(1, -(-rows // _ROWS_A_STEP)), _MOST_STEPS)
-        heads = [self._new(job, features) for job in self.jobs]
-        self._shape = ConcatHead(features, classes, config["depth"], config["width"], 0.0).to("meta")
-        self.parameters, self.buffers = stack_module_state(heads)  # type: ignore[arg-type]
+        self._ready: list[Tensor] | None = None
+        with one_thread():
+            self._heads = [self._new(job, features) for job in self.jobs]
+            self._shape = self._empty(features).to("meta")
+            self._classify = _Classify(self._shape)
+            stacked, _ = stack_module_state([_Classify(head) for head in self._heads])  # type: ignore[arg-type]
+            self.parameters = stacked
+            if rows * len(self.jobs) * self._shape.inputs <= _MOST_READY:
+                self._ready = [self._concatenated(i, slice(None)) for i in range(len(self.jobs))]
         self._dropout = [torch.Generator().manual_seed(_seed(job.purpose, "dropout")) for job in self.jobs]
         # Neither biases nor norms are pulled to zero.
         weights = [p for name, p in self.parameters.items() if p.ndim == 3]
@@ -81,9 +102,14 @@ class Heads:
     def _new(self, job: Job, features: Mapping[str, int]) -> ConcatHead:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(job.purpose, "weights"))
-            head = ConcatHead(features, self.classes, self.config["depth"], self.config["width"], 0.0)
+            head = self._empty(features)
         head.standardise_by({name: torch.from_numpy(values[job.rows]) for name, values in job.inputs.items()})
         return head
+
+    def _empty(self, features: Mapping[str, int]) -> ConcatHead:
+        config = self.config
+        # Dropout is drawn here, for each head from its own generator.
+        return ConcatHead(features, self.classes, config["depth"], config["width"], 0.0, self.jobs[0].channels)
 
     def epoch(self) -> None:
         """Train every head once on each of its rows."""
@@ -97,11 +123,11 @@ class Heads:
             self.epochs += 1
 
     def _step(self, rows: Sequence[Ints]) -> None:
-        inputs, weight = self._gather(rows)
+        x, weight = self._gather(rows)
         label = torch.zeros(weight.shape, dtype=torch.int64)
         for i, (job, mine) in enumerate(zip(self.jobs, rows, strict=True)):
             label[i, : len(mine)] = torch.from_numpy(job.label[mine])
-        logits = self._logits(inputs, self._keep(rows, weight.shape[1]))
+        logits = self._logits(x, self._keep(rows, weight.shape[1]))
         loss = F.cross_entropy(
             logits.flatten(0, 1), label.flatten(), reduction="none", label_smoothing=self.config["label_smoothing"]
         ).view_as(weight)
@@ -122,50 +148,43 @@ class Heads:
             keep[:, i, : len(mine)] = drawn / (1 - p)
         return list(keep)
 
-    def _gather(self, rows: Sequence[Ints]) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs ``[head, longest, f]`` of these rows of each head, and weights ``[head, longest]``: 0 where padded."""
+    def _gather(self, rows: Sequence[Ints]) -> tuple[Tensor, Tensor]:
+        """What heads are given ``[head, longest, f]`` of these rows of each, and weights ``[head, longest]``: 0 where
+        padded."""
         longest = max(len(mine) for mine in rows)
-        weight = np.zeros((len(rows), longest), dtype=np.float32)
-        padded = np.zeros((len(rows), longest), dtype=np.int64)
+        x, weight = torch.zeros(len(rows), longest, self._shape.inputs), torch.zeros(len(rows), longest)
         for i, mine in enumerate(rows):
             weight[i, : len(mine)] = 1.0
-            padded[i, : len(mine)] = mine
-        inputs = {}
-        for name, values in self.jobs[0].inputs.items():
-            if all(job.inputs[name] is values for job in self.jobs):
-                stacked = values[padded]
-            else:
-                stacked = np.stack([job.inputs[name][mine] for job, mine in zip(self.jobs, padded, strict=True)])
-            inputs[name] = torch.from_numpy(stacked)
-        return inputs, torch.from_numpy(weight)
+            x[i, : len(mine)] = self._concatenated(i, mine) if self._ready is None else self._ready[i][mine]
+        return x, weight
 
-    def _logits(self, inputs: dict[str, Tensor], keep: list[Tensor] | None) -> Tensor:
-        def one(
-            parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: dict[str, Tensor], kept: list[Tensor] | None
-        ) -> Tensor:
-            logits: Tensor = functional_call(self._shape, (parameters, buffers), (x, kept))
+    def _concatenated(self, head: int, rows: Ints | slice) -> Tensor:
+        inputs = {name: torch.from_numpy(np.array(values[rows])) for name, values in self.jobs[head].inputs.items()}
+        return self._heads[head].concatenate(inputs)
+
+    def _logits(self, x: Tensor, keep: list[Tensor] | None) -> Tensor:
+        def one(parameters: dict[str, Tensor], x: Tensor, kept: list[Tensor] | None) -> Tensor:
+            logits: Tensor = functional_call(self._classify, parameters, (x, kept))
             return logits
 
-        stacked: Tensor = vmap(one, in_dims=(0, 0, 0, None if keep is None else 0))(
-            self.parameters, self.buffers, inputs, keep
-        )
+        stacked: Tensor = vmap(one, in_dims=(0, 0, None if keep is None else 0))(self.parameters, x, keep)
         return stacked
 
     @torch.no_grad()
     def probability(self, rows: Sequence[Ints]) -> list[Floats]:
         """For each head the probabilities ``[row, class]`` of rows of its own."""
-        longest, width = max(len(mine) for mine in rows), sum(self._shape.features.values())
+        longest, width = max(len(mine) for mine in rows), self._shape.inputs
         piece = max(1, _MOST_VALUES // (len(rows) * width))
         parts: list[list[Floats]] = [[np.zeros((0, self.classes), dtype=np.float32)] for _ in rows]
         with one_thread():
             for start in range(0, longest, piece):
                 pieces = [mine[start : start + piece] for mine in rows]
-                inputs, _ = self._gather(pieces)
-                found = self._logits(inputs, None).softmax(-1)
+                x, _ = self._gather(pieces)
+                found = self._logits(x, None).softmax(-1)
                 # A head that has diverged knows nothing.
-                found = found.nan_to_num(1.0 / self.classes).numpy()
+                known = found.nan_to_num(1.0 / self.classes).numpy()
                 for i, mine in enumerate(pieces):
-                    parts[i].append(found[i, : len(mine)])
+                    parts[i].append(known[i, : len(mine)])
         return [np.concatenate(mine) for mine in parts]
 
 

@@ -1,4 +1,4 @@
-"""Who trains, who selects, who tests: folds that keep people whole, and labels permuted as a control. Pure functions."""
+"""Who trains, who selects, who tests: folds that keep people whole; and labels permuted as a control. All pure."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def folds_of(table: Table, protocol: str, folds: int, val_folds: int, seed: int)
 
     Args:
         table: the labelled windows.
-        protocol: ``grouped_kfold`` (``folds`` groups of people, classes balanced among them as far as they go), ``loso``
-            (one person a fold) or ``holdout`` (one fold, tested on the shard set's test split).
+        protocol: ``grouped_kfold`` (``folds`` groups of people, classes balanced as far as they go),
+            ``loso`` (one person a fold) or ``holdout`` (one fold, tested on the shard set's test split).
         folds: for ``grouped_kfold``.
         val_folds: groups of the remaining people that take turns as validation people; fewer where people are fewer.
         seed: of the grouping.
@@ -114,8 +114,8 @@ def _fold(table: Table, name: str, test: Ints, val_folds: int, seed: int) -> Fol
             return Fold(name, test, tuple((np.setdiff1d(rest, group), group) for group in groups))
     raise UserError(
         f"fold {name}: its {people} people that are not tested cannot be grouped into a training and a validation part "
-        f"that both have all of {', '.join(table.classes)}; a class is found in too few people: use fewer tune.folds, or "
-        "a label that more people have"
+        f"that both have all of {', '.join(table.classes)}; a class is found in too few people: use fewer "
+        "tune.folds, or a label that more people have"
     )
 
 

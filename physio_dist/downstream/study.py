@@ -1,76 +1,224 @@
-"""One fusion study: what its trials need, how a trial trains, and what is concluded from all of them. No Ray here."""
+"""One fusion study from its options to its results. No Ray here: whoever drives the trials calls, in this order,
+:func:`prepare`, :func:`candidates`, :func:`train` for every configuration and row, and :func:`conclude`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from physio_dist.config import TuneConfig
-
-SEARCHED = ("fused", "ecg", "eeg", "untrained")
-"""Rows of the table that are searched for: what a trial's head is given."""
+from physio_dist import storage
+from physio_dist.config import TuneConfig, check_tune
+from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_overlap, untrained
+from physio_dist.downstream.features import Features, check_fits, embed, open_features
+from physio_dist.downstream.handmade import handmade, logistic
+from physio_dist.downstream.results import Outcome, Row, bounds, majority, permuted_part, predictions, row_of
+from physio_dist.downstream.splits import Fold, folds_of
+from physio_dist.downstream.tasks import SIGNALS, Table, label_name, load_table, need_both
+from physio_dist.downstream.trials import MODALITIES as MODALITIES
+from physio_dist.downstream.trials import SEARCHED as SEARCHED
+from physio_dist.downstream.trials import Choice, Study, TrialRecord, control, predict, select
+from physio_dist.downstream.trials import candidates as candidates
+from physio_dist.downstream.trials import train as train
+from physio_dist.errors import DataError, UserError
+from physio_dist.models.fusion import pool
+from physio_dist.shards.index import ShardSet, open_set
 
 Say = Callable[[str], None]
 
+ROWS = ("majority", "untrained", "handmade", "ecg", "eeg", "fused")
+"""Rows of every study, in the order of ``results.json``; simulated data adds ``bound_ecg bound_eeg bound_fused``."""
 
-@dataclass(frozen=True)
-class Study:
-    """Everything that trials need; picklable, its large arrays are plain NumPy arrays."""
-
-    options: TuneConfig
-    inputs: dict[str, npt.NDArray[np.float32]]
-    notes: tuple[str, ...]
-
-
-@dataclass
-class TrialRecord:
-    """What is known of a trial when it has ended, however it ended.
-
-    Attributes:
-        trial: its name.
-        row: one of ``SEARCHED``.
-        config: one of :func:`candidates`.
-        history: what :func:`train` yielded.
-        last: name of a fold -> last epoch that counts in the selection for that fold; absent: all of them.
-        seconds: how long it took.
-    """
-
-    trial: str
-    row: str
-    config: dict[str, Any]
-    history: list[dict[str, Any]]
-    last: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a study found: ``results.json`` as an object, and the bytes of ``predictions.safetensors``."""
-
-    results: dict[str, Any]
-    predictions: bytes
+# Windows pooled at a time: features of patches are much larger than what becomes of them.
+_WINDOWS = 256
+_PROTOCOL = {
+    "grouped_kfold": "groups of people take turns as test people; nobody is on two sides of a fold",
+    "loso": "each person takes a turn as the only test person (leave one subject out)",
+    "holdout": "the test people are those of the shard set's test split",
+}
+_RULE = (
+    "for each fold on its own the configuration and epoch with the best mean AUC on its validation people, who are "
+    "groups of those not tested that take turns; test windows get the mean probability of the fold's inner models"
+)
 
 
 def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
-    """Open data and encoders, check them, embed and pool."""
-    raise NotImplementedError
+    """Open and check data and encoders, compute or find their features, pool them.
+
+    Args:
+        options: of the sweep.
+        features_url: folder of frozen features, shared by sweeps; those that are there are not computed again.
+        say: told what is going on.
+
+    Raises:
+        UserError: options, data and encoders do not go together, or an encoder knows test people.
+        DataError: data or features are damaged.
+    """
+    check_tune(options)
+    tune, seed = options.tune, options.run.seed
+    shards = open_set(tune.data)
+    need_both(shards)
+    table = load_table(tune.data, tune.task, tune.label)
+    folds = tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, seed))
+    backbones = {signal: _backbones(options, signal, folds, table, shards) for signal in SIGNALS}
+    encoders: dict[str, tuple[str, ...]] = {}
+    inputs: dict[str, npt.NDArray[np.float32]] = {}
+    for signal in SIGNALS:
+        fresh = [untrained(backbone, seed) for backbone in backbones[signal]]
+        for name, those in ((signal, backbones[signal]), (f"untrained_{signal}", fresh)):
+            encoders[name] = tuple(backbone.sha256 for backbone in those)
+            for backbone in {one.sha256: one for one in those}.values():
+                folder = f"{signal}-{backbone.sha256[:16]}-{shards.fingerprint[:16]}"
+                where = storage.join(features_url, folder)
+                embed(backbone, tune.data, where, say)
+                for kind in dict.fromkeys(options.search.pooling):
+                    inputs[f"{signal}/{backbone.sha256}/{kind}"] = _pooled(open_features(where), table, kind, where)
+    measured = {name: values[table.sample] for name, values in handmade(tune.data, say).items()}
+    channels = {signal: len(shards.signals[signal].channels) for signal in SIGNALS}
+    about = {signal: _about(backbones[signal], folds) for signal in SIGNALS}
+    notes = tuple(_notes(options, shards, table, folds, backbones))
+    return Study(options, table, folds, encoders, inputs, measured, channels, about, notes)
 
 
-def candidates(options: TuneConfig) -> list[dict[str, Any]]:
-    """``tune.trials`` configurations, drawn from ``search`` by ``run.seed``."""
-    raise NotImplementedError
+def _backbones(
+    options: TuneConfig, signal: str, folds: tuple[Fold, ...], table: Table, shards: ShardSet
+) -> list[Backbone]:
+    """The encoder of each fold."""
+    given = getattr(options.tune, f"{signal}_encoder")
+    names = [fold.name for fold in folds]
+    if isinstance(given, Mapping):
+        urls = {str(name): str(url) for name, url in given.items()}
+        missing, unknown = [n for n in names if n not in urls], sorted(set(urls) - set(names))
+        if missing or unknown:
+            what = f"has none for fold {', '.join(missing)}" if missing else f"names unknown folds {', '.join(unknown)}"
+            raise UserError(f"tune.{signal}_encoder {what}; the folds are {', '.join(names)}")
+    else:
+        urls = dict.fromkeys(names, str(given))
+    opened = {url: open_backbone(url, signal) for url in dict.fromkeys(urls.values())}
+    for url, backbone in opened.items():
+        check_fits(backbone, shards)
+        if backbone.module.config.d != opened[urls[names[0]]].module.config.d:
+            raise UserError(f"tune.{signal}_encoder: {url} has another number of features than fold {names[0]}'s")
+    for fold in folds:
+        refuse_overlap(opened[urls[fold.name]], np.unique(table.person[fold.test]).tolist(), fold.name)
+    return [opened[urls[name]] for name in names]
 
 
-def train(study: Study, row: str, config: dict[str, Any]) -> Iterator[dict[str, float]]:
-    """Train one configuration on all folds; after each epoch yields
-    ``{"epoch": e, "val_auc": mean over folds, "fold_<name>": AUC on the validation people of that fold, ...}``."""
-    raise NotImplementedError
+def _pooled(features: Features, table: Table, kind: str, where: str) -> npt.NDArray[np.float32]:
+    if [features.keys[i] for i in table.sample] != table.keys:
+        raise DataError(f"{where} holds features of other windows than the shard set's; remove it")
+    parts = []
+    for start in range(0, len(table.sample), _WINDOWS):
+        rows = table.sample[start : start + _WINDOWS]
+        values, valid = features.values[rows], features.valid[rows]
+        parts.append(pool(torch.from_numpy(values), torch.from_numpy(valid), kind).numpy())
+    return np.concatenate(parts)
+
+
+def _about(backbones: list[Backbone], folds: tuple[Fold, ...]) -> dict[str, Any]:
+    """What ``results.json`` says of a signal's encoders: of one, or of each fold's under ``by_fold``."""
+    each = [
+        {
+            "url": storage.without_secrets(backbone.url),
+            "sha256": backbone.sha256,
+            "people": None if backbone.people is None else len(backbone.people),
+            "simulated": backbone.simulated,
+        }
+        for backbone in backbones
+    ]
+    if all(one == each[0] for one in each):
+        return each[0]
+    return {"by_fold": {fold.name: one for fold, one in zip(folds, each, strict=True)}}
+
+
+def _notes(
+    options: TuneConfig, shards: ShardSet, table: Table, folds: tuple[Fold, ...], backbones: dict[str, list[Backbone]]
+) -> list[str]:
+    tune = options.tune
+    notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_RULE}."]
+    if table.simulated:
+        notes.append("SIMULATED signals: the figures say that the software works, and nothing about people.")
+    if left := shards.nsamples - len(table.keys):
+        notes.append(f"{left} of {shards.nsamples} windows do not have the label and are left out.")
+    fewer = [f"{fold.name} ({len(fold.inner)})" for fold in folds if len(fold.inner) < tune.val_folds]
+    if fewer:
+        notes.append(f"Too few people for tune.val_folds={tune.val_folds} groups in fold {', '.join(fewer)}.")
+    for signal, those in backbones.items():
+        distinct = list({backbone.sha256: backbone for backbone in those}.values())
+        if any(backbone.people is None for backbone in distinct):
+            notes.append(
+                f"The {signal.upper()} encoder has no list of the people it was pretrained on: whether test people are "
+                "among them cannot be checked."
+            )
+        if not table.simulated and any(backbone.simulated for backbone in distinct):
+            notes.append(f"The {signal.upper()} encoder was pretrained on simulated signals.")
+    return notes
 
 
 def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
-    """Select, evaluate on the test people, compare."""
-    raise NotImplementedError
+    """Select, train the selected again, evaluate on the test people, compare.
+
+    Nothing of the test people enters a selection: it reads ``records`` alone, which hold AUCs on validation people. The
+    same study and records, in any order, give the same outcome byte for byte.
+
+    Args:
+        study: what the trials were given.
+        records: of all trials.
+        say: told what is going on.
+
+    Raises:
+        UserError: a row has no trial that finished an epoch.
+    """
+    table, folds, seed = study.table, study.folds, study.options.run.seed
+    chosen = {name: select(study, name, records) for name in SEARCHED}
+    rows = {"majority": majority(table, folds), "handmade": _handmade_row(study)}
+    for name, choices in chosen.items():
+        say(f"testing {name}: the selected heads of {len(folds)} folds")
+        rows[name] = _searched_row(study, name, choices)
+    ordered = [*(rows[name] for name in ROWS), *bounds(table, folds)]
+    found = [row_of(row, table, folds, seed) for row in ordered]
+    tested = np.concatenate([fold.test for fold in folds])
+    results: dict[str, Any] = {
+        "task": study.options.tune.task,
+        "protocol": study.options.tune.protocol,
+        "label": label_name(study.options.tune.task, study.options.tune.label),
+        "classes": list(table.classes),
+        "simulated": table.simulated,
+        "windows": len(tested),
+        "people": len(np.unique(table.person[tested])),
+        "folds": [
+            {"fold": fold.name, "people": len(np.unique(table.person[fold.test])), "windows": len(fold.test)}
+            for fold in folds
+        ],
+        "encoders": study.about,
+        "selection": {
+            "rule": _RULE,
+            "metric": "auc",
+            "trials": {name: sum(record.row == name for record in records) for name in SEARCHED},
+            "val_auc": {name: [round(choice.val_auc, 6) for choice in choices] for name, choices in chosen.items()},
+        },
+        "notes": list(study.notes),
+        "rows": found,
+    }
+    if repeats := study.options.tune.permutations:
+        say(f"training fused heads on labels permuted by recording within people, {repeats} times")
+        observed = next(row["auc"] for row in found if row["name"] == "fused")
+        results["permuted"] = permuted_part(observed, control(study, chosen["fused"], repeats))
+    return Outcome(results, predictions(ordered, table, folds))
+
+
+def _handmade_row(study: Study) -> Row:
+    label, classes = study.table.label, len(study.table.classes)
+    fitted = [logistic(study.handmade, label, classes, fold) for fold in study.folds]
+    none = [None] * len(fitted)
+    return Row("handmade", SIGNALS, [one.probability for one in fitted], [{"C": one.c} for one in fitted], none)
+
+
+def _searched_row(study: Study, name: str, choices: list[Choice]) -> Row:
+    return Row(
+        name, MODALITIES[name], predict(study, name, choices), [choice.config for choice in choices],
+        [choice.epoch for choice in choices],
+    )  # fmt: skip

@@ -65,9 +65,14 @@ def need_both(shards: ShardSet) -> None:
     missing = [signal for signal in SIGNALS if signal not in shards.signals]
     if missing:
         raise UserError(
-            f"tune.data={shards.url} has no {' and no '.join(missing)}, only {', '.join(sorted(shards.signals))}: fusion "
-            "needs windows with both; convert the recordings with signals=ecg,eeg"
+            f"tune.data={shards.url} has no {' and no '.join(missing)}, only {', '.join(sorted(shards.signals))}: "
+            "fusion needs windows with both; convert the recordings with signals=ecg,eeg"
         )
+
+
+def label_name(task: str, label: str | None) -> str:
+    """The label that is asked for: the one given, else the task's own."""
+    return label or (EEGMAT_LABEL if task == "eegmat" else "")
 
 
 def load_table(data: str, task: str, label: str | None) -> Table:
@@ -84,7 +89,7 @@ def load_table(data: str, task: str, label: str | None) -> Table:
     """
     shards = open_set(data)
     need_both(shards)
-    name = label or (EEGMAT_LABEL if task == "eegmat" else "")
+    name = label_name(task, label)
     sidecar = read_sidecar(shards)
     facts = list(_facts(shards))
     keys = sidecar.keys(np.arange(shards.nsamples))
@@ -138,8 +143,8 @@ def _eegmat_classes(values: Sequence[Any], name: str, data: str) -> list[Any]:
     others = sorted({_word(value) for value in values} - set(EEGMAT_CLASSES))
     if others:
         raise UserError(
-            f"tune.task=eegmat: label {name} of {data} also has {', '.join(others[:5])}; it must be rest or arithmetic. "
-            f"tune.task=labels tune.label={name} takes any classes"
+            f"tune.task=eegmat: label {name} of {data} also has {', '.join(others[:5])}; it must be rest or "
+            f"arithmetic. tune.task=labels tune.label={name} takes any classes"
         )
     present = set(values)
     return [value for value in EEGMAT_CLASSES if value in present]
@@ -153,7 +158,8 @@ def _classes(values: Sequence[Any], name: str) -> list[Any]:
         kind = "numbers with a fraction" if isinstance(example, float) else f"a {type(example).__name__}"
         raise UserError(f"{no_class} its values are {kind}, such as {_word(example)}; make classes of them first")
     if len(kinds) > 1:
-        some = ", ".join(_word(next(value for value in values if type(value) is kind)) for kind in sorted(kinds, key=str))
+        first = {type(value): value for value in reversed(values)}
+        some = ", ".join(_word(first[kind]) for kind in sorted(kinds, key=str))
         raise UserError(f"{no_class} its values are of different kinds, such as {some}; write all of them as words")
     found = sorted(set(values))
     if len(found) > MOST_CLASSES:

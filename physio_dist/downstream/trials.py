@@ -1,0 +1,251 @@
+"""What a trial trains, how configurations are selected, and what the selected ones say about the test people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from physio_dist.config import TuneConfig
+from physio_dist.downstream.heads import Heads, Job
+from physio_dist.downstream.metrics import auc
+from physio_dist.downstream.splits import Fold, permuted
+from physio_dist.downstream.tasks import Table
+from physio_dist.errors import UserError
+from physio_dist.shards.order import permutation
+
+Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.int64]
+
+SEARCHED = ("fused", "ecg", "eeg", "untrained")
+"""Rows of the table of results that are searched for: what a trial's heads are given."""
+
+MODALITIES = {"fused": ("ecg", "eeg"), "ecg": ("ecg",), "eeg": ("eeg",), "untrained": ("ecg", "eeg")}
+
+# Heads trained at a time in the control with permuted labels.
+_MOST_HEADS = 64
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that trials need; picklable, its large arrays are plain NumPy arrays.
+
+    Attributes:
+        options: of the sweep.
+        table: the labelled windows.
+        folds: their divisions.
+        encoders: ``ecg``, ``eeg``, ``untrained_ecg``, ``untrained_eeg`` -> hash of each fold's encoder.
+        inputs: ``<signal>/<hash>/<pooling>`` -> pooled features float32 ``[n, f]``, rows as in the table.
+        handmade: hand-made features of each signal, float64 ``[n, f]``.
+        channels: of each signal, how many channels its features have where they are kept apart.
+        about: what ``results.json`` says of the encoders.
+        notes: what a reader of the results has to know.
+    """
+
+    options: TuneConfig
+    table: Table
+    folds: tuple[Fold, ...]
+    encoders: dict[str, tuple[str, ...]]
+    inputs: dict[str, npt.NDArray[np.float32]]
+    handmade: dict[str, npt.NDArray[np.float64]]
+    channels: dict[str, int]
+    about: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def inputs_of(self, row: str, pooling: str, fold: int) -> dict[str, npt.NDArray[np.float32]]:
+        """What heads of a row are given in a fold: for each modality float32 ``[n, f]``."""
+        found = {}
+        for signal in MODALITIES[row]:
+            source = f"untrained_{signal}" if row == "untrained" else signal
+            found[signal] = self.inputs[f"{signal}/{self.encoders[source][fold]}/{pooling}"]
+        return found
+
+
+@dataclass
+class TrialRecord:
+    """What is known of a trial when it has ended, however it ended.
+
+    Attributes:
+        trial: its name.
+        row: one of ``SEARCHED``.
+        config: one of :func:`candidates`.
+        history: what :func:`train` yielded.
+        last: name of a fold -> last epoch that counts in the selection for that fold; absent: all of them.
+        seconds: how long it took.
+    """
+
+    trial: str
+    row: str
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+    last: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the validation people of a fold chose: a configuration, and the epoch after which its training ends."""
+
+    config: dict[str, Any]
+    epoch: int
+    val_auc: float
+
+
+def candidates(options: TuneConfig) -> list[dict[str, Any]]:
+    """``tune.trials`` configurations drawn from ``search`` by ``run.seed``.
+
+    A Latin hypercube (McKay, Beckman, Conover 1979): each option's values are visited equally often, as far as they go.
+
+    Returns:
+        Objects with ``pooling depth width dropout label_smoothing lr weight_decay``.
+    """
+    n, search, seed = options.tune.trials, options.search, options.run.seed
+    found: list[dict[str, Any]] = [{} for _ in range(n)]
+    for name in ("pooling", "depth", "width", "dropout", "label_smoothing", "lr", "weight_decay"):
+        choices, stratum = getattr(search, name), permutation(n, "search", seed, name)
+        for i in range(n):
+            digest = hashlib.blake2b(f"search/{seed}/{name}/{i}".encode(), digest_size=8).digest()
+            u = (int(stratum[i]) + int.from_bytes(digest, "big") / 2**64) / n
+            if name in ("lr", "weight_decay"):
+                low, high = choices
+                value = float(f"{low * (high / low) ** u:.4g}")
+                found[i][name] = min(max(value, low), high)
+            else:
+                found[i][name] = choices[min(int(u * len(choices)), len(choices) - 1)]
+    return found
+
+
+def _jobs(study: Study, row: str, pooling: str, fold: int, label: Ints, purpose: str = "") -> list[Job]:
+    """A fold's heads, one for each inner split."""
+    inputs = study.inputs_of(row, pooling, fold)
+    name = study.folds[fold].name
+    channels = study.channels if pooling.startswith("channels_") else {}
+    return [
+        Job(inputs, channels, label, rows, f"{study.options.run.seed}/{row}/{name}/{i}{purpose}")
+        for i, (rows, _) in enumerate(study.folds[fold].inner)
+    ]
+
+
+def train(study: Study, row: str, config: dict[str, Any]) -> Iterator[dict[str, float]]:
+    """Train one configuration, the heads of all folds and inner splits at once.
+
+    A head never sees a label or a feature of its fold's test people, nor, in training, of its validation people.
+
+    Args:
+        study: see :func:`physio_dist.downstream.study.prepare`.
+        row: one of ``SEARCHED``.
+        config: one of :func:`candidates`.
+
+    Yields:
+        After each of ``tune.max_epochs`` epochs ``epoch`` (from 1), ``fold_<name>``: the AUC on the validation
+        people of that fold, the mean over its inner splits, and ``val_auc``: the mean over folds.
+    """
+    label, folds = study.table.label, study.folds
+    jobs = [job for fold in range(len(folds)) for job in _jobs(study, row, config["pooling"], fold, label)]
+    valid = [rows for fold in folds for _, rows in fold.inner]
+    owner = [fold.name for fold in folds for _ in fold.inner]
+    heads = Heads(jobs, len(study.table.classes), config)
+    for epoch in range(1, study.options.tune.max_epochs + 1):
+        heads.epoch()
+        found: dict[str, list[float]] = {fold.name: [] for fold in folds}
+        for name, rows, probability in zip(owner, valid, heads.probability(valid), strict=True):
+            area = auc(label[rows], probability)
+            # Folds are made so that every validation part has all classes.
+            found[name].append(math.nan if area is None else area)
+        each = {name: float(np.mean(areas)) for name, areas in found.items()}
+        yield {
+            "epoch": epoch,
+            "val_auc": float(np.mean(list(each.values()))),
+            **{f"fold_{name}": area for name, area in each.items()},
+        }
+
+
+def select(study: Study, row: str, records: Sequence[TrialRecord]) -> list[Choice]:
+    """For each fold on its own the configuration and epoch with the best AUC on that fold's validation people.
+
+    Of equals the one that trains for fewer epochs, then the first in the alphabet of configurations: never by the order
+    of ``records``.
+
+    Raises:
+        UserError: no trial of the row has come to the end of an epoch.
+    """
+    choices = []
+    for fold in study.folds:
+        best: tuple[float, int, str] | None = None
+        config: dict[str, Any] = {}
+        for record in records:
+            if record.row != row:
+                continue
+            text = json.dumps(record.config, sort_keys=True)
+            for seen in record.history:
+                epoch, area = int(seen["epoch"]), float(seen.get(f"fold_{fold.name}", math.nan))
+                if math.isnan(area) or epoch > record.last.get(fold.name, epoch):
+                    continue
+                if best is None or (-area, epoch, text) < best:
+                    best, config = (-area, epoch, text), record.config
+        if best is None:
+            raise UserError(f"no trial of the row {row!r} finished an epoch that counts for fold {fold.name}")
+        choices.append(Choice(config, best[1], -best[0]))
+    return choices
+
+
+def predict(study: Study, row: str, choices: Sequence[Choice]) -> list[Floats]:
+    """What the selected heads, trained again, say about each fold's test people.
+
+    Returns:
+        For each fold float32 ``[test row, class]``: the mean of the probabilities of its inner splits' heads.
+    """
+    return _ensembles(study, row, choices, [study.table.label], [""])[0]
+
+
+def _ensembles(
+    study: Study, row: str, choices: Sequence[Choice], labels: Sequence[Ints], purposes: Sequence[str]
+) -> list[list[Floats]]:
+    """The same for each of some ways to label the windows, for each fold."""
+    found: list[list[Floats]] = [[] for _ in labels]
+    for number, (fold, choice) in enumerate(zip(study.folds, choices, strict=True)):
+        jobs = [
+            _jobs(study, row, choice.config["pooling"], number, label, purpose)
+            for label, purpose in zip(labels, purposes, strict=True)
+        ]
+        step = max(1, _MOST_HEADS // len(fold.inner))
+        for start in range(0, len(jobs), step):
+            mine = jobs[start : start + step]
+            heads = Heads([job for each in mine for job in each], len(study.table.classes), choice.config)
+            for _ in range(choice.epoch):
+                heads.epoch()
+            flat = heads.probability([fold.test] * len(heads.jobs))
+            for i in range(len(mine)):
+                part = flat[i * len(fold.inner) : (i + 1) * len(fold.inner)]
+                found[start + i].append(np.stack(part).mean(axis=0, dtype=np.float64).astype(np.float32))
+    return found
+
+
+def control(study: Study, choices: Sequence[Choice], repeats: int) -> list[float]:
+    """AUCs of the fused row's selected heads when trained and tested on labels permuted by recording within people.
+
+    A study that leaks, through a person or a recording on both sides of a fold, stays above chance here.
+
+    Returns:
+        One AUC over all test windows for each permutation in which it is defined.
+    """
+    # Labels only: the folds, and with them what every head is tested on, stay as they are.
+    labels = [permuted(study.table, _number(study.options.run.seed, i)).label for i in range(repeats)]
+    purposes = [f"/permuted/{i}" for i in range(repeats)]
+    rows = np.concatenate([fold.test for fold in study.folds])
+    areas = []
+    for label, parts in zip(labels, _ensembles(study, "fused", choices, labels, purposes), strict=True):
+        if (area := auc(label[rows], np.concatenate(parts))) is not None:
+            areas.append(area)
+    return areas
+
+
+def _number(seed: int, repeat: int) -> int:
+    digest = hashlib.blake2b(f"control/{seed}/{repeat}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")

@@ -21,7 +21,8 @@ import ray
 import torch
 from safetensors.numpy import load
 
-from physio_dist import config, cluster as ray_cluster, tune
+from physio_dist import cluster as ray_cluster
+from physio_dist import config, tune
 from physio_dist.errors import UserError
 from physio_dist.models.criss_cross import CrissCrossEncoder, preset
 from physio_dist.models.weights import save_encoder
@@ -68,7 +69,8 @@ class Place:
 
     def words(self, *more: str) -> list[str]:
         features = f"tune.features={self.folder / 'features'}"
-        return [f"tune.data={self.data}", f"tune.ecg_encoder={self.ecg}", f"tune.eeg_encoder={self.eeg}", features, *more]
+        encoders = (f"tune.ecg_encoder={self.ecg}", f"tune.eeg_encoder={self.eeg}")
+        return [f"tune.data={self.data}", *encoders, features, *more]
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,8 @@ def test_a_submitted_job_sweeps_and_its_trials_are_seen(
     assert f"while they run: tensorboard --logdir {run.path}/tensorboard" in told
     # As a job, on whatever nodes: the same sweep. Where it lies is not part of what it found.
     assert run.results() == finished.results()
-    assert (run.path / "predictions.safetensors").read_bytes() == (finished.path / "predictions.safetensors").read_bytes()
+    kept = [folder / "predictions.safetensors" for folder in (run.path, finished.path)]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
 
 
 def test_the_files_of_a_sweep(finished: Sweep, place: Place) -> None:
@@ -322,7 +325,8 @@ def test_stopped_and_started_again_it_finds_the_same(
         assert process.wait(timeout=240) == 0, run.said()
     finally:
         end_session(process)
-    assert f"16 trials: 4 configurations for each of 4 rows, {len(before)} of them done in an earlier attempt" in run.told()
+    plan = f"16 trials: 4 configurations for each of 4 rows, {len(before)} of them done in an earlier attempt"
+    assert plan in run.told()
     assert sum(line.startswith("the worker of trial ") for line in run.told()) == 1
     assert run.results() == finished.results()
     after = {trial["trial"]: trial for trial in run.trials()}

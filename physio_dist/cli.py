@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
     shard = verbs.add_parser("shard", help="raw recordings -> shards and their index")
     shard.add_argument("reader", metavar="READER", help=", ".join(readers.names()))
-    shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N")
+    shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N,trials=N")
     shard.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or s3://")
     shard.add_argument("options", nargs="*", metavar="key=value", help="see docs/data.md")
 
@@ -55,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
     embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
 
-    report = verbs.add_parser("report", help="report.html of a run, self-contained")
-    report.add_argument("run", metavar="RUN")
+    report = verbs.add_parser("report", help="report.html of a pretraining run or a sweep, self-contained")
+    report.add_argument("run", metavar="RUN", help="run.dir/run.name")
     return parser
 
 
@@ -136,8 +136,9 @@ def _report(given: argparse.Namespace) -> None:
 
     try:
         page = render(read)
-    except UserError as error:
-        raise UserError(f"{given.run}: {error}") from None
+    except (UserError, DataError) as error:
+        kind = DataError if isinstance(error, DataError) else UserError
+        raise kind(f"{given.run}: {error}") from None
     target = storage.join(given.run, "report.html")
     storage.write_bytes(target, page.encode())
     print(target)

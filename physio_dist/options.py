@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -50,7 +50,7 @@ def _layer(key: str, text: str, types: dict[str, Any]) -> Any:
     """One ``key=value`` of the command line as a layer of options."""
     if key not in types:
         raise UserError(f"unknown option {key!r} (command line): {nearest(key, types)}")
-    if "str" in str(types[key]):
+    if "str" in str(types[key]) and get_origin(types[key]) is not list:
         # Taken as it is written: YAML would make numbers of 007 and 1e-3, and a truth of `on`.
         value: Any = None if text in ("", "null") and "None" in str(types[key]) else text
         layer = OmegaConf.create({})

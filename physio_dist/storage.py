@@ -122,21 +122,6 @@ def _filesystem(protocol: str, pid: int) -> Any:
         raise StorageError(f"no way to open {protocol}:// URLs: {error}") from None
 
 
-def for_arrow(url: str) -> tuple[Any, str]:
-    """A URL as libraries on Arrow take it: a file system (None for the local one) and a path.
-
-    Arrow's own S3 client writes objects for folders, which servers that keep real folders refuse. The file system
-    carries no credentials: whoever unpickles it finds its own, where S3 clients look for them.
-    """
-    if is_local(url):
-        return None, absolute(url)
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    _, path = _resolve(url)
-    # One of its own, because here the client itself has to try again.
-    return PyFileSystem(FSSpecHandler(fsspec.filesystem(_protocol(url), skip_instance_cache=True))), path
-
-
 def _resolve(url: str) -> tuple[Any, str]:
     if not is_local(url) and without_secrets(url) != url:
         # It would be written down in configurations, logs and indexes.
@@ -146,6 +131,9 @@ def _resolve(url: str) -> tuple[Any, str]:
         )
     fs = _filesystem(_protocol(url), os.getpid())
     return fs, str(local_path(url)) if is_local(url) else fs._strip_protocol(url)
+
+
+resolve = _resolve
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig, refuse_another
-from physio_dist.downstream.study import SEARCHED, TrialRecord, candidates
+from physio_dist.downstream.trials import SEARCHED, TrialRecord, candidates
 from physio_dist.errors import UserError
 from physio_dist.shards.index import open_set
 from physio_dist.training.rundir import CONFIG, RunDir
@@ -113,8 +113,8 @@ def refuse_other_inputs(run: RunDir, facts: dict[str, Any]) -> None:
     old, new = hashes(there), hashes(facts)
     if changed := [name for name in new if old.get(name) != new[name]]:
         raise UserError(
-            f"what {' and '.join(changed)} leads to has changed since {run.url} was begun: its trials and new ones would "
-            "not be of the same kind. Choose another run.name"
+            f"what {' and '.join(changed)} leads to has changed since {run.url} was begun: its trials and new ones "
+            "would not be of the same kind. Choose another run.name"
         )
 
 
@@ -135,7 +135,7 @@ def to_line(record: TrialRecord, max_epochs: int) -> dict[str, Any]:
     names = sorted({name for line in history for name in line} - {"epoch", "val_auc"})
     return {
         "trial": record.trial, "row": record.row, "config": record.config, "val_auc": best(history),
-        "epochs": len(history), "stopped": len(history) < max_epochs, "seconds": round(record.seconds, 3),
+        "epochs": len(history), "stopped": len(history) < max_epochs, "seconds": record.seconds,
         "history": [[line["epoch"], line["val_auc"]] for line in history],
         "folds": {name: [line.get(name) for line in history] for name in names}, "last": record.last,
     }  # fmt: skip
@@ -248,7 +248,7 @@ class Ledger:
                 running.board.close()
             return
         record = running.record
-        record.last, record.seconds = dict(last), time.monotonic() - running.began
+        record.last, record.seconds = dict(last), round(time.monotonic() - running.began, 3)
         self.run.add_line(TRIALS, to_line(record, self._max_epochs))
         self.ended[name] = record
         self._hparams(running)
@@ -290,8 +290,9 @@ class Ledger:
         record = running.record
         known = {name: value for name, value in record.config.items() if isinstance(value, str | int | float | bool)}
         metric = best(record.history)
-        for summary in hparams({"row": record.row, **known}, {"val_auc": -1.0 if metric is None else metric}):
-            running.board.file_writer.add_summary(summary)  # type: ignore[union-attr]
+        write: Any = running.board.file_writer
+        for summary in hparams({"row": record.row, **known}, {"val_auc": -1.0 if metric is None else metric}):  # type: ignore[no-untyped-call]
+            write.add_summary(summary)
 
     def _show(self) -> None:
         text = self.standing()

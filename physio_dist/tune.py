@@ -1,7 +1,7 @@
 """The fusion sweep: ``python -m physio_dist.tune --config FILE [key=value ...]``, also under ``ray job submit``.
 
-Ray Tune places the trials and stops what falls behind; what a trial computes is in ``downstream/study.py``, what is kept
-of it in ``sweep.py``.
+Ray Tune places the trials; early stopping is in ``foldwise.py``, what a trial computes in
+``downstream/study.py``, what is kept of it in ``sweep.py``.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 
 import ray
 import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
 from ray.tune.result import RESULT_DUPLICATE
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
 
 from physio_dist import cluster, config, exits, storage, sweep
 from physio_dist.config import TuneConfig
 from physio_dist.downstream import study
+from physio_dist.downstream.trials import Study
 from physio_dist.errors import EXIT_FAULT, PhysioError
+from physio_dist.foldwise import FoldwiseAsha, line_of
 from physio_dist.training.lease import Lease, end_process
 from physio_dist.training.rundir import CONFIG, RunDir
 
 # Of a trial whose worker was lost. What a trial itself raises is not tried again: it would be raised again.
 _TRIES = 3
-# After the first look, which comes early enough to matter, a third of the trials goes on at each.
-_REDUCTION = 3
-_FIRST_LOOK = 8
 
 # What is kept and told of trials is our own, so is Ctrl-C, and a trial's working directory stays as it was.
 _TUNE = {
@@ -45,7 +45,7 @@ class TrialError(PhysioError):
     """A trial failed; what the others found is kept."""
 
 
-class FusionTrial(tune.Trainable):
+class FusionTrial(tune.Trainable):  # type: ignore[misc]
     """One configuration on one kind of input; a step is an epoch on all folds.
 
     A class and not a function, because its name is what the dashboard shows, and because an actor that serves many
@@ -57,7 +57,7 @@ class FusionTrial(tune.Trainable):
         """What an actor holds."""
         return tune.PlacementGroupFactory([{"CPU": config["cpus"]}])
 
-    def setup(self, config: dict[str, Any], study_of_all: study.Study | None = None) -> None:
+    def setup(self, config: dict[str, Any], study_of_all: Study | None = None) -> None:
         """Called once an actor."""
         assert study_of_all is not None
         torch.set_num_threads(max(1, int(config["cpus"])))
@@ -88,87 +88,6 @@ class FusionTrial(tune.Trainable):
 
 def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-class FoldwiseAsha(FIFOScheduler):  # type: ignore[misc]
-    """Asynchronous successive halving (arXiv 1810.05934), decided for each fold apart.
-
-    The test people of one fold are validation people of the others. A decision by the mean over folds would let them
-    choose which configurations survive, and so take part in the selection of the model they are tested with. Here each
-    (row, fold) has a scheduler of its own, which sees that fold's validation people alone. A fold that its scheduler
-    stops is out of the trial from that epoch on (:attr:`last`); the trial goes on until all of its folds are.
-
-    Args:
-        max_epochs: of a trial.
-
-    Attributes:
-        last: trial -> fold -> last epoch that counts in the selection for that fold.
-    """
-
-    def __init__(self, max_epochs: int) -> None:
-        super().__init__()
-        self._max_epochs = max_epochs
-        self._of: dict[tuple[str, str], AsyncHyperBandScheduler] = {}
-        self._known: set[tuple[str, str]] = set()
-        self._seen: dict[str, int] = {}
-        self.last: dict[str, dict[str, int]] = {}
-
-    def replay(self, record: study.TrialRecord) -> None:
-        """Take a trial of an earlier attempt for one that has run here."""
-        trial = _Past(record.trial, {"trial": {"name": record.trial, "row": record.row}})
-        for line in record.history:
-            self.on_trial_result(None, trial, {"line": line})
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Ask the scheduler of every fold that is still in."""
-        line = _line_of(result)
-        name, row = trial.config["trial"]["name"], trial.config["trial"]["row"]
-        # A trial that ends of itself has its last result told twice.
-        if not line or line["epoch"] <= self._seen.get(name, 0):
-            return str(TrialScheduler.CONTINUE)
-        self._seen[name] = line["epoch"]
-        if line["epoch"] >= self._max_epochs:
-            return str(TrialScheduler.STOP)
-        folds = [tag for tag in line if tag.startswith("fold_")]
-        out = self.last.setdefault(name, {})
-        for tag in folds:
-            fold = tag.removeprefix("fold_")
-            if fold in out or line[tag] is None or line[tag] != line[tag]:
-                continue
-            asha = self._scheduler(row, tag)
-            if (name, tag) not in self._known:
-                self._known.add((name, tag))
-                asha.on_trial_add(tune_controller, trial)
-            if asha.on_trial_result(tune_controller, trial, line) == TrialScheduler.STOP:
-                out[fold] = line["epoch"]
-                asha.on_trial_remove(tune_controller, trial)
-        return str(TrialScheduler.STOP if len(out) == len(folds) else TrialScheduler.CONTINUE)
-
-    def _scheduler(self, row: str, tag: str) -> AsyncHyperBandScheduler:
-        if (row, tag) not in self._of:
-            self._of[row, tag] = AsyncHyperBandScheduler(
-                time_attr="epoch", metric=tag, mode="max", max_t=self._max_epochs,
-                grace_period=max(1, self._max_epochs // _FIRST_LOOK), reduction_factor=_REDUCTION,
-            )  # fmt: skip
-        return self._of[row, tag]
-
-    def debug_string(self) -> str:
-        """What Ray may print."""
-        return "ASHA for each row and fold"
-
-
-class _Past:
-    """As much of a trial as schedulers ask for."""
-
-    def __init__(self, name: str, config: dict[str, Any]) -> None:
-        self.trial_id, self.config = name, config
-
-
-def _line_of(result: dict[str, Any]) -> dict[str, Any]:
-    """What the study yielded, out of a result that Ray may have flattened."""
-    if "line" in result:
-        return dict(result["line"])
-    return {name.removeprefix("line/"): value for name, value in result.items() if name.startswith("line/")}
 
 
 class _Shown:
@@ -224,7 +143,7 @@ class _Reporter(_OfDriver, tune.Callback):  # type: ignore[misc]
             if self._ledger.failure is None:
                 print(result["traceback"], file=sys.stderr, flush=True)
             self._ledger.fail(_name(trial), result["failure"])
-        elif line := _line_of(result):
+        elif line := line_of(result):
             self._ledger.epoch(_name(trial), line)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -251,6 +170,19 @@ class _OnFailure(_OfDriver, tune.Stopper):  # type: ignore[misc]
         return self._ledger.failure is not None
 
 
+def _for_arrow(url: str) -> tuple[Any, str]:
+    """A URL as Ray takes it: a file system of Arrow's (None for the local one) and a path.
+
+    Arrow's own S3 client writes objects for folders, which servers that keep real folders refuse.
+    """
+    if storage.is_local(url):
+        return None, url
+    shared, path = storage.resolve(url)
+    # Ours has its tries counted by our storage; here the client itself has to try again. What it was made with carries
+    # no credentials: whoever unpickles it finds its own, where S3 clients look for them.
+    return PyFileSystem(FSSpecHandler(type(shared)(skip_instance_cache=True))), path
+
+
 def _why(trial: Any) -> str:
     """What Ray noted of a lost worker, shortened."""
     try:
@@ -267,7 +199,7 @@ def _name(trial: Any) -> str:
 
 
 def search(
-    options: TuneConfig, ledger: sweep.Ledger, prepared: study.Study, attempt: int, say: Callable[[str], None]
+    options: TuneConfig, ledger: sweep.Ledger, prepared: Study, attempt: int, say: Callable[[str], None]
 ) -> None:
     """Run the trials that are left; the ledger holds what they found.
 
@@ -280,7 +212,7 @@ def search(
     if asha is not None:
         for record in ledger.records():
             asha.replay(record)
-    filesystem, path = storage.for_arrow(options.tune.storage)
+    filesystem, path = _for_arrow(options.tune.storage)
     trials = [{"name": trial.name, "row": trial.row, "config": trial.config} for trial in ledger.left]
     # In the object store once; a node's trials share one copy of its arrays.
     trainable = tune.with_parameters(FusionTrial, study_of_all=prepared)
@@ -337,7 +269,7 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
 
 
 def _sweep(
-    options: TuneConfig, directory: RunDir, prepared: study.Study, facts: dict[str, Any], held: Lease,
+    options: TuneConfig, directory: RunDir, prepared: Study, facts: dict[str, Any], held: Lease,
     say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """All of it that writes to the run's directory."""
@@ -348,7 +280,8 @@ def _sweep(
         storage.write_bytes(directory.file(CONFIG), config.to_yaml(options).encode())
         storage.write_json(directory.file(sweep.DATA), facts)
         kept = f", {len(ledger.ended)} of them done in an earlier attempt" if ledger.ended else ""
-        say(f"{len(ledger.trials)} trials: {options.tune.trials} configurations for each of {len(study.SEARCHED)} rows{kept}")
+        rows = len(study.SEARCHED)
+        say(f"{len(ledger.trials)} trials: {options.tune.trials} configurations for each of {rows} rows{kept}")
         say(f"while they run: tensorboard --logdir {directory.file(sweep.BOARD)}")
         search(options, ledger, prepared, held.attempt, say)
         say(ledger.standing())

@@ -29,7 +29,7 @@ MAY_KNOW = {
 }
 HOMES = {
     "deepspeed": {"training/engine.py", "training/rank.py"},
-    "ray": {"cluster.py", "launch.py", "tune.py"},
+    "ray": {"cluster.py", "foldwise.py", "launch.py", "tune.py"},
     "sklearn": {f"downstream/{name}.py" for name in ("handmade", "metrics", "splits", "study")} | {"report/heldout.py"},
     "wfdb": {"signals/readers/wfdb_records.py", "downstream/handmade.py"},
     "h5py": {"signals/readers/code15.py"},

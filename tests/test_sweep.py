@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from physio_dist import config, storage, sweep
 from physio_dist.config import TuneConfig
-from physio_dist.downstream.study import SEARCHED, TrialRecord
+from physio_dist.downstream.trials import SEARCHED, TrialRecord
 from physio_dist.errors import UserError
 from physio_dist.training.rundir import CONFIG, RunDir
 from tests.conftest import S3
@@ -193,7 +193,7 @@ def test_only_the_same_sweep_is_gone_on_with(run: RunDir) -> None:
     storage.write_bytes(run.file(CONFIG), config.to_yaml(options()).encode())
     moved = ("run.dir=/elsewhere", "tune.cpus=2", "tune.storage=/s", "tune.features=/f")
     assert sweep.finished(run, options(*moved)) is None
-    with pytest.raises(UserError, match=r"another configuration \(run.seed: 0 there, 1 now; tune.trials: 2 there, 3 now"):
+    with pytest.raises(UserError, match=r"configuration \(run.seed: 0 there, 1 now; tune.trials: 2 there, 3 now\)"):
         sweep.finished(run, options("tune.trials=3", "run.seed=1"))
     storage.write_json(run.file(sweep.RESULTS), {"rows": []})
     assert sweep.finished(run, options()) == {"rows": []}
@@ -205,12 +205,13 @@ def test_only_the_same_sweep_is_gone_on_with(run: RunDir) -> None:
 def test_a_run_of_pretraining_is_no_sweep(run: RunDir) -> None:
     given = config.load(config.PretrainConfig, None, ["data.index=/d"], config.check_pretrain)
     storage.write_bytes(run.file(CONFIG), config.to_yaml(given).encode())
-    with pytest.raises(UserError, match="is a run of pretraining: choose another run.name"):
+    with pytest.raises(UserError, match="is a run of pretraining: choose another"):
         sweep.finished(run, options())
 
 
 def facts(data: str = "f", ecg: str = "e") -> dict[str, Any]:
-    return {"indexes": [{"url": "/d", "fingerprint": data}], "encoders": {"ecg": {"sha256": ecg}, "eeg": {"sha256": "g"}}}
+    encoders = {"ecg": {"sha256": ecg}, "eeg": {"sha256": "g"}}
+    return {"indexes": [{"url": "/d", "fingerprint": data}], "encoders": encoders}
 
 
 @pytest.mark.parametrize(
@@ -234,9 +235,9 @@ def test_the_table(run: RunDir) -> None:
     }  # fmt: skip
     lines = sweep.table(results)
     assert lines[0] == "SIMULATED signals: labels, holdout: 48 windows of 6 held-out people"
-    assert lines[1].split() == "accuracy balanced macro F1 ROC-AUC 95% interval PR-AUC".split()
-    assert lines[2].split() == "fused 0.710 0.600 0.590 0.812 0.700 to 0.900 -".split()
-    assert lines[3].split() == "bound_ecg 0.710 0.600 0.590 - - -".split()
+    assert lines[1].split() == ["accuracy", "balanced", "macro", "F1", "ROC-AUC", "95%", "interval", "PR-AUC"]
+    assert lines[2].split() == ["fused", "0.710", "0.600", "0.590", "0.812", "0.700", "to", "0.900", "-"]
+    assert lines[3].split() == ["bound_ecg", "0.710", "0.600", "0.590", "-", "-", "-"]
     assert len({len(line) for line in lines[1:4]}) == 1
     assert "the best that the simulator's hidden state allows" in lines[4]
     assert lines[5] == "note: mind this"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from physio_dist.downstream.study import TrialRecord
-from physio_dist.tune import FoldwiseAsha
+from physio_dist.downstream.trials import TrialRecord
+from physio_dist.foldwise import FoldwiseAsha
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 # One look, after the third epoch of 24; a second after the ninth.

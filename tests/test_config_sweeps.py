@@ -37,7 +37,7 @@ def tune(*words: str, file: str | None = None) -> TuneConfig:
         ("search.pooling=[]", "search.pooling is empty"),
         ("search.pooling=[max]", "search.pooling=max: it must be one of mean, mean_std"),
         ("search.depth=[-1]", "search.depth must not be negative"),
-        ("search.width=[0]", "search.width must be at least 1"),
+        ("search.width=[0]", "search.width and search.components must be at least 1"),
         ("search.dropout=[1.0]", "search.dropout=1.0: it must lie between 0 and 0.9"),
         ("search.lr=[0.1]", "search.lr=[0.1]: it must be [low, high]"),
         ("search.lr=[0.1,0.01]", "search.lr=[0.1, 0.01]: it must be [low, high]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from physio_dist import __version__, config, exits, storage
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
 
     shard = verbs.add_parser("shard", help="raw recordings -> shards and their index")
     shard.add_argument("reader", metavar="READER", help=", ".join(readers.names()))
-    shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N")
+    shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N,trials=N")
     shard.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or s3://")
     shard.add_argument("options", nargs="*", metavar="key=value", help="see docs/data.md")
 
@@ -55,8 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
     embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
 
-    report = verbs.add_parser("report", help="report.html of a run, self-contained")
-    report.add_argument("run", metavar="RUN")
+    report = verbs.add_parser("report", help="report.html of a pretraining run or a sweep, self-contained")
+    report.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run.dir/run.name; others are shown below the first, on its page"
+    )
     return parser
 
 
@@ -128,17 +131,21 @@ def _embed(given: argparse.Namespace) -> None:
 def _report(given: argparse.Namespace) -> None:
     from physio_dist.report.page import render
 
-    def read(name: str) -> bytes | None:
-        try:
-            return storage.read_bytes(storage.join(given.run, name))
-        except storage.NotFoundError:
-            return None
+    def reader(run: str) -> Callable[[str], bytes | None]:
+        def read(name: str) -> bytes | None:
+            try:
+                return storage.read_bytes(storage.join(run, name))
+            except storage.NotFoundError:
+                return None
+
+        return read
 
     try:
-        page = render(read)
-    except UserError as error:
-        raise UserError(f"{given.run}: {error}") from None
-    target = storage.join(given.run, "report.html")
+        page = render(*(reader(run) for run in given.runs))
+    except (UserError, DataError) as error:
+        kind = DataError if isinstance(error, DataError) else UserError
+        raise kind(f"{', '.join(given.runs)}: {error}") from None
+    target = storage.join(given.runs[0], "report.html")
     storage.write_bytes(target, page.encode())
     print(target)
 

@@ -11,6 +11,7 @@ from physio_dist.errors import UserError, closest
 from physio_dist.options import flatten as flatten
 from physio_dist.options import load as load
 from physio_dist.options import option_types as option_types
+from physio_dist.options import refuse_another as refuse_another
 from physio_dist.options import to_yaml as to_yaml
 
 PRESETS = ("tiny", "base", "large", "xl")
@@ -151,6 +152,8 @@ class SearchOptions:
 
     # Over patches (mean or mean and standard deviation), with channels averaged or kept apart.
     pooling: list[str] = field(default_factory=lambda: ["mean", "mean_std", "channels_mean", "channels_mean_std"])
+    # Principal components that are kept of each modality's pooled features.
+    components: list[int] = field(default_factory=lambda: [16, 64])
     # Hidden layers; 0 is a linear head.
     depth: list[int] = field(default_factory=lambda: [0, 1, 2])
     width: list[int] = field(default_factory=lambda: [32, 64, 128])
@@ -300,13 +303,13 @@ def check_tune(options: TuneConfig) -> None:
         folders = list(value.values()) if isinstance(value, dict) else [value]
         if not folders or not all(isinstance(folder, str) and folder for folder in folders):
             raise UserError(f"tune.{name} must be a folder or {{fold: folder}}, not {value!r}")
-    for name in ("pooling", "depth", "width", "dropout", "label_smoothing"):
+    for name in ("pooling", "components", "depth", "width", "dropout", "label_smoothing"):
         if not getattr(search, name):
             raise UserError(f"search.{name} is empty: there is nothing to choose from")
     for kind in search.pooling:
         _one_of("search.pooling", kind, POOLINGS)
-    if min(search.depth) < 0 or min(search.width) < 1:
-        raise UserError("search.depth must not be negative and search.width must be at least 1")
+    if min(search.depth) < 0 or min(search.width) < 1 or min(search.components) < 1:
+        raise UserError("search.depth must not be negative, search.width and search.components must be at least 1")
     for name in ("dropout", "label_smoothing"):
         for value in getattr(search, name):
             _between(f"search.{name}", value, 0.0, 0.9)

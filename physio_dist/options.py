@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -50,7 +50,7 @@ def _layer(key: str, text: str, types: dict[str, Any]) -> Any:
     """One ``key=value`` of the command line as a layer of options."""
     if key not in types:
         raise UserError(f"unknown option {key!r} (command line): {nearest(key, types)}")
-    if "str" in str(types[key]):
+    if "str" in str(types[key]) and get_origin(types[key]) is not list:
         # Taken as it is written: YAML would make numbers of 007 and 1e-3, and a truth of `on`.
         value: Any = None if text in ("", "null") and "None" in str(types[key]) else text
         layer = OmegaConf.create({})
@@ -92,6 +92,40 @@ def flatten(options: Any) -> dict[str, Any]:
 
     walk(dataclasses.asdict(options) if dataclasses.is_dataclass(options) else options, "")  # type: ignore[arg-type]
     return flat
+
+
+def refuse_another(
+    url: str, options: Any, may_differ: Collection[str], grow: str | None = None,
+    adapt: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Compare options with the configuration that a run was started with, if it was.
+
+    Args:
+        url: of the file that :func:`to_yaml` was written to.
+        options: those of now.
+        may_differ: names that say where and how fast, and not what.
+        grow: name of a number that may be larger now.
+        adapt: brings either side, flattened, to the form in which they are compared.
+
+    Raises:
+        UserError: an option differs that must not; all of them are named.
+    """
+    try:
+        there = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(url).decode()))
+    except storage.NotFoundError:
+        return
+    old, new = flatten(there), flatten(options)
+    adapt(old)
+    adapt(new)
+    differing = [name for name in sorted((set(old) | set(new)) - set(may_differ)) if old.get(name) != new.get(name)]
+    if grow in differing and new[grow] > old[grow]:
+        differing.remove(grow)
+    if differing:
+        told = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing)
+        raise UserError(
+            f"{url.rpartition('/')[0]} was started with another configuration ({told}). Give the same options to go "
+            "on, or choose another run.name"
+        )
 
 
 def _read_yaml(file: str, types: dict[str, Any]) -> DictConfig:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -28,14 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     options = config.load(config.PretrainConfig, given.config, given.overrides, config.check_pretrain)
 
-    import torch
-
-    if not torch.cuda.is_available():
-        # Without this DeepSpeed probes for accelerators of every vendor.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("DS_LOG_LEVEL", "error")
     from physio_dist.training.guards import StopFlag
+    from physio_dist.training.place import choose_accelerator
 
+    choose_accelerator()
     stop = StopFlag()
     stop.install()
     from physio_dist.training import rank

@@ -43,7 +43,7 @@ _LASTING = (
     "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError", "ClientConnectorCertificateError",
 )  # fmt: skip
 
-# Protocols whose endpoint has answered; a process that starts others passes it on.
+# Protocols (web servers) whose endpoint has answered; a process that starts others passes it on.
 contacted: set[str] = set()
 
 P = ParamSpec("P")
@@ -131,6 +131,9 @@ def _resolve(url: str) -> tuple[Any, str]:
         )
     fs = _filesystem(_protocol(url), os.getpid())
     return fs, str(local_path(url)) if is_local(url) else fs._strip_protocol(url)
+
+
+resolve = _resolve
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
@@ -226,7 +229,9 @@ def without_secrets(url: str) -> str:
 def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
     """Run ``action``, trying again while faults are transient and the budget lasts."""
     protocol = _protocol(url)
-    budget = OUTAGE_S if protocol in contacted else FIRST_CONTACT_S
+    # The web is many servers: that one has answered says nothing of another.
+    peer = "/".join(url.split("/", 3)[:3]) if protocol in _WEB else protocol
+    budget = OUTAGE_S if peer in contacted else FIRST_CONTACT_S
     try:
         result = Retrying(
             retry=retry_if_exception(is_transient),
@@ -235,13 +240,13 @@ def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
             reraise=True,
         )(action)
     except Exception as error:
-        if _answer(error)[0] is not None:
-            contacted.add(protocol)
+        if _answer(error)[0] is not None or isinstance(error, FileNotFoundError):
+            contacted.add(peer)
         # The client calls a malformed endpoint a ValueError.
         if isinstance(error, OSError) or _of_client(error) or (isinstance(error, ValueError) and not is_local(url)):
             raise explain(url, doing, error) from error
         raise
-    contacted.add(protocol)
+    contacted.add(peer)
     return result
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import http.server
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,3 +146,72 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 kB."""
     with disk_of("64k", tmp_path / "disk") as folder:
         yield folder
+
+
+class Web:
+    """A real web server over a folder, which ignores Range as plain servers do.
+
+    Attributes:
+        folder: what it serves.
+        url: of the folder.
+        asked: paths of the requests so far.
+        faults: for a path what comes first: a status, ``cut`` (half the body under the whole length, then silence) or a
+            URL to be sent to; each is used up by one request, but the last one of a list that ends with ``...``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: list[str] = []
+        self.faults: dict[str, list[object]] = {}
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Refuse connections from now on."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _fault(self, path: str) -> object:
+        waiting = self.faults.get(path, [])
+        if not waiting:
+            return None
+        return waiting[0] if waiting[1:] == [...] else waiting.pop(0)
+
+    def _handler(self) -> Callable[..., http.server.SimpleHTTPRequestHandler]:
+        web = self
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                web.asked.append(self.path)
+                fault = web._fault(self.path)
+                if isinstance(fault, int):
+                    self.send_error(fault)
+                elif fault == "cut":
+                    data = (web.folder / self.path.lstrip("/")).read_bytes()
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data[: len(data) // 2])
+                    self.close_connection = True
+                elif isinstance(fault, str):
+                    self.send_response(302)
+                    self.send_header("Location", fault)
+                    self.end_headers()
+                else:
+                    super().do_GET()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return functools.partial(Handler, directory=str(self.folder))
+
+
+@pytest.fixture()
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    """A web server, and a user whose cache is empty."""
+    (tmp_path / "web").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    server = Web(tmp_path / "web")
+    yield server
+    server.stop()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole job on this machine, from nothing to a report: `bash tools/quickstart.sh [--data DIR]`.
 #
-# Without --data the signals are SIMULATED. DIR holds ecg/, a folder of WFDB records.
+# Without --data the signals are SIMULATED. DIR holds ecg/, a folder of WFDB records, and, for the second half,
+# paired/, a folder of EDF files with EEG and ECG and a recordings.csv (file,subject, then labels).
 # PHYSIO_DIST_RANKS  processes that train together (default: the GPUs of this machine, or 2)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,6 +16,10 @@ while [ $# -gt 0 ]; do
 done
 if [ -n "$data" ] && [ ! -d "$data/ecg" ]; then
     echo "quickstart: $data has no folder ecg/ with WFDB records" >&2
+    exit 2
+fi
+if [ -n "$data" ] && [ -d "$data/paired" ] && [ ! -f "$data/paired/recordings.csv" ]; then
+    echo "quickstart: $data/paired has no recordings.csv (columns file,subject, then labels)" >&2
     exit 2
 fi
 
@@ -31,38 +36,79 @@ else
     ranks=2
 fi
 
-if [ -n "$data" ]; then
-    say "1/4  recordings of $data/ecg -> shards"
-    shards=runs/data/$(basename "$(realpath "$data")")-$(realpath "$data" | sha256sum | cut -c1-8)
-    physio-dist shard wfdb "$data/ecg" --out "$shards" split.test=0
-else
-    say "1/4  SIMULATED recordings -> shards"
-    shards=runs/data/simulated
-    physio-dist shard simulate people=300,windows=8,seed=0 --out "$shards" samples_per_shard=400
-fi
-physio-dist inspect "$shards" --plot 2 "$shards.png"
-
-say "2/4  pretraining on $ranks processes: deepspeed physio_dist/pretrain.py"
 # A run knows its data; one made from other data is put aside, not written over.
-read -r fingerprint windows < <(python -c '
+put_aside() {  # put_aside RUN FILE WORDS...: where FILE is in RUN and does not hold every one of WORDS
+    local run=$1 file=$1/$2 word n=1
+    [ -d "$run" ] || return 0
+    for word in "${@:3}"; do
+        grep -qs -- "$word" "$file" && continue
+        while [ -e "$run-old-$n" ]; do n=$((n + 1)); done
+        mv "$run" "$run-old-$n"
+        return 0
+    done
+}
+
+facts() {  # facts SHARDS: fingerprint, windows to train on
+    python -c '
 import json, sys
 ours = json.load(open(sys.argv[1]))["physio_dist"]
-print(ours["fingerprint"], ours["splits"]["train"])' "$shards/index.json")
-if [ -d runs/quickstart ] && ! grep -qs "$fingerprint" runs/quickstart/data.json; then
-    n=1; while [ -e "runs/quickstart-old-$n" ]; do n=$((n + 1)); done
-    mv runs/quickstart "runs/quickstart-old-$n"
+print(ours["fingerprint"], ours["splits"]["train"])' "$1/index.json"
+}
+
+pretrain() {  # pretrain RUN SHARDS OPTIONS...
+    local fingerprint windows batch=64
+    read -r fingerprint windows < <(facts "$2")
+    put_aside "runs/$1" data.json "$fingerprint"
+    # Few recordings make a smaller batch, down to one window a process.
+    while [ "$batch" -gt "$windows" ] && [ "$batch" -gt "$ranks" ]; do batch=$((batch / 2)); done
+    deepspeed --num_gpus "$ranks" --log_level error physio_dist/pretrain.py --config configs/pretrain/quickstart.yaml \
+        "run.name=$1" "data.index=$2" "train.global_batch=$batch" "${@:3}"
+    physio-dist export "runs/$1" "runs/$1/encoder"
+}
+
+if [ -n "$data" ]; then
+    home=$(basename "$(realpath "$data")")-$(realpath "$data" | sha256sum | cut -c1-8)
+    ecg=runs/data/$home paired=runs/data/$home-paired
+    say "1/5  recordings of $data/ecg -> shards"
+    physio-dist shard wfdb "$data/ecg" --out "$ecg" split.test=0
+else
+    ecg=runs/data/simulated paired=runs/data/simulated-paired
+    say "1/5  SIMULATED 12-lead ECGs -> shards"
+    physio-dist shard simulate people=300,windows=8,seed=0 --out "$ecg" samples_per_shard=400
 fi
-# Few recordings make a smaller batch, down to one window a process.
-batch=64
-while [ "$batch" -gt "$windows" ] && [ "$batch" -gt "$ranks" ]; do batch=$((batch / 2)); done
-deepspeed --num_gpus "$ranks" --log_level error physio_dist/pretrain.py --config configs/pretrain/quickstart.yaml \
-    "data.index=$shards" "train.global_batch=$batch"
+physio-dist inspect "$ecg" --plot 2 "$ecg.png"
 
-say "3/4  the encoder, for others to load"
-physio-dist export runs/quickstart runs/quickstart/encoder
+say "2/5  an ECG encoder, pretrained on $ranks processes: deepspeed physio_dist/pretrain.py"
+pretrain quickstart "$ecg"
 
-say "4/4  the report"
-physio-dist report runs/quickstart
+if [ -n "$data" ] && [ ! -d "$data/paired" ]; then
+    physio-dist report runs/quickstart
+    printf '\n%s has no folder paired/ with EEG and ECG of the same people: the second half is left out.\n' "$data"
+    echo "The report: $PWD/runs/quickstart/report.html"
+    exit 0
+fi
+
+label=arousal
+if [ -n "$data" ]; then
+    say "3/5  EEG and ECG of $data/paired -> shards"
+    label=$(head -n 1 "$data/paired/recordings.csv" | tr -d '\r' | cut -d , -f 3)
+    physio-dist shard edf "$data/paired" --out "$paired" signals=ecg,eeg leads=found eeg.channels=found split.test=0.33
+else
+    say "3/5  SIMULATED EEG and ECG of other people, calm and aroused -> shards"
+    physio-dist shard simulate people=90,trials=4,windows=2,seed=1 --out "$paired" signals=ecg,eeg split.test=0.33
+fi
+physio-dist inspect "$paired"
+
+say "4/5  an EEG encoder, pretrained on the people who are not kept for the test"
+pretrain quickstart-eeg "$paired" data.signal=eeg
+
+say "5/5  both encoders frozen, their features concatenated, a sweep of heads on Ray: python -m physio_dist.tune"
+read -r fingerprint _ < <(facts "$paired")
+put_aside runs/quickstart-fusion data.json "$fingerprint"
+python -m physio_dist.tune --config configs/tune/quickstart.yaml "tune.data=$paired" "tune.label=$label" \
+    tune.ecg_encoder=runs/quickstart/encoder tune.eeg_encoder=runs/quickstart-eeg/encoder
+
+physio-dist report runs/quickstart runs/quickstart-eeg runs/quickstart-fusion
 echo
 echo "The curves, also while a run goes on: $venv/bin/tensorboard --logdir runs"
 echo "The report: $PWD/runs/quickstart/report.html"

@@ -204,7 +204,9 @@ def _parts(backbone: Backbone, source: Source, progress: Progress) -> Iterator[t
             if not np.isfinite(values[here]).all():
                 row = int(np.flatnonzero(~np.isfinite(values[here]).all(axis=(1, 2, 3)))[0])
                 key = source.keys((np.zeros(1, dtype=np.int64), np.array([low + row])))[0]
-                raise DataError(f"{backbone.url} gives features of window {key} that are no finite numbers")
+                raise UserError(
+                    f"{backbone.url} gives features of window {key} that are no numbers; export another checkpoint"
+                )
             progress.update(high - low)
             if here.stop == len(values):
                 yield values, valid
@@ -244,9 +246,7 @@ def open_features(url: str) -> Features:
     about = _read_index(url)
     if about is None:
         raise UserError(f"{url} holds no {INDEX}: there are no finished features; `physio-dist embed` makes them")
-    where, n, shape = storage.join(url, INDEX), about["windows"], tuple(about["shape"])
-    if len(about["keys"]) != n or sum(file["windows"] for file in about["files"]) != n:
-        raise DataError(f"{where} contradicts itself: windows, files and keys are not equally many")
+    n, shape = about["windows"], tuple(about["shape"])
     parts = (_map(storage.join(url, file["file"]), file, shape) for file in about["files"])
     if len(about["files"]) == 1:
         values, valid = next(parts)
@@ -303,8 +303,18 @@ def _read_index(url: str) -> dict[str, Any] | None:
         raise UserError(f"{where} is not an index of features; choose another folder")
     if about.get("format") != FORMAT:
         raise UserError(f"{where} has format {about.get('format')!r}, this version reads format {FORMAT}; upgrade it")
-    if missing := {*_IDENTITY, "shape", "windows", "files", "keys"} - set(about):
-        raise DataError(f"{where} is damaged: {', '.join(sorted(missing))} missing")
-    if not all(_FILE.fullmatch(str(file.get("file"))) for file in about["files"]):
-        raise DataError(f"{where} is damaged: it names files that are none of features")
+    try:
+        whole = (
+            len(about["shape"]) == 3
+            and all(isinstance(size, int) for size in (*about["shape"], about["windows"]))
+            and all(isinstance(about[name], str) for name in ("encoder_sha256", "fingerprint", "signal"))
+            and isinstance(about["encoder"], dict)
+            # A name is joined to the folder's: it must not lead out of it.
+            and all(_FILE.fullmatch(file["file"]) and isinstance(file["sha256"], str) for file in about["files"])
+            and sum(file["windows"] for file in about["files"]) == len(about["keys"]) == about["windows"]
+        )
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{where} is damaged; delete it and run `physio-dist embed` again")
     return about

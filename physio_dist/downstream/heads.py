@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from physio_dist.models.fusion import ConcatHead
+from physio_dist.models.fusion import ConcatHead, Reduction
 from physio_dist.shards.order import permutation
 
 Ints = npt.NDArray[np.int64]
@@ -42,14 +42,14 @@ class Job:
 
     Attributes:
         inputs: for each modality float32 ``[n, f]``, all rows of the table.
-        channels: for each modality, how many channels lie side by side in its features.
+        reductions: for each modality, what ``rows`` say of its features.
         label: int64 ``[n]``; only those of ``rows`` are read.
         rows: int64, rows of the table to train on.
         purpose: whatever tells its random draws from those of other heads, the run's seed among it.
     """
 
     inputs: Mapping[str, Floats]
-    channels: Mapping[str, int]
+    reductions: Mapping[str, Reduction]
     label: Ints
     rows: Ints
     purpose: str
@@ -72,7 +72,7 @@ class Heads:
     Args:
         jobs: their inputs have the same modalities and sizes.
         classes: number of classes.
-        config: ``depth width dropout label_smoothing lr weight_decay``.
+        config: ``components depth width dropout label_smoothing lr weight_decay``.
     """
 
     def __init__(self, jobs: Sequence[Job], classes: int, config: Mapping[str, Any]) -> None:
@@ -103,13 +103,13 @@ class Heads:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(job.purpose, "weights"))
             head = self._empty(features)
-        head.standardise_by({name: torch.from_numpy(values[job.rows]) for name, values in job.inputs.items()})
+        head.reduce_by(job.reductions)
         return head
 
     def _empty(self, features: Mapping[str, int]) -> ConcatHead:
         config = self.config
         # Dropout is drawn here, for each head from its own generator.
-        return ConcatHead(features, self.classes, config["depth"], config["width"], 0.0, self.jobs[0].channels)
+        return ConcatHead(features, self.classes, config["depth"], config["width"], 0.0, config["components"])
 
     def epoch(self) -> None:
         """Train every head once on each of its rows."""

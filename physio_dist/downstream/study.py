@@ -20,7 +20,7 @@ from physio_dist.downstream.splits import Fold, folds_of
 from physio_dist.downstream.tasks import SIGNALS, Table, label_name, load_table, need_both
 from physio_dist.downstream.trials import MODALITIES as MODALITIES
 from physio_dist.downstream.trials import SEARCHED as SEARCHED
-from physio_dist.downstream.trials import Choice, Study, TrialRecord, control, predict, select
+from physio_dist.downstream.trials import Choice, Study, TrialRecord, control, predict, reductions_of, select
 from physio_dist.downstream.trials import candidates as candidates
 from physio_dist.downstream.trials import train as train
 from physio_dist.errors import DataError, UserError
@@ -77,10 +77,11 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
                 for kind in dict.fromkeys(options.search.pooling):
                     inputs[f"{signal}/{backbone.sha256}/{kind}"] = _pooled(open_features(where), table, kind, where)
     measured = {name: values[table.sample] for name, values in handmade(tune.data, say).items()}
-    channels = {signal: len(shards.signals[signal].channels) for signal in SIGNALS}
+    say("principal components of what each head is trained on")
+    reductions = reductions_of(inputs, encoders, folds, max(options.search.components))
     about = {signal: _about(backbones[signal], folds) for signal in SIGNALS}
     notes = tuple(_notes(options, shards, table, folds, backbones))
-    return Study(options, table, folds, encoders, inputs, measured, channels, about, notes)
+    return Study(options, table, folds, encoders, inputs, measured, reductions, about, notes)
 
 
 def _backbones(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from physio_dist.downstream.metrics import auc
 from physio_dist.downstream.splits import Fold, permuted
 from physio_dist.downstream.tasks import Table
 from physio_dist.errors import UserError
+from physio_dist.models.fusion import Reduction, reduction
 from physio_dist.shards.order import permutation
 
 Floats = npt.NDArray[np.floating]
@@ -43,7 +44,7 @@ class Study:
         encoders: ``ecg``, ``eeg``, ``untrained_ecg``, ``untrained_eeg`` -> hash of each fold's encoder.
         inputs: ``<signal>/<hash>/<pooling>`` -> pooled features float32 ``[n, f]``, rows as in the table.
         handmade: hand-made features of each signal, float64 ``[n, f]``.
-        channels: of each signal, how many channels its features have where they are kept apart.
+        reductions: ``<key of inputs>/<fold>/<inner split>`` -> what the rows to train on say of these features.
         about: what ``results.json`` says of the encoders.
         notes: what a reader of the results has to know.
     """
@@ -54,16 +55,16 @@ class Study:
     encoders: dict[str, tuple[str, ...]]
     inputs: dict[str, npt.NDArray[np.float32]]
     handmade: dict[str, npt.NDArray[np.float64]]
-    channels: dict[str, int]
+    reductions: dict[str, Reduction]
     about: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def inputs_of(self, row: str, pooling: str, fold: int) -> dict[str, npt.NDArray[np.float32]]:
-        """What heads of a row are given in a fold: for each modality float32 ``[n, f]``."""
+    def keys_of(self, row: str, pooling: str, fold: int) -> dict[str, str]:
+        """The keys of what heads of a row are given in a fold, for each modality."""
         found = {}
         for signal in MODALITIES[row]:
             source = f"untrained_{signal}" if row == "untrained" else signal
-            found[signal] = self.inputs[f"{signal}/{self.encoders[source][fold]}/{pooling}"]
+            found[signal] = f"{signal}/{self.encoders[source][fold]}/{pooling}"
         return found
 
 
@@ -103,11 +104,11 @@ def candidates(options: TuneConfig) -> list[dict[str, Any]]:
     A Latin hypercube (McKay, Beckman, Conover 1979): each option's values are visited equally often, as far as they go.
 
     Returns:
-        Objects with ``pooling depth width dropout label_smoothing lr weight_decay``.
+        Objects with ``pooling components depth width dropout label_smoothing lr weight_decay``.
     """
     n, search, seed = options.tune.trials, options.search, options.run.seed
     found: list[dict[str, Any]] = [{} for _ in range(n)]
-    for name in ("pooling", "depth", "width", "dropout", "label_smoothing", "lr", "weight_decay"):
+    for name in ("pooling", "components", "depth", "width", "dropout", "label_smoothing", "lr", "weight_decay"):
         choices, stratum = getattr(search, name), permutation(n, "search", seed, name)
         for i in range(n):
             digest = hashlib.blake2b(f"search/{seed}/{name}/{i}".encode(), digest_size=8).digest()
@@ -123,13 +124,28 @@ def candidates(options: TuneConfig) -> list[dict[str, Any]]:
 
 def _jobs(study: Study, row: str, pooling: str, fold: int, label: Ints, purpose: str = "") -> list[Job]:
     """A fold's heads, one for each inner split."""
-    inputs = study.inputs_of(row, pooling, fold)
-    name = study.folds[fold].name
-    channels = study.channels if pooling.startswith("channels_") else {}
-    return [
-        Job(inputs, channels, label, rows, f"{study.options.run.seed}/{row}/{name}/{i}{purpose}")
-        for i, (rows, _) in enumerate(study.folds[fold].inner)
-    ]
+    keys, name = study.keys_of(row, pooling, fold), study.folds[fold].name
+    inputs = {signal: study.inputs[key] for signal, key in keys.items()}
+    found = []
+    for i, (rows, _) in enumerate(study.folds[fold].inner):
+        reductions = {signal: study.reductions[f"{key}/{name}/{i}"] for signal, key in keys.items()}
+        found.append(Job(inputs, reductions, label, rows, f"{study.options.run.seed}/{row}/{name}/{i}{purpose}"))
+    return found
+
+
+def reductions_of(
+    inputs: Mapping[str, npt.NDArray[np.float32]], encoders: Mapping[str, Sequence[str]], folds: Sequence[Fold],
+    most: int,
+) -> dict[str, Reduction]:  # fmt: skip
+    """What each inner split's rows to train on say of the features that its heads are given: ``Study.reductions``."""
+    found = {}
+    for key, values in inputs.items():
+        signal, sha256, _ = key.split("/")
+        for number, fold in enumerate(folds):
+            if sha256 in (encoders[signal][number], encoders[f"untrained_{signal}"][number]):
+                for i, (rows, _) in enumerate(fold.inner):
+                    found[f"{key}/{fold.name}/{i}"] = reduction(values[rows], most)
+    return found
 
 
 def train(study: Study, row: str, config: dict[str, Any]) -> Iterator[dict[str, float]]:

@@ -8,15 +8,15 @@ say how its embeddings are pooled or what its head looks like; that is ours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-COMPONENTS = 16
 
 
 def pool(values: Tensor | npt.NDArray[Any], valid: Tensor | npt.NDArray[Any], kind: str) -> Tensor:
@@ -50,85 +50,99 @@ def pool(values: Tensor | npt.NDArray[Any], valid: Tensor | npt.NDArray[Any], ki
     return pooled.sum(dim=1) / mask.sum(dim=1).clamp_min(1)
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """What a modality's features are reduced by, computed from the rows that a head is trained on and no others.
+
+    Plain arrays, so that processes can share them.
+
+    Attributes:
+        mean, scale: float32 ``[f]``; a feature minus its mean, times its scale, has standard deviation 1 there.
+        axes: float32 ``[f, k]``, principal axes of the features so standardised, the strongest first.
+        strength: float32 ``[k]``, variance along each.
+    """
+
+    mean: npt.NDArray[np.float32]
+    scale: npt.NDArray[np.float32]
+    axes: npt.NDArray[np.float32]
+    strength: npt.NDArray[np.float32]
+
+
+def reduction(rows: npt.NDArray[np.float32], most: int) -> Reduction:
+    """The statistics and the first ``most`` principal axes of ``rows``, ``[row, f]``.
+
+    A feature that is constant in them is only centred.
+    """
+    # In float64: float32 would lose the spread of features that are far from zero.
+    std, mean = torch.std_mean(torch.from_numpy(rows).double(), dim=0, correction=0)
+    scale = torch.where(std <= 1e-6 * mean.abs(), 1.0, 1.0 / std).nan_to_num(1.0, 1.0, 1.0)
+    z = ((torch.from_numpy(rows) - mean) * scale).float()
+    n, f = z.shape
+    k = min(most, f)
+    if n >= f:
+        strength, axes = torch.linalg.eigh((z.T @ z).double() / n)
+        axes = axes.float()
+    else:
+        # Fewer rows than features: the same axes from the rows' products (Turk and Pentland 1991).
+        strength, along = torch.linalg.eigh((z @ z.T).double() / n)
+        axes = z.T @ along.float() / (n * strength.clamp_min(1e-9)).sqrt().float()
+        axes = torch.where(strength.float() > 1e-6 * strength.max().float(), axes, 0.0)
+    strength, axes = strength.flip(0)[:k].clamp_min(0.0), axes.flip(1)[:, :k]
+    if axes.shape[1] < k:
+        axes, strength = F.pad(axes, (0, k - axes.shape[1])), F.pad(strength, (0, k - len(strength)))
+    # An axis has no direction of its own: its largest entry is made positive.
+    sign = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    parts = (mean, scale, axes * torch.where(sign == 0, 1.0, sign), strength)
+    return Reduction(*(part.float().contiguous().numpy() for part in parts))
+
+
 class ConcatHead(nn.Module):
-    """Standardise each modality, concatenate, classify.
+    """Reduce each modality to its principal components, concatenate, classify.
 
-    The statistics are buffers and part of the head's state: each feature has mean 0 and standard deviation 1 over the
-    rows that the head is trained on, so that the scales of modalities do not matter.
-
-    Channels kept apart make thousands of features, most of which repeat each other. Of a modality with several channels
-    the head keeps the first principal components of a channel's features: the same ones for all channels, computed
-    from the rows it is trained on, scaled together to a mean square of 1.
+    Pooled features are many (19 channels kept apart make 1,520 of 80) and repeat each other, and their number differs
+    between modalities. So each modality is standardised, projected on its first principal axes, and scaled as a whole
+    to a mean square of 1: no modality outweighs another by its units or by how many features it has. All of it comes
+    from the rows that the head is trained on (:func:`reduction`), and is part of its state.
 
     Args:
         features: name of each modality -> its number of features, in the order of concatenation.
-        channels: name of each modality -> how many channels lie side by side in its features; absent: 1.
-        components: principal components of a channel's features that are kept where there are several channels.
         classes: number of classes.
         depth: hidden layers (linear, layer norm, GELU, dropout); with 0 the head is linear.
         width: of the hidden layers.
         dropout: probability after each hidden layer.
+        components: principal components of each modality, at most.
     """
 
     def __init__(
-        self, features: Mapping[str, int], classes: int, depth: int, width: int, dropout: float,
-        channels: Mapping[str, int] | None = None, components: int = COMPONENTS,
-    ) -> None:  # fmt: skip
+        self, features: Mapping[str, int], classes: int, depth: int, width: int, dropout: float, components: int
+    ) -> None:
         super().__init__()
         self.features = dict(features)
-        self.channels = {name: (channels or {}).get(name, 1) for name in self.features}
         self.dropout = dropout
-        inputs = 0
+        self.inputs = 0
         for name, size in self.features.items():
             self.register_buffer(f"mean_{name}", torch.zeros(size))
-            self.register_buffer(f"scale_{name}", torch.ones(size))
-            each = size // self.channels[name]
-            if self.channels[name] > 1 and each > components:
-                self.register_buffer(f"basis_{name}", torch.eye(each, components))
-                size = self.channels[name] * components
-            inputs += size
-        self.inputs = inputs
-        sizes = [inputs, *[width] * depth]
+            self.register_buffer(f"basis_{name}", torch.zeros(size, min(components, size)))
+            self.inputs += min(components, size)
+        sizes = [self.inputs, *[width] * depth]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.out = nn.Linear(sizes[-1], classes)
 
-    def standardise_by(self, rows: Mapping[str, Tensor]) -> None:
-        """Take the statistics of these rows, ``[row, features]`` for each modality.
-
-        A feature that is constant in them is only centred.
-        """
+    def reduce_by(self, reductions: Mapping[str, Reduction]) -> None:
+        """Take each modality's statistics and its first axes."""
         for name in self.features:
-            # In float64: float32 would lose the spread of features that are far from zero.
-            std, mean = torch.std_mean(rows[name].double(), dim=0, correction=0)
-            constant = std <= 1e-6 * mean.abs()
-            self.get_buffer(f"mean_{name}").copy_(mean)
-            self.get_buffer(f"scale_{name}").copy_(torch.where(constant, 1.0, 1.0 / std))
-            if f"basis_{name}" in dict(self.named_buffers()):
-                self._take_basis(name, rows[name])
-
-    def _take_basis(self, name: str, rows: Tensor) -> None:
-        basis = self.get_buffer(f"basis_{name}")
-        z = self._standard(name, rows).reshape(-1, basis.shape[0])
-        strength, axes = torch.linalg.eigh((z.T @ z).double() / len(z))
-        strength, axes = strength.flip(0)[: basis.shape[1]], axes.flip(1)[:, : basis.shape[1]]
-        # An axis has no direction of its own: its largest entry is made positive.
-        axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-        basis.copy_(axes / strength.mean().clamp_min(1e-12).sqrt())
-
-    def _standard(self, name: str, x: Tensor) -> Tensor:
-        return (x - self.get_buffer(f"mean_{name}")) * self.get_buffer(f"scale_{name}")
+            basis, given = self.get_buffer(f"basis_{name}"), reductions[name]
+            k = basis.shape[1]
+            spread = np.sqrt(max(float(given.strength[:k].mean()), 1e-12))
+            basis.copy_(torch.from_numpy(given.scale[:, None] * given.axes[:, :k] / spread))
+            self.get_buffer(f"mean_{name}").copy_(torch.from_numpy(given.mean))
 
     def _input(self, name: str, x: Tensor) -> Tensor:
-        x = self._standard(name, x)
-        basis = dict(self.named_buffers()).get(f"basis_{name}")
-        if basis is None:
-            return x
-        each = x.reshape(len(x), self.channels[name], basis.shape[0])
-        return (each @ basis).flatten(1)
+        return (x - self.get_buffer(f"mean_{name}")) @ self.get_buffer(f"basis_{name}")
 
     def concatenate(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The standardised modalities side by side, ``[row, f]``, of ``[row, features]`` for each."""
+        """The reduced modalities side by side, ``[row, f]``, of ``[row, features]`` for each."""
         return torch.cat([self._input(name, inputs[name]) for name in self.features], dim=-1)
 
     def classify(self, x: Tensor, keep: Sequence[Tensor] | None = None) -> Tensor:

@@ -14,9 +14,18 @@ import PIL.Image
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: distinct under the common kinds of colour blindness. A colour means the same mask term on
-# the whole page.
+# the whole page of a pretraining run.
 TEMPORAL = "#0072B2"
 LEADWISE = "#D55E00"
+# Of a sweep's page: one colour for each row of its results.
+ROW_COLOURS = {
+    "majority": "#9a9a9a",
+    "untrained": "#CC79A7",
+    "handmade": "#009E73",
+    "ecg": "#D55E00",
+    "eeg": "#0072B2",
+    "fused": "#1c1c1c",
+}
 INK = "#1c1c1c"
 SOFT = "#6b6b6b"
 GRID = "#e3e3e3"

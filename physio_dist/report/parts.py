@@ -19,12 +19,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell; ``bar`` (0..1) draws a bar of that share behind the text, ``warn`` marks a bad value."""
+    """A table cell; ``bar`` (0..1) draws a bar of that share beside the text, ``warn`` marks a bad value.
+
+    ``more`` stands small below the text.
+    """
 
     text: str
     bar: float | None = None
     colour: str = ""
     warn: bool = False
+    more: str = ""
 
 
 @dataclass(frozen=True)

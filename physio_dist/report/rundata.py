@@ -1,4 +1,4 @@
-"""What a run directory holds, parsed and checked: the only place that knows its file formats."""
+"""What the directory of a pretraining run holds, parsed and checked; sweepdata.py does the same for a sweep."""
 
 from __future__ import annotations
 
@@ -99,16 +99,13 @@ class Examples:
         return np.repeat(mask, self.patch_samples, axis=2)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run directory in memory; what the run lacks is None or empty."""
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a run of any kind was given, as far as its directory tells: its options and the shard sets it read."""
 
-    metrics: Metrics
     config_text: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    examples: Examples | None = None
     indexes: list[dict[str, Any]] = field(default_factory=list)
-    attempts: list[dict[str, Any]] = field(default_factory=list)
 
     def option(self, path: str) -> Any:
         """Value of a dotted option (``train.lr``) in the resolved configuration, or None."""
@@ -126,7 +123,20 @@ class Run:
 
     def simulated(self) -> list[bool]:
         """Every statement the run makes on whether its signals are simulated; empty if it makes none."""
-        told = [bool(index["simulated"]) for index in self.indexes if index.get("simulated") is not None]
+        return [bool(index["simulated"]) for index in self.indexes if index.get("simulated") is not None]
+
+
+@dataclass(frozen=True)
+class Run(Given):
+    """The directory of a pretraining run in memory; what the run lacks is None or empty."""
+
+    metrics: Metrics
+    examples: Examples | None = None
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+
+    def simulated(self) -> list[bool]:
+        """Every statement the run makes on whether its signals are simulated; empty if it makes none."""
+        told = super().simulated()
         if not told and self.examples is not None and self.examples.simulated is not None:
             told = [self.examples.simulated]
         return told
@@ -147,17 +157,24 @@ def load_run(read: Reader) -> Run:
     there are no metrics or a file cannot be understood.
     """
     metrics = parse_metrics(read("metrics.jsonl"))
-    config_raw, data, attempts = read("config.yaml"), read("data.json"), read("attempts.json")
+    given = load_given(read)
     examples = read("examples.safetensors")
-    config_text = None if config_raw is None else without_credentials(config_raw.decode("utf-8", "replace"))
     return Run(
         metrics=metrics,
-        config_text=config_text,
-        config={} if config_text is None else _parse_config(config_text),
+        config_text=given.config_text,
+        config=given.config,
         examples=None if examples is None else parse_examples(examples),
-        indexes=_records(data, "data.json", key="indexes"),
-        attempts=_records(attempts, "attempts.json"),
+        indexes=given.indexes,
+        attempts=_records(read("attempts.json"), "attempts.json"),
     )
+
+
+def load_given(read: Reader) -> Given:
+    """``config.yaml`` and ``data.json``, which every kind of run has; ``UserError`` where one cannot be understood."""
+    raw = read("config.yaml")
+    text = None if raw is None else without_credentials(raw.decode("utf-8", "replace"))
+    config = {} if text is None else _parse_config(text)
+    return Given(config_text=text, config=config, indexes=_records(read("data.json"), "data.json", key="indexes"))
 
 
 def parse_metrics(raw: bytes | None) -> Metrics:
@@ -226,8 +243,8 @@ def parse_examples(raw: bytes) -> Examples:
         inter = tensors["inter"] != 0
         intra = (tensors["intra"] != 0) & ~inter
         valid = tensors["valid"] != 0
-        channels = [_printable(c) for c in json.loads(meta["channels"])]
-        keys = [_printable(k) for k in json.loads(meta.get("keys", "[]"))]
+        channels = [printable(c) for c in json.loads(meta["channels"])]
+        keys = [printable(k) for k in json.loads(meta.get("keys", "[]"))]
         rate = float(meta["rate"])
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{name} cannot be read ({type(error).__name__}: {error})") from error
@@ -299,6 +316,6 @@ def _records(raw: bytes | None, name: str, key: str | None = None) -> list[dict[
     return document
 
 
-def _printable(value: object) -> str:
+def printable(value: object) -> str:
     """Control characters would make the drawings invalid XML."""
     return "".join(c for c in str(value) if c.isprintable())

@@ -5,17 +5,16 @@ A section knows no other; one whose data the run lacks says so in ``missing`` an
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from physio_dist.report import setting
 from physio_dist.report.curves import Series, loss_panel, small_panel, smoothing_window
 from physio_dist.report.drawing import INK, SOFT, Image, number, percent
 from physio_dist.report.parts import Cell, Figure, Section, Table
-from physio_dist.report.rundata import Examples, Restarts, Run, find_restarts, without_credentials
+from physio_dist.report.rundata import Examples, Restarts, Run, find_restarts
+from physio_dist.report.setting import plain
 from physio_dist.report.sheets import cut_off_uv, sheet, squared_errors
 from physio_dist.report.summary import TERMS, UNIT, ratio
 
@@ -170,28 +169,6 @@ def per_lead(run: Run) -> Section:
     return Section("Leads", "leads", tables=[Table(head, [*rows, total], caption)])
 
 
-def dataset(run: Run) -> Section:
-    """The shard sets the run read."""
-    if not run.indexes:
-        return Section("Data", "data", missing="The run holds no data.json, so its data set is not described.")
-    tables = []
-    for index in run.indexes:
-        rows = [
-            ("Index", without_credentials(_plain(index.get("url")))),
-            ("Fingerprint", index.get("fingerprint")),
-        ]
-        splits = index.get("splits")
-        if isinstance(splits, dict):
-            rows.append(("Windows", ", ".join(f"{name} {_plain(count)}" for name, count in splits.items())))
-        rows += [("People", index.get("people")), ("Rate", _with(index.get("rate"), "Hz"))]
-        rows += [("Channels", index.get("channels")), ("Sources", index.get("sources"))]
-        if (flag := index.get("simulated")) is not None:
-            rows.append(("Signals", "SIMULATED" if flag else "recorded"))
-        shown = [[Cell(label), Cell(_plain(value))] for label, value in rows if value not in (None, "", [])]
-        tables.append(Table([], shown, numeric=False))
-    return Section("Data", "data", tables=tables)
-
-
 def attempts(run: Run) -> Section:
     """Each start of the run: where it went on from, on what, with which software."""
     if not run.attempts:
@@ -202,18 +179,13 @@ def attempts(run: Run) -> Section:
     for attempt in run.attempts:
         versions = attempt.get("versions")
         software = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "–"
-        rows.append([*(Cell(_plain(attempt.get(name))) for name in fields), Cell(software)])
+        rows.append([*(Cell(plain(attempt.get(name))) for name in fields), Cell(software)])
     return Section("Attempts", "attempts", tables=[Table(head, rows, numeric=False)])
 
 
 def configuration(run: Run) -> Section:
     """The options a reader asks for first, and the whole resolved file folded away."""
-    if run.config_text is None:
-        return Section("Configuration", "configuration", missing="The run holds no config.yaml.")
-    rows = [[Cell(path), Cell(_plain(run.option(path)))] for path in OPTIONS if run.option(path) is not None]
-    tables = [Table([], rows, numeric=False)] if rows else []
-    details = [("config.yaml, everything resolved", run.config_text)]
-    return Section("Configuration", "configuration", tables=tables, details=details)
+    return setting.configuration(run, OPTIONS)
 
 
 def _loss_series(run: Run, key: str, colour: str) -> list[Series]:
@@ -288,22 +260,3 @@ def _share_cells(wrong: float, power: float, patches: int, colour: str) -> list[
         return [Cell("–"), Cell("0")]
     share = ratio(wrong, power)
     return [Cell(percent(share), bar=share, colour=colour, warn=share >= 1), Cell(f"{patches}")]
-
-
-def _plain(value: Any) -> str:
-    """A JSON value as a person writes it."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, list):
-        return ", ".join(_plain(entry) for entry in value)
-    if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
-    return str(value)
-
-
-def _with(value: Any, unit: str) -> str | None:
-    return None if value is None else f"{_plain(value)} {unit}"

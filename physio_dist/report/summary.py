@@ -27,11 +27,12 @@ class Summary:
     verdicts: list[str]
     facts: list[Fact]
     table: Table | None
+    kicker: str = "pretraining run"
 
 
 def summarise(run: Run) -> Summary:
     """The summary of a run; whatever the run does not tell is left out or shown as a dash."""
-    badge, badge_text = _badge(run)
+    badge, badge_text = badge_of(run.simulated())
     row = run.metrics.last_validation()
     facts = [*_progress(run), *_speed(run.metrics), *_setting(run)]
     if row is None:
@@ -48,8 +49,8 @@ def ratio(value: float, reference: float) -> float:
     return value / reference
 
 
-def _badge(run: Run) -> tuple[str, str]:
-    told = run.simulated()
+def badge_of(told: list[bool]) -> tuple[str, str]:
+    """Badge and sentence on where the signals come from, given every statement the run makes on it."""
     if not told:
         return "", "The run does not tell whether its signals are recorded or simulated."
     if not any(told):
@@ -127,7 +128,7 @@ def _progress(run: Run) -> list[Fact]:
     if math.isfinite(span) and span > 0:
         again = len(run.attempts) - 1 if run.attempts else len(find_restarts(run).steps)
         more = f"{again} restart{'s' * (again != 1)}" if again > 0 else "no restart"
-        facts.append(Fact("Elapsed", _duration(span), f"first to last line, {more}"))
+        facts.append(Fact("Elapsed", duration(span), f"first to last line, {more}"))
     return facts
 
 
@@ -162,7 +163,8 @@ def _setting(run: Run) -> list[Fact]:
     return facts
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as a person says them."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, left = divmod(rest, 60)
     if hours:

@@ -23,8 +23,9 @@ from safetensors import safe_open
 
 from physio_dist import __version__, storage
 from physio_dist.config import ShardConfig, flatten
-from physio_dist.errors import DataError, UserError, nearest
+from physio_dist.errors import DataError, UserError
 from physio_dist.shards.assemble import Kept, make_shard, part_path, signals_of
+from physio_dist.shards.channels import spec_of, with_found, words
 from physio_dist.shards.convert import Job, Part, make_part, read_part, record_keys
 from physio_dist.shards.index import (
     INDEX,
@@ -43,9 +44,7 @@ from physio_dist.shards.index import (
 from physio_dist.shards.labels import read_labels
 from physio_dist.shards.progress import Progress
 from physio_dist.shards.workers import as_they_come, worker_pool
-from physio_dist.signals.montage import ECG_12, EEG_19, ELECTRODES, ONE_LEAD, ecg_name, electrode
 from physio_dist.signals.readers import reader as reader_named
-from physio_dist.signals.windows import WindowSpec
 
 REJECTS = "rejects.jsonl"
 MARKER = "_writing.json"
@@ -62,45 +61,16 @@ class Summary:
     already: bool
 
 
-def spec_of(options: ShardConfig) -> WindowSpec:
-    """The window specification behind the options.
-
-    Raises:
-        UserError: an unknown signal, lead or electrode, or windows that make no sense.
-    """
-    window, eeg, signals = options.window, options.eeg, tuple(_list(options.signals))
-    if not signals:
-        raise UserError("signals: name at least one of ecg, eeg")
-    return WindowSpec(
-        rate=window.rate, seconds=window.seconds,
-        leads=_names("leads", options.leads, ecg_name, (*ECG_12, ONE_LEAD)) or ECG_12,
-        band=(window.low, window.high), uv_per_bit=window.uv_per_bit, missing=options.missing, signals=signals,
-        eeg_channels=_names("eeg.channels", eeg.channels, electrode, ELECTRODES) or EEG_19,
-        eeg_band=(eeg.low, eeg.high), eeg_uv_per_bit=eeg.uv_per_bit, min_leads=options.min_leads,
-        exchanged=options.exchanged,
-    )  # fmt: skip
-
-
-def _names(
-    option: str, text: str, standard: Callable[[str], str | None], known: tuple[str, ...]
-) -> tuple[str, ...]:  # fmt: skip
-    found, kind = [], "lead" if option == "leads" else "electrode"
-    for word in _list(text):
-        name = standard(word)
-        if name is None:
-            raise UserError(f"{option}: unknown {kind} {word!r}: {nearest(word, known)}")
-        found.append(name)
-    return tuple(found)
-
-
 def plan_job(reader: str, source: str, options: ShardConfig) -> Job:
     """List the records and join the label file.
 
     Raises:
         UserError: unknown reader, nothing to read, a label file that fits nothing.
     """
-    reads, spec = reader_named(reader), spec_of(options)
+    reads = reader_named(reader)
+    spec_of(options)  # What is wrong with the options is told before recordings are looked at.
     records = reads.records(source)
+    spec = spec_of(with_found(reads, source, records, options))
     name = options.source or ("" if reads.simulated else Path(os.path.abspath(source)).name) or reader  # noqa: PTH100
     labels, people = read_labels(options.labels, options.person, records) if options.labels else ({}, {})
     return Job(
@@ -119,7 +89,7 @@ def convert(reader: str, source: str, out: str, options: ShardConfig) -> Summary
     """
     out = storage.absolute(out)
     job = plan_job(reader, source, options)
-    known = [open_set(url) for url in _list(options.known)]
+    known = [open_set(url) for url in words(options.known)]
     decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in known]]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     spool = _spool(out, f"{job.digest()} {storage.absolute(job.input)}")
@@ -193,8 +163,6 @@ def _of_bytes(options: ShardConfig) -> dict[str, Any]:
     return {name: flat[name] for name in ("quality", "split.val", "split.test", "samples_per_shard")}
 
 
-def _list(text: str | None) -> list[str]:
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def _claim(out: str, digest: str) -> ShardSet | None:

@@ -10,7 +10,7 @@ Axes are Frank's: x to the person's left, y to the feet, z to the back. Amplitud
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,12 @@ _T = (0.30, 0.060, 0.036, (260.0, 200.0, -210.0))
 _STEP = 0.0005  # seconds between entries of the tables; half a millisecond is a tenth of a sample at 200 Hz
 _P_START, _QRS_START, _QRS_END, _T_END = -0.30, -0.15, 0.25, 0.75
 _NORMAL, _ECTOPIC = 0, 1
+
+RATE_EFFECT = 0.17
+"""Change of the logarithm of the heart rate with a unit of drive: about 12 beats a minute at 72."""
+VARIABILITY_EFFECT = -0.6
+"""The same for what the vagus nerve does: variation with breathing and from beat to beat, which stress takes away."""
+_SLOWEST, _FASTEST = 38.0, 165.0  # beats a minute that no drive goes beyond
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,18 @@ def draw_heart(rng: np.random.Generator) -> Heart:
         p=np.stack([p, np.zeros_like(p)]).astype(np.float32),
         qrs=np.stack([qrs, wide]).astype(np.float32),
         t=np.stack([t, against]).astype(np.float32),
+    )
+
+
+def under(heart: Heart, drive: float) -> Heart:
+    """The same heart under a sympathetic drive, in standard deviations: faster and more regular; at 0 it is at rest."""
+    calm = float(np.exp(VARIABILITY_EFFECT * drive))
+    return replace(
+        heart,
+        rr=float(np.clip(heart.rr * np.exp(-RATE_EFFECT * drive), 60.0 / _FASTEST, 60.0 / _SLOWEST)),
+        # Intervals that differ by much more than a tenth would be arrhythmia.
+        sinus=min(heart.sinus * calm, 0.12),
+        jitter=min(heart.jitter * calm, 0.025),
     )
 
 

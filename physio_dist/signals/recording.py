@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,20 +49,45 @@ class Signal:
         return float(self.data.shape[1] / self.rate)
 
 
+class LazySignals(Mapping[str, Signal]):
+    """Signals that are made when they are asked for, and once; which there are is known without making any."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Signal]]) -> None:
+        self._makers = dict(makers)
+        self._made: dict[str, Signal] = {}
+
+    def __getitem__(self, modality: str) -> Signal:
+        if modality not in self._made:
+            self._made[modality] = self._makers[modality]()
+        return self._made[modality]
+
+    def __contains__(self, modality: object) -> bool:
+        # Mapping's own asks for the value.
+        return modality in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
 @dataclass(frozen=True)
 class Recording:
     """One record of a source.
 
     ``signals`` maps a modality (``"ecg"``, ``"eeg"``) to its signal; all of them start at the same moment.
     ``person`` is the source's own id, or None where people are not identified; ``labels`` holds JSON scalars and
-    lists of them. ``unused`` says which other channels there are, for messages.
+    lists of them. ``unused`` says which other channels there are, for messages. ``told_by`` names the modalities by
+    which the recording is recognised (`windows.waveform_hash`), where not all are needed for it.
     """
 
     record: str
-    signals: dict[str, Signal]
+    signals: Mapping[str, Signal]
     person: str | None
     labels: dict[str, Any]
     unused: tuple[str, ...] = ()
+    told_by: tuple[str, ...] = ()
 
 
 def label_value(text: str | None) -> str | int | float | bool | None:

@@ -195,7 +195,8 @@ def waveform_hash(recording: Recording) -> str:
 
     It covers, at the recorded rate and rounded to whole microvolts, the ECG leads I, II and V1-V6 by name: the other
     limb leads follow from these, and corpora differ in whether, how and in which order they keep them. Recordings
-    without any of them are hashed with all their channels. Zeros or missing values that all channels share at either
+    without any of them are hashed with all their channels, and only the modalities in ``recording.told_by`` count
+    where it names some. Zeros or missing values that all channels share at either
     end are padding and left out.
 
     Two copies are told apart if one was resampled, filtered, cut, rescaled, or rounded to a grid that is not a
@@ -203,7 +204,8 @@ def waveform_hash(recording: Recording) -> str:
     have the same hash.
     """
     digest = hashlib.sha256()
-    for modality, signal in sorted(recording.signals.items()):
+    for modality in sorted(recording.told_by or recording.signals):
+        signal = recording.signals[modality]
         names, data = _hashed_channels(signal)
         # Rounding in two steps: 2.5 uV read from float32 is 2.4999998 in one file and 2.5000002 in another; the first
         # step makes them equal before the second has to decide which way to go.

@@ -6,6 +6,8 @@ import os
 import socket
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Place:
@@ -28,6 +30,14 @@ def join_ranks() -> Place:
     # torchrun and the DeepSpeed launcher name it differently.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     return Place(int(os.environ["RANK"]), world, local)
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, before it is imported, what this process computes on."""
+    if not torch.cuda.is_available():
+        # Without this DeepSpeed probes for accelerators of every vendor.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 
 def split_share(global_batch: int, world: int, most: int) -> tuple[int, int]:

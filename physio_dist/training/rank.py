@@ -36,6 +36,8 @@ from physio_dist.training.rundir import METRICS, RunDir, compare_config, write_c
 from physio_dist.training.step import Prepared, pin, prepare, to_device
 from physio_dist.training.validation import Validation
 
+# Takes the step of a checkpoint and the newest line of metrics, which only the first rank has.
+Committed = Callable[[int, dict[str, Any]], None]
 # A launcher ends the other ranks within about a second of one's death.
 _LAUNCHER_S = 5.0
 
@@ -44,8 +46,13 @@ class PeerLostError(PhysioError):
     """Another rank is gone; this one cannot go on alone."""
 
 
-def run(options: PretrainConfig, stop: StopFlag) -> None:
+def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = None) -> None:
     """Pretrain as one rank.
+
+    Args:
+        options: of the run; the same on every rank.
+        stop: looked at once a step.
+        committed: called on every rank after each committed checkpoint.
 
     Raises:
         PhysioError: everything that has a documented status.
@@ -83,7 +90,8 @@ def run(options: PretrainConfig, stop: StopFlag) -> None:
         if held is not None:
             # Only now, so that a start that is refused leaves no run behind, and changes none.
             write_config(run_dir, options)
-        _Rank(options, place, run_dir, source, model, mask, stop, say, attempt, held).train(order, found, start)
+        mine = _Rank(options, place, run_dir, source, model, mask, stop, say, attempt, held, committed)
+        mine.train(order, found, start)
     except RuntimeError as error:
         # What the collectives say when a peer is gone.
         if any(word in str(error) for word in ("Connection", "gloo", "NCCL", "Socket")):
@@ -184,9 +192,11 @@ class _Rank:
     def __init__(
         self, options: PretrainConfig, place: Place, run_dir: RunDir, source: Source, model: MaskedModel,
         mask: MaskConfig, stop: StopFlag, say: Callable[[str], None], attempt: int, held: lease.Lease | None,
+        committed: Committed | None,
     ) -> None:  # fmt: skip
         self.options, self.place, self.run_dir, self.source = options, place, run_dir, source
         self.model, self.mask, self.stop, self.say, self.attempt, self.held = model, mask, stop, say, attempt, held
+        self.committed, self.newest = committed, dict[str, Any]()
         self.groups = mask_groups(source.info.channels)
         self.trace_name = f"trace/rank-{place.rank}.jsonl"
         self.first = place.rank == 0
@@ -307,6 +317,7 @@ class _Rank:
     def _log(self, line: dict[str, Any]) -> None:
         # JSON has no NaN.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.newest = clean
         self.run_dir.add_line(METRICS, clean)
         if self.board is not None:
             for name, value in clean.items():
@@ -352,6 +363,8 @@ class _Rank:
             checkpoint.prune(self.run_dir.url, self.options.train.keep, step)
         # A rank that ended now would have its launcher end the one that is writing.
         dist.barrier()
+        if self.committed is not None:
+            self.committed(step, self.newest)
 
     def _before_commit(self) -> None:
         self.run_dir.sync()

@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import OmegaConf
-
 from physio_dist import storage
-from physio_dist.config import ClusterOptions, PretrainConfig, flatten, to_yaml
+from physio_dist.config import ClusterOptions, PretrainConfig, refuse_another, to_yaml
 from physio_dist.errors import UserError
 
 CONFIG = "config.yaml"
@@ -26,10 +25,33 @@ METRICS = "metrics.jsonl"
 _TRAIN_MAY_DIFFER = ("micro_batch", "precision", "log_every", "save_every", "keep", "trace", "threads")
 MAY_DIFFER = frozenset(
     [
+        # The run is where it is found, whatever the path to it is called today.
+        "run.dir",
         "resume", "zero.stage", "data.cache_dir", "data.cache_gb", *(f"train.{name}" for name in _TRAIN_MAY_DIFFER),
         *(f"cluster.{item.name}" for item in fields(ClusterOptions)),
     ]
 )  # fmt: skip
+
+
+def map_urls(options: PretrainConfig, change: Callable[[str, str], str]) -> PretrainConfig:
+    """A copy of the options with every URL replaced by ``change(URL, name of the option)``."""
+    index = _map_index(options.data.index, change)
+    return replace(
+        options,
+        run=replace(options.run, dir=change(options.run.dir, "run.dir")),
+        data=replace(options.data, index=index, cache_dir=change(options.data.cache_dir, "data.cache_dir")),
+        resume=options.resume if options.resume in ("auto", "none") else change(options.resume, "resume"),
+    )
+
+
+def _map_index(index: Any, change: Callable[[str, str], str]) -> Any:
+    if isinstance(index, list):
+        return [{**item, "url": change(item["url"], "data.index")} for item in index]
+    return change(index, "data.index")
+
+
+def _absolute(url: str, _: str) -> str:
+    return storage.absolute(url)
 
 
 class RunDir:
@@ -128,27 +150,18 @@ def compare_config(run: RunDir, options: PretrainConfig) -> None:
     Raises:
         UserError: an option differs that must not (all of them are named), or ``resume=none`` on an existing run.
     """
-    try:
-        there = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(run.file(CONFIG)).decode()))
-    except storage.NotFoundError:
-        there = None
-    if there is None:
-        return
-    if options.resume == "none":
+    if options.resume == "none" and storage.exists(run.file(CONFIG)):
         raise UserError(f"{run.url} exists already: choose another run.name, or leave out resume=none to go on with it")
-    old, new = flatten(there), flatten(options)
-    fixed = sorted((set(old) | set(new)) - MAY_DIFFER)
-    differing = [name for name in fixed if old.get(name) != new.get(name)]
-    if "train.steps" in differing and new["train.steps"] > old["train.steps"]:
-        differing.remove("train.steps")
-    if differing:
-        told = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing)
-        raise UserError(
-            f"{run.url} was started with another configuration ({told}). Give the same options to go on, or choose "
-            "another run.name"
-        )
+    def absolute(flat: dict[str, Any]) -> None:
+        if flat.get("data.index"):
+            flat["data.index"] = _map_index(flat["data.index"], _absolute)
+
+    refuse_another(run.file(CONFIG), options, MAY_DIFFER, grow="train.steps", adapt=absolute)
 
 
 def write_config(run: RunDir, options: PretrainConfig) -> None:
-    """Write the resolved configuration: from here on the run is there, and other options are refused."""
-    storage.write_bytes(run.file(CONFIG), to_yaml(options).encode())
+    """Write the resolved configuration: from here on the run is there, and other options are refused.
+
+    Local paths are made absolute, because the next start may be from another folder or by another launcher.
+    """
+    storage.write_bytes(run.file(CONFIG), to_yaml(map_urls(options, _absolute)).encode())

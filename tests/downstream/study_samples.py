@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,11 @@ import numpy as np
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig
+from physio_dist.downstream.heads import Job
 from physio_dist.downstream.splits import folds_of
 from physio_dist.downstream.tasks import Table
-from physio_dist.downstream.trials import Study
+from physio_dist.downstream.trials import Study, reductions_of
+from physio_dist.models.fusion import reduction
 from physio_dist.shards import tar
 from physio_dist.shards.index import (
     SPLITS,
@@ -30,7 +32,8 @@ from physio_dist.shards.index import (
 )
 
 CONFIG: dict[str, Any] = {
-    "pooling": "mean", "depth": 1, "width": 8, "dropout": 0.2, "label_smoothing": 0.0, "lr": 0.01, "weight_decay": 0.01,
+    "pooling": "mean", "components": 64, "depth": 1, "width": 8, "dropout": 0.2, "label_smoothing": 0.0, "lr": 0.01,
+    "weight_decay": 0.01,
 }  # fmt: skip
 
 
@@ -123,6 +126,11 @@ def features_of(label: np.ndarray, strength: float, d: int, seed: int, scale: fl
     return (scale * x + 3.0 * scale).astype(np.float32)
 
 
+def job_of(inputs: Mapping[str, np.ndarray], label: np.ndarray, rows: np.ndarray, purpose: str) -> Job:
+    """A head to train whose inputs are reduced by its own rows."""
+    return Job(inputs, {name: reduction(x[rows], 64) for name, x in inputs.items()}, label, rows, purpose)
+
+
 def study_of(
     table: Table, ecg: np.ndarray, eeg: np.ndarray, folds: int = 3, val_folds: int = 2, epochs: int = 6
 ) -> Study:
@@ -132,23 +140,27 @@ def study_of(
     options.tune.task, options.tune.label, options.tune.protocol = "labels", "task", "grouped_kfold"
     made = tuple(folds_of(table, "grouped_kfold", folds, val_folds, 0))
     noise = {name: features_of(table.label, 0.0, 3, 90 + i) for i, name in enumerate(("ecg", "eeg"))}
+    encoders = {
+        **{name: (f"{name}-a",) * len(made) for name in ("ecg", "eeg")},
+        **{f"untrained_{name}": (f"{name}-u",) * len(made) for name in ("ecg", "eeg")},
+    }
+    inputs = {
+        "ecg/ecg-a/mean": ecg, "eeg/eeg-a/mean": eeg,
+        "ecg/ecg-u/mean": noise["ecg"], "eeg/eeg-u/mean": noise["eeg"],
+    }  # fmt: skip
     return Study(
-        options=options,
-        table=table,
-        folds=made,
-        encoders={
-            **{name: (f"{name}-a",) * len(made) for name in ("ecg", "eeg")},
-            **{f"untrained_{name}": (f"{name}-u",) * len(made) for name in ("ecg", "eeg")},
-        },
-        inputs={
-            "ecg/ecg-a/mean": ecg, "eeg/eeg-a/mean": eeg,
-            "ecg/ecg-u/mean": noise["ecg"], "eeg/eeg-u/mean": noise["eeg"],
-        },
+        options=options, table=table, folds=made, encoders=encoders, inputs=inputs,
         handmade={"ecg": ecg.astype(np.float64), "eeg": eeg.astype(np.float64)},
-        channels={"ecg": 1, "eeg": 2},
+        reductions=reductions_of(inputs, encoders, made, 64),
         about={"ecg": {}, "eeg": {}},
         notes=("A note.",),
     )  # fmt: skip
+
+
+def changed(study: Study, **fields: Any) -> Study:
+    """The study with other fields, and what follows from them."""
+    other = replace(study, **fields)
+    return replace(other, reductions=reductions_of(other.inputs, other.encoders, other.folds, 64))
 
 
 def with_label(study: Study, label: np.ndarray) -> Study:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study_samples import CONFIG, features_of
+from study_samples import CONFIG, features_of, job_of
 
 from physio_dist.downstream import heads as module
 from physio_dist.downstream.heads import Heads, Job
@@ -21,11 +21,10 @@ VALID = [np.arange(0, 50), np.arange(40, 47), np.arange(290, 300)]
 
 
 def jobs() -> list[Job]:
-    channels = {"ecg": 1, "eeg": 3}
     return [
-        Job(INPUTS, channels, LABEL, np.arange(60, 290), "0/a"),
-        Job(INPUTS, channels, LABEL, np.arange(100, 220), "0/b"),
-        Job(OTHER, channels, 1 - LABEL, np.arange(0, 290, 3), "0/c"),
+        job_of(INPUTS, LABEL, np.arange(60, 290), "0/a"),
+        job_of(INPUTS, LABEL, np.arange(100, 220), "0/b"),
+        job_of(OTHER, 1 - LABEL, np.arange(0, 290, 3), "0/c"),
     ]
 
 
@@ -58,9 +57,9 @@ def test_it_is_plain_adamw_on_cross_entropy() -> None:
     label, rows = LABEL[:100], np.arange(100)
     inputs = {"ecg": INPUTS["ecg"][:100]}
     config = {**CONFIG, "depth": 1, "dropout": 0.0, "label_smoothing": 0.1, "weight_decay": 0.3}
-    heads = Heads([Job(inputs, {}, label, rows, "x")], 2, config)
+    heads = Heads([job_of(inputs, label, rows, "x")], 2, config)
     assert heads.steps == 1
-    model = Heads([Job(inputs, {}, label, rows, "x")], 2, config)._heads[0]
+    model = Heads([job_of(inputs, label, rows, "x")], 2, config)._heads[0]
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0}]
@@ -79,13 +78,13 @@ def test_the_same_again_and_other_draws_for_another_purpose() -> None:
     first = trained(jobs()[:1], VALID[:1])[0]
     assert np.array_equal(first, trained(jobs()[:1], VALID[:1])[0])
     job = jobs()[0]
-    other = trained([Job(job.inputs, job.channels, job.label, job.rows, "0/z")], VALID[:1])[0]
+    other = trained([job_of(job.inputs, job.label, job.rows, "0/z")], VALID[:1])[0]
     assert not np.allclose(first, other, atol=1e-3)
 
 
 def test_heads_start_from_weights_of_their_own() -> None:
     job = jobs()[0]
-    both = [job, Job(job.inputs, job.channels, job.label, job.rows, "0/z")]
+    both = [job, job_of(job.inputs, job.label, job.rows, "0/z")]
     first, second = trained(both, [VALID[0]] * 2, epochs=0)
     assert not np.allclose(first, second, atol=1e-2)
 
@@ -147,6 +146,6 @@ def test_a_head_that_diverged_says_nothing() -> None:
 def test_more_rows_make_larger_batches_but_not_ever_more_steps() -> None:
     def steps(n: int) -> int:
         label = np.arange(n) % 2
-        return Heads([Job({"ecg": np.zeros((n, 1), np.float32)}, {}, label, np.arange(4), "x")], 2, CONFIG).steps
+        return Heads([job_of({"ecg": np.zeros((n, 1), np.float32)}, label, np.arange(4), "x")], 2, CONFIG).steps
 
     assert [steps(n) for n in (10, 128, 129, 1280, 50_000)] == [1, 1, 2, 10, 64]

@@ -258,7 +258,6 @@ def test_a_study_is_prepared_from_a_set_and_encoders(made: Path) -> None:
         assert x.dtype == np.float32
         wanted = pool(features.values[rows], features.valid[rows], kind).numpy()
         np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
-    assert study.channels == {"ecg": 2, "eeg": 2}
     measured = handmade(str(made / "set"), quiet)
     assert study.handmade["eeg"].shape == (23, 10) and study.handmade["ecg"].shape == (23, 4)
     assert all(np.array_equal(study.handmade[name], x[rows], equal_nan=True) for name, x in measured.items())
@@ -289,7 +288,7 @@ def test_a_folder_a_fold(made: Path) -> None:
     by_fold = study.about["eeg"]["by_fold"]
     assert [by_fold[name]["url"][-4:] for name in "012"] == ["/eeg", "eeg2", "/eeg"]
     assert [by_fold[name]["people"] for name in "012"] == [0, 1, 0]
-    assert study.inputs_of("eeg", "mean", 1)["eeg"] is study.inputs[f"eeg/{eeg[1]}/mean"]
+    assert study.keys_of("eeg", "mean", 1) == {"eeg": f"eeg/{eeg[1]}/mean"}
 
 
 def test_an_encoder_that_knows_test_people_is_refused_in_their_fold_only(made: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from study_samples import CONFIG, features_of, study_of, table_of, with_label
+from study_samples import CONFIG, changed, features_of, job_of, study_of, table_of, with_label
 
 from physio_dist.config import TuneConfig
-from physio_dist.downstream.heads import Heads, Job
+from physio_dist.downstream.heads import Heads
 from physio_dist.downstream.metrics import auc
 from physio_dist.downstream.splits import Fold
 from physio_dist.downstream.tasks import Table
@@ -53,7 +53,7 @@ def test_a_fold_is_the_mean_auc_of_heads_trained_one_by_one() -> None:
     areas = []
     for i, (rows, valid) in enumerate(study.folds[1].inner):
         inputs = {"ecg": study.inputs["ecg/ecg-a/mean"], "eeg": study.inputs["eeg/eeg-a/mean"]}
-        heads = Heads([Job(inputs, {}, TABLE.label, rows, f"0/fused/1/{i}")], 2, CONFIG)
+        heads = Heads([job_of(inputs, TABLE.label, rows, f"0/fused/1/{i}")], 2, CONFIG)
         for _ in range(6):
             heads.epoch()
         areas.append(auc(TABLE.label[valid], heads.probability([valid])[0]))
@@ -76,7 +76,7 @@ def test_rows_are_given_what_they_are_called_after() -> None:
 def test_encoders_of_folds_are_kept_apart() -> None:
     study = known()
     noise = features_of(TABLE.label, 0.0, 3, 77)
-    mixed = replace(
+    mixed = changed(
         study,
         encoders={**study.encoders, "eeg": ("eeg-a", "eeg-b", "eeg-a")},
         inputs={**study.inputs, "eeg/eeg-b/mean": noise},
@@ -96,7 +96,7 @@ def test_a_selection_reads_nothing_of_its_test_people(fold: int) -> None:
         x[test] = np.nan
     label = TABLE.label.copy()
     label[test] = 1 - label[test]
-    poisoned = with_label(replace(study, inputs=spoilt, folds=(study.folds[fold],)), label)
+    poisoned = with_label(changed(study, inputs=spoilt, folds=(study.folds[fold],)), label)
     clean = replace(study, folds=(study.folds[fold],))
     name = f"fold_{study.folds[fold].name}"
     histories = [{row: list(train(one, row, CONFIG)) for row in SEARCHED} for one in (clean, poisoned)]
@@ -107,7 +107,7 @@ def test_a_selection_reads_nothing_of_its_test_people(fold: int) -> None:
 def test_a_head_reads_nothing_of_its_validation_people() -> None:
     study = known()
     rows, valid = study.folds[0].inner[0]
-    only = replace(study, folds=(replace(study.folds[0], inner=((rows, valid),)),))
+    only = changed(study, folds=(replace(study.folds[0], inner=((rows, valid),)),))
     spoilt = {name: x.copy() for name, x in study.inputs.items()}
     for x in spoilt.values():
         x[valid] = 1e6
@@ -173,7 +173,8 @@ def test_a_prediction_is_the_mean_of_the_inner_heads_at_the_selected_epoch() -> 
     for number, (fold, choice) in enumerate(zip(study.folds, choices, strict=True)):
         each = []
         for i, (rows, _) in enumerate(fold.inner):
-            job = Job(study.inputs_of("fused", "mean", number), {}, TABLE.label, rows, f"0/fused/{number}/{i}")
+            inputs = {"ecg": study.inputs["ecg/ecg-a/mean"], "eeg": study.inputs["eeg/eeg-a/mean"]}
+            job = job_of(inputs, TABLE.label, rows, f"0/fused/{number}/{i}")
             heads = Heads([job], 2, choice.config)
             for _ in range(choice.epoch):
                 heads.epoch()
@@ -212,7 +213,7 @@ def test_the_control_finds_a_leak() -> None:
     parts = [rows[rows % 4 == i] for i in range(4)]
     inner = tuple((np.sort(np.r_[parts[2], parts[i]]), parts[4 - i]) for i in (1, 3))
     leaky = Fold("0", parts[0], inner)
-    study = replace(study, folds=(leaky,))
+    study = changed(study, folds=(leaky,))
     areas = control(study, [Choice({**CONFIG, "dropout": 0.0, "lr": 0.03}, 30, 0.5)], 5)
     assert min(areas) > 0.85
     # In folds of whole people the same features know nothing.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from safetensors.numpy import save
@@ -14,6 +17,46 @@ from safetensors.numpy import save
 LEADS = ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"]
 ZERO = {"intra": 0.9, "inter": 1.1}
 INTERP = {"intra": 1.2, "inter": 1.1}
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Elements, texts and alternative texts of a page; fails where tags do not close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def images(self) -> list[dict[str, str | None]]:
+        return [attrs for tag, attrs in self.tags if tag == "img"]
+
+
+def texts(image: Any) -> list[str]:
+    """All pieces of text of an SVG drawing."""
+    kind, data = image.uri.removeprefix("data:").split(";base64,")
+    assert kind == "image/svg+xml"
+    root = ElementTree.fromstring(base64.b64decode(data))
+    return [node.text or "" for node in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def reader(folder: Path) -> Callable[[str], bytes | None]:

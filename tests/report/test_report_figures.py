@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-from xml.etree import ElementTree
 
 import numpy as np
 import PIL.Image
 import pytest
-from report_samples import LEADS, example_tensors, examples_file
+from report_samples import LEADS, example_tensors, examples_file, texts
 
 from physio_dist.report import drawing
 from physio_dist.report.curves import Series, loss_panel, smooth, smoothing_window, spread
-from physio_dist.report.drawing import Image, number, percent, style
+from physio_dist.report.drawing import number, percent, style
 from physio_dist.report.rundata import parse_examples
 from physio_dist.report.sheets import cut_off_uv, scale_bar_uv, sheet, squared_errors
-
-
-def texts(image: Image) -> list[str]:
-    """All pieces of text of an SVG drawing."""
-    kind, data = image.uri.removeprefix("data:").split(";base64,")
-    assert kind == "image/svg+xml"
-    root = ElementTree.fromstring(base64.b64decode(data))
-    return [node.text or "" for node in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def test_smoothing_is_the_centred_mean_of_what_is_there():

@@ -6,7 +6,6 @@ import html
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from report_samples import (
     INTERP,
     LEADS,
     ZERO,
+    Page,
     config_yaml,
     data_json,
     example_tensors,
@@ -27,39 +27,6 @@ from report_samples import (
 
 from physio_dist.errors import UserError
 from physio_dist.report.page import render
-
-VOID = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Elements, texts and alternative texts of a page; fails where tags do not close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        assert self.open == [], f"left open: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def images(self) -> list[dict[str, str | None]]:
-        return [attrs for tag, attrs in self.tags if tag == "img"]
 
 
 def page_of(folder: Path) -> tuple[str, Page]:
@@ -267,5 +234,5 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+    with pytest.raises(UserError, match=r"neither metrics\.jsonl .* nor results\.json .* run\.dir/run\.name"):
         render(reader(tmp_path))

@@ -13,9 +13,10 @@ from safetensors import safe_open
 
 from physio_dist.config import ShardConfig
 from physio_dist.errors import UserError
+from physio_dist.shards.channels import spec_of
 from physio_dist.shards.convert import PART_RECORDS, Job, make_part, read_part, record_keys, without_person
 from physio_dist.shards.index import KEY_PATTERN, pseudonym
-from physio_dist.shards.writer import plan_job, spec_of
+from physio_dist.shards.writer import plan_job
 from physio_dist.storage import StorageError
 
 names = st.lists(st.text(min_size=1, max_size=90), min_size=1, max_size=20, unique=True)

@@ -12,14 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from physio_dist import config
 from physio_dist.errors import UserError
 from physio_dist.shards.cache import ShardCache
+from physio_dist.shards.channels import spec_of
+from physio_dist.shards.convert import make_part, read_part
 from physio_dist.shards.index import open_set, pseudonym, read_sidecar, split_of
 from physio_dist.shards.stream import Source
 from physio_dist.shards.verify import verify
-from physio_dist.shards.writer import Summary, convert, spec_of
+from physio_dist.shards.writer import Summary, convert, plan_job
+from physio_dist.signals import brain
 from physio_dist.signals.montage import EEG_19
 from physio_dist.signals.readers import reader
 
@@ -27,9 +31,9 @@ Real = Callable[..., Path]
 PAIRED = ("signals=ecg,eeg", "leads=ECG")
 
 
-def made(source: Path, out: Path, *options: str) -> Summary:
+def made(source: Path | str, out: Path, *options: str, reader: str = "edf") -> Summary:
     given = config.load(config.ShardConfig, None, ["workers=1", *options], config.check_shard)
-    return convert("edf", str(source), str(out), given)
+    return convert(reader, str(source), str(out), given)
 
 
 def rejects_of(out: Path) -> list[dict[str, Any]]:
@@ -105,6 +109,18 @@ def test_samples_are_those_of_the_recording_at_that_time(some: Path, tmp_path: P
                 assert mine.std() == pytest.approx(theirs.std(), rel=0.1)
 
 
+def test_channels_can_be_taken_as_the_first_readable_record_has_them(some: Path, tmp_path: Path) -> None:
+    named = made(some, tmp_path / "named", *PAIRED).shard_set
+    (some / "Subject00_2.edf").write_bytes(b"no EDF")
+    found = made(some, tmp_path / "found", "signals=ecg,eeg", "leads=found", "eeg.channels=found").shard_set
+    assert (found.signals["ecg"].channels, found.signals["eeg"].channels) == (("ECG",), EEG_19)
+    assert found.signals == named.signals
+    for file in some.glob("*.edf"):
+        file.write_bytes(b"no EDF")
+    with pytest.raises(UserError, match=r"leads=found: no record of .* can be read"):
+        made(some, tmp_path / "none", "signals=ecg,eeg", "leads=found")
+
+
 @pytest.mark.parametrize(("signals", "prefix"), [("eeg", "eeg"), ("ecg", "ecg")])
 def test_one_of_two_modalities_can_be_written_alone(some: Path, tmp_path: Path, signals: str, prefix: str) -> None:
     shards = made(some, tmp_path / "out", f"signals={signals}", "leads=ECG").shard_set
@@ -159,3 +175,59 @@ def test_senseless_options_are_refused(options: list[str], told: str) -> None:
     with pytest.raises(UserError) as caught:
         spec_of(config.load(config.ShardConfig, None, options, config.check_shard))
     assert told in str(caught.value)
+
+
+def test_simulated_pairs_have_one_lead_if_asked_and_say_the_state(tmp_path: Path) -> None:
+    source, out = "people=12,trials=4,windows=2,seed=5", tmp_path / "out"
+    shards = made(source, out, "signals=ecg,eeg", "leads=II", "quality=label", reader="simulate").shard_set
+    assert (shards.nsamples, shards.people, shards.simulated) == (96, 12, True)
+    described = {name: (info.channels, info.samples) for name, info in shards.signals.items()}
+    assert described == {"ecg": (("II",), 2000), "eeg": (EEG_19, 2000)}
+    assert list(verify(str(out))) == []
+    sidecar = read_sidecar(open_set(str(out)))
+    assert sidecar.valid["eeg"].all()
+    records: dict[str, dict[str, Any]] = {}
+    for shard in shards.shards:
+        with tarfile.open(out / shard.url) as file:
+            for info in file:
+                if info.name.endswith(".json"):
+                    member = file.extractfile(info)
+                    assert member is not None
+                    facts = json.loads(member.read())
+                    assert records.setdefault(facts["record"], facts["labels"]) == facts["labels"]
+    assert len(records) == 48
+    simulate = reader("simulate")
+    for record, labels in records.items():
+        assert labels == simulate.read(source, record).labels
+        assert {"arousal", "drive_ecg", "drive_eeg", "heart_rate"} < set(labels)
+    assert sum(labels["arousal"] for labels in records.values()) == 24
+
+
+def test_simulated_ecg_pays_for_no_eeg_and_is_the_same_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(name: str, *options: str) -> Path:
+        given = config.load(config.ShardConfig, None, list(options), config.check_shard)
+        make_part(plan_job("simulate", "people=3,trials=2,windows=2,seed=1", given).part(0), str(tmp_path / name))
+        return tmp_path / name
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("EEG was made")
+
+    paired = part("paired", "signals=ecg,eeg")
+    monkeypatch.setattr(brain, "scalp", refuse)
+    alone = part("alone")
+    before, after = load_file(paired), load_file(alone)
+    assert set(before) == {"ecg", "eeg", "valid.ecg", "valid.eeg"}
+    assert set(after) == {"ecg", "valid.ecg"}
+    for name, tensor in after.items():
+        assert before[name].tobytes() == tensor.tobytes()
+    first, second = read_part(paired), read_part(alone)
+    assert first is not None
+    assert second is not None
+    assert len(second.windows) == 12
+    assert len({window.person for window in second.windows}) == 3
+    for a, b in zip(first.windows, second.windows, strict=True):
+        assert (a.key, a.labels, a.waveform) == (b.key, b.labels, b.waveform)
+    assert part("again", "signals=ecg,eeg").exists()
+    spoiled = read_part(tmp_path / "again")
+    assert spoiled is not None
+    assert [reject["reason"] for reject in spoiled.rejects] == ["cannot be read (AssertionError)"] * 6

@@ -14,7 +14,7 @@ from physio_dist.signals.readers import reader
 from physio_dist.signals.recording import RecordError, Recording
 from physio_dist.signals.windows import WindowSpec, waveform_hash, windows_of
 
-SOURCE = "people=60,windows=4,seed=11"
+SOURCE = "people=60,windows=4,seed=5"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_records_say_what_they_are(people: list[Recording]) -> None:
     assert [p.record for p in people] == [f"sim-{i:06d}" for i in range(60)]
     for person in people:
         assert person.labels["simulated"] is True
-        assert person.person == person.record
+        assert person.person == f"seed 5 {person.record}"
         assert person.signals["ecg"].channels == ECG_12
         assert person.signals["ecg"].data.shape == (12, 4 * 2000)
         assert person.signals["ecg"].data.dtype == np.float32
@@ -81,7 +81,7 @@ def test_windows_are_fit_but_for_faults(people: list[Recording]) -> None:
     unfit, kinds = 0, set()
     for person in people:
         faults = {int(f.split(":")[0]): f.split(":")[1:] for f in person.labels["faults"]}
-        for i, window in enumerate(windows_of(person, WindowSpec())):
+        for i, window in enumerate(windows_of(person, WindowSpec(signals=("ecg",)))):
             electrode, kind = faults.get(i, ("", ""))
             near = {i - 1, i, i + 1} & set(faults)
             if not near:
@@ -116,6 +116,25 @@ def test_ectopic_beats_are_early_and_wide() -> None:
     assert 5 < ectopic.sum() < len(beats) / 2
 
 
+def test_drive_makes_a_heart_faster_and_more_regular_within_what_hearts_do() -> None:
+    one = heart.draw_heart(np.random.default_rng(3))
+    assert heart.under(one, 0.0) == one
+    drives = np.linspace(-6.0, 6.0, 49)
+    moved = [heart.under(one, drive) for drive in drives]
+    rates = np.array([60 / each.rr for each in moved])
+    assert (np.diff(rates) >= 0).all()
+    assert rates[0] == pytest.approx(38.0)
+    assert rates[-1] == pytest.approx(165.0)
+    middle = np.abs(drives) <= 1.0
+    np.testing.assert_allclose(np.diff(np.log(rates[middle])), heart.RATE_EFFECT / 4, rtol=1e-6)
+    for name, most in (("sinus", 0.12), ("jitter", 0.025)):
+        values = np.array([getattr(each, name) for each in moved])
+        assert (np.diff(values) <= 0).all()
+        assert values[0] == most
+        np.testing.assert_allclose(np.diff(np.log(values[-10:])), heart.VARIABILITY_EFFECT / 4, rtol=1e-6)
+    assert {each.slow for each in moved} == {one.slow}
+
+
 def test_wilsons_terminal_is_the_zero_of_the_electrodes() -> None:
     np.testing.assert_allclose(heart.ELECTRODE_MATRIX[:3].sum(axis=0), 0.0, atol=1e-12)
     right, left, leg = heart.ELECTRODE_MATRIX[:3]
@@ -133,6 +152,7 @@ def test_wilsons_terminal_is_the_zero_of_the_electrodes() -> None:
         ("people=many", "not a whole number"),
         ("people=1.5", "not a whole number"),
         ("people=3,people=4", "twice"),
+        ("trials=0", "trials=0 has to be at least 1"),
         ("/some/folder", "unknown key"),
     ],
 )
@@ -145,5 +165,11 @@ def test_defaults_and_unknown_records() -> None:
     simulate = reader("simulate")
     assert len(simulate.records("")) == 64
     for wrong in ("sim-000002", "sim-2", "sim-", "2", "../sim-000001", "sim-00000²"):
+        with pytest.raises(RecordError, match="no record"):
+            simulate.read("people=2", wrong)
+    for wrong in ("sim-000001", "sim-000001-02", "sim-000001-1", "sim-000001-", "sim--00", "sim-000001-00-00"):
+        with pytest.raises(RecordError, match="no record"):
+            simulate.read("people=2,trials=2", wrong)
+    for wrong in ("sim-000001-00", "sim-000001-"):
         with pytest.raises(RecordError, match="no record"):
             simulate.read("people=2", wrong)

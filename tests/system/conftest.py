@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.clusters import ray_nodes as ray_nodes
 from tests.system.launching import Run, physio
 
 

@@ -1,0 +1,215 @@
+"""A Ray cluster as ``launch.py`` and ``tune.py`` meet it: which one, whether it is large enough, where to look.
+
+Tokens, certificates and credentials come from the environment of the nodes; nothing here writes them anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import ray
+from ray.exceptions import AuthenticationError
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from physio_dist import exits, storage
+from physio_dist.errors import UserError
+
+# Ray's own name for what it tells the driver of a submitted job.
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_PROBE_S = 5.0
+_CONNECT_S = 22.0
+# What an earlier run held comes back within seconds of its end.
+_RETURN_S = 15.0
+_TELL_S = 10.0
+# The opening of HTTP/2, which every gRPC server answers with its settings: a preface and an empty settings frame.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_SETTINGS = 4
+
+Say = Callable[[str], None]
+
+_dashboard = ""
+
+
+def inside_job() -> bool:
+    """Whether this process is the driver of a job that ``ray job submit`` started."""
+    return _JOB in os.environ
+
+
+def durable(url: str, option: str) -> str:
+    """The URL with a relative local path made absolute.
+
+    Raises:
+        UserError: it is relative inside a Ray job, whose working directory is deleted with the job.
+    """
+    if inside_job() and storage.is_local(url) and not storage.local_path(url).is_absolute():
+        raise UserError(
+            f"{option}={url} is relative, and a Ray job's working directory vanishes with the job: give an absolute "
+            f"path that all nodes share, or an s3:// URL"
+        )
+    return storage.absolute(url)
+
+
+def connect(say: Say, hear_workers: bool = True) -> None:
+    """Connect to the cluster that ``RAY_ADDRESS`` names, else to one that runs on this machine, else start one here.
+
+    Args:
+        say: told which cluster it is.
+        hear_workers: whether what workers print is repeated here; it is in the dashboard in any case.
+
+    Raises:
+        UserError: there is no cluster at the address, it refuses this client, or it runs other versions.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address not in ("", "auto", "local"):
+        _probe(address)
+    # What speaks HTTP/2 and is no cluster is asked by Ray for minutes, in a call that nothing interrupts.
+    limit = threading.Timer(_CONNECT_S, _give_up, (address,))
+    limit.daemon = True
+    if address not in ("", "local"):
+        limit.start()
+    try:
+        # Ray says in a dozen lines what is said here in one.
+        context = ray.init(logging_level="WARNING", log_to_driver=hear_workers)
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster{_at(address)} wants a token ({_first_line(error)}): set RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the cluster's"
+        ) from None
+    except ConnectionError as error:
+        raise UserError(
+            f"there is no Ray cluster{_at(address)} ({_first_line(error)}): start one with `ray start --head`, correct "
+            "RAY_ADDRESS, or unset it to use this machine alone"
+        ) from None
+    except (RuntimeError, ValueError) as error:
+        # Ray has no class of its own for a cluster of another version.
+        raise UserError(f"cannot join the Ray cluster{_at(address)}: {' '.join(str(error).split())}") from None
+    finally:
+        limit.cancel()
+    global _dashboard
+    _dashboard = context.dashboard_url or ""
+    ours = any(child.name() == "gcs_server" for child in psutil.Process().children())
+    what = "started a Ray cluster on this machine alone" if ours else f"Ray cluster at {_gcs_address()}"
+    nodes, total = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
+    gpus = f", {total['GPU']:g} GPU(s)" if total.get("GPU") else ""
+    say(f"{what}: {nodes} node(s), {total.get('CPU', 0):g} CPU(s){gpus}")
+    if url := dashboard_url():
+        say(f"dashboard: {url}")
+
+
+def dashboard_url() -> str | None:
+    """Address of the dashboard of the cluster that was connected to, if it has one."""
+    if not _dashboard:
+        return None
+    return _dashboard if "://" in _dashboard else f"http://{_dashboard}"
+
+
+def room(cpus: float, gpus: float) -> int:
+    """How many workers of that size the living nodes can hold, were they empty."""
+    count = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = node["Resources"]
+            fits = [there.get(name, 0.0) / each for name, each in (("CPU", cpus), ("GPU", gpus)) if each > 0]
+            # A hair more, because a share of a CPU is no exact binary number.
+            count += int(min(fits, default=0.0) + 1e-6)
+    return count
+
+
+def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, option: str = "") -> None:
+    """Make sure that ``workers`` of ``cpus`` and ``gpus`` each find room now, or within ``wait_s`` seconds.
+
+    Args:
+        cpus, gpus: of each worker.
+        workers: that have to fit at the same time.
+        wait_s: seconds to wait for nodes that an autoscaler may bring.
+        say: is told at least every 10 s what is waited for.
+        option: the one that sets ``wait_s``, for the message.
+
+    Raises:
+        UserError: they do not; the message says what is there and what was asked.
+    """
+    enough = room(cpus, gpus) >= workers
+    patience = max(wait_s, _RETURN_S) if enough else wait_s
+    advice = "Ask for less or add nodes" + (f"; {option}=SECONDS waits for them" if option else "")
+    if not enough and wait_s <= 0:
+        raise UserError(f"{shortage(cpus, gpus, workers)}. {advice}")
+    bundle = {name: each for name, each in (("CPU", cpus), ("GPU", gpus)) if each > 0}
+    # A group that waits for its place is also what tells an autoscaler to bring nodes.
+    group = placement_group([bundle] * workers, strategy="PACK")
+    try:
+        began = told = time.monotonic()
+        # Whole seconds: Ray cuts fractions off.
+        while not group.wait(1):
+            now = time.monotonic()
+            if now - began >= patience:
+                busy = "; others are using it" if room(cpus, gpus) >= workers else ""
+                raise UserError(f"{shortage(cpus, gpus, workers)}{busy}. Waited {patience:g} s in vain. {advice}")
+            if told == began or now - told >= _TELL_S:
+                say(f"waiting up to {patience - (now - began):.0f} s for room: {shortage(cpus, gpus, workers)}")
+                told = now
+    finally:
+        remove_placement_group(group)
+
+
+def shortage(cpus: float, gpus: float, workers: int) -> str:
+    """What was asked and what is there, for a message."""
+    def told(resources: dict[str, float]) -> str:
+        return f"{resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)"
+
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    each = f"{cpus:g} CPU(s)" + (f" and {gpus:g} GPU(s)" if gpus else "")
+    return (
+        f"asked for {workers} worker(s) of {each}; the cluster has {told(ray.cluster_resources())} on {nodes} node(s), "
+        f"{told(ray.available_resources())} of them free"
+    )
+
+
+def _probe(address: str) -> None:
+    """Ask the address for a sign of life, because Ray itself asks for two minutes."""
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS={storage.without_secrets(address)} is an address for `ray job submit` or for Ray Client; a "
+            "driver needs the cluster's own, HOST:6379 by default (`ray start` prints it). Or submit it as a job: "
+            "ray job submit --working-dir . -- python -m physio_dist.launch ..."
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"RAY_ADDRESS={address} is not of the form HOST:PORT")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S) as link:
+            answer = b"\0\0\0\4"
+            if os.environ.get("RAY_USE_TLS", "0") in ("", "0"):
+                link.sendall(_HELLO)
+                answer = link.recv(9)
+    except OSError as error:
+        why = error.strerror or str(error) or type(error).__name__
+        raise UserError(
+            f"no Ray cluster answers at {address} ({why}): start one with `ray start --head`, correct RAY_ADDRESS, or "
+            "unset it to use this machine alone"
+        ) from None
+    if len(answer) < 4 or answer[3] != _SETTINGS:
+        raise UserError(f"what answers at {address} is no Ray cluster: RAY_ADDRESS takes the cluster's HOST:PORT")
+
+
+def _give_up(address: str) -> None:
+    def tell() -> None:
+        raise UserError(f"what answers at {address} is no Ray cluster: RAY_ADDRESS takes the cluster's HOST:PORT")
+
+    os._exit(exits.status_of(tell))
+
+
+def _gcs_address() -> str:
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _at(address: str) -> str:
+    return f" at {address}" if address else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,350 @@
+"""Pretraining on a Ray cluster: ``python -m physio_dist.launch --config FILE [key=value ...]``.
+
+This is the driver. Ranks of pretraining become the workers of a Ray Train run, which starts them again after a loss.
+Between them and a person the driver carries what Ray does not: a wish to stop to the ranks, whose function runs in a
+thread that no signal reaches, and how they ended to the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch.distributed as dist
+from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from physio_dist import cluster, config, exits
+from physio_dist.config import PretrainConfig
+from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
+from physio_dist.training.rundir import map_urls
+
+# What a step, its checkpoint and the end of the ranks may take once a stop was asked for; a rank gives itself 60 s.
+_STOP_S = 90.0
+# A lost node is worth waiting for a while, even where nobody announced an autoscaler.
+_REPLACE_S = 60.0
+_TELL_S = 10.0
+_METRICS = ("step", "samples", "loss", "val_loss", "lr", "grad_norm", "samples_per_s", "data_wait_frac")
+_GOES_ON = "the same command goes on from the newest checkpoint"
+_NOT_BEGUN = "stopped before training began; the same command starts it"
+
+
+@dataclass
+class Board:
+    """What the driver and the ranks tell each other.
+
+    Attributes:
+        stop: why the ranks are to stop, if they are.
+        end: status and message of the rank that ended first, if one had something to tell.
+        at_once: whether this ends the run for all ranks, who may be waiting for the one that ended.
+        ranks: that are at work now.
+        losses: what was lost so far, an entry a broken group of workers.
+    """
+
+    stop: str | None = None
+    end: tuple[int, str] | None = None
+    at_once: bool = False
+    ranks: set[int] = field(default_factory=set)
+    losses: list[str] = field(default_factory=list)
+
+
+class BoardActor:
+    """Keeps the board. Its methods are coroutines, so that one may wait while others are served."""
+
+    def __init__(self) -> None:
+        self._board = Board()
+        self._asked = asyncio.Event()
+
+    async def read(self) -> Board:
+        return self._board
+
+    async def ask_to_stop(self, reason: str) -> None:
+        self._board.stop = self._board.stop or reason
+        self._asked.set()
+
+    async def wait_for_stop(self) -> str:
+        """Answers when the ranks are to stop, with the reason."""
+        await self._asked.wait()
+        return self._board.stop or ""
+
+    async def join(self, rank: int) -> Board:
+        self._board.ranks.add(rank)
+        return self._board
+
+    async def tell_end(self, status: int, message: str, at_once: bool) -> None:
+        if self._board.end is None:
+            self._board.end, self._board.at_once = (status, message), at_once
+
+    async def tell_loss(self, what: str) -> None:
+        self._board.ranks.clear()
+        self._board.losses.append(what)
+
+
+class Watcher(ray.train.UserCallback):  # type: ignore[misc]
+    """What the controller of the Ray Train run passes on: losses to the board, metrics to Ray's own."""
+
+    def __init__(self, board: Any, run: str) -> None:
+        self._board, self._run = board, run
+        self._gauges: dict[str, Any] = {}
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        told = [f"rank {rank}: {_last_line(error)}" for rank, error in sorted(worker_exceptions.items())]
+        self._board.tell_loss.remote("; ".join(told))
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        for name, value in metrics[0].items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"physio_dist_{name}", f"{name} at the newest checkpoint", ("run",))
+            self._gauges[name].set(float(value), tags={"run": self._run})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the options, place the ranks, follow them to their end.
+
+    Raises:
+        PhysioError: how the run ended, where it is not done.
+    """
+    parser = argparse.ArgumentParser(prog="physio_dist.launch", description="Pretrain on a Ray cluster.")
+    parser.add_argument("--config", required=True, help="YAML file; the ones that ship are in configs/pretrain/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")
+    given = parser.parse_intermixed_args(arguments)
+    options = config.load(PretrainConfig, given.config, given.overrides, config.check_pretrain)
+    options = map_urls(options, cluster.durable)
+    workers = config.workers(options.cluster)
+    if workers[0] > options.train.global_batch:
+        raise UserError(f"{workers[0]} ranks cannot share train.global_batch={options.train.global_batch}")
+    cluster.connect(_say)
+    try:
+        Launch(options, workers[0], min(workers[1], options.train.global_batch)).run()
+    finally:
+        ray.shutdown()
+    _say("done")
+
+
+class Launch:
+    """One run on a cluster that is connected to.
+
+    Args:
+        options: of the run, with absolute URLs.
+        least, most: ranks.
+    """
+
+    def __init__(self, options: PretrainConfig, least: int, most: int) -> None:
+        self.options, self.least, self.most = options, least, most
+        gpu = options.cluster.gpu
+        self.gpus = 1.0 if gpu == "true" or (gpu == "auto" and cluster.room(0.0, 1.0) > 0) else 0.0
+        self.cpus = options.cluster.cpus_per_worker
+        self.url = f"{options.run.dir.rstrip('/')}/{options.run.name}"
+        self._asked: str | None = None
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Place the ranks and follow them.
+
+        Raises:
+            PhysioError: how the run ended, where it is not done.
+        """
+        with self._signals():
+            # It would log every line a second time.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+            cluster.require(self.cpus, self.gpus, self.least, self.options.cluster.wait_s, _say, "cluster.wait_s")
+            many = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+            each = f"{self.cpus:g} CPU(s)" + (f" and {self.gpus:g} GPU" if self.gpus else "")
+            _say(f"run {self.url}: {many} rank(s) of {each}, up to {self.options.cluster.max_failures} restart(s)")
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            board = ray.remote(BoardActor).options(num_cpus=0, scheduling_strategy=here).remote()
+            # Ray Train wants a folder. Nothing of value lies there: checkpoints are found in the run's own.
+            storage = tempfile.mkdtemp(prefix="physio-dist-")
+            try:
+                trainer = self._trainer(board, storage)
+                thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
+                thread.start()
+                board_now = self._follow(board, thread)
+            finally:
+                shutil.rmtree(storage, ignore_errors=True)
+        self._conclude(board_now)
+
+    def _trainer(self, board: Any, storage: str) -> Any:
+        resources = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        # A worker without a GPU of its own sees all of its node's, unless it is told otherwise.
+        hidden = {} if self.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+        return ray.train.torch.TorchTrainer(
+            train_one_rank,
+            train_loop_config={"options": self.options, "board": board},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self.least if self.least == self.most else (self.least, self.most),
+                use_gpu=self.gpus > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=ray.train.RunConfig(
+                name=self.options.run.name,
+                storage_path=storage,
+                failure_config=ray.train.FailureConfig(max_failures=self.options.cluster.max_failures),
+                callbacks=[Watcher(board, self.url)],
+                worker_runtime_env=hidden,
+                logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
+
+    def _fit(self, trainer: Any) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._failure = error
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the ranks to stop; a second one ends at once."""
+
+        def on_signal(number: int, _: FrameType | None) -> None:
+            if self._asked is not None:
+                raise PhysioError("ended before the ranks had stopped; the newest checkpoint counts")
+            self._asked = signal.Signals(number).name
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _follow(self, board: Any, thread: threading.Thread) -> Board:
+        """Wait for the end of the run; what the board says then."""
+        told_losses, heard, told = 0, time.monotonic(), time.monotonic()
+        asked_at: float | None = None
+        while True:
+            thread.join(0.3)
+            now: Board = ray.get(board.read.remote())
+            if not thread.is_alive() or now.at_once:
+                return now
+            clock = time.monotonic()
+            if self._asked is not None and asked_at is None:
+                asked_at = clock
+                ray.get(board.ask_to_stop.remote(self._asked))
+                _say(f"{self._asked}: the ranks finish their step, save it and stop; a second one ends them at once")
+            if asked_at is not None and clock - asked_at > _STOP_S:
+                raise PhysioError(f"the ranks did not stop within {_STOP_S:g} s; the newest checkpoint counts")
+            for loss in now.losses[told_losses:]:
+                _say(f"lost a worker ({loss}); Ray starts the ranks again from the newest checkpoint")
+            told_losses = len(now.losses)
+            if now.ranks:
+                heard = told = clock
+            elif clock - told > _TELL_S:
+                told = clock
+                self._wait_for_room(clock - heard)
+
+    def _wait_for_room(self, seconds: float) -> None:
+        """No rank is at work: say so, and give up where there is no room for them."""
+        if self._asked is not None:
+            raise Stopped(f"stopped while no rank was at work; {_GOES_ON}")
+        if cluster.room(self.cpus, self.gpus) >= self.least:
+            _say(f"Ray is starting the workers, {seconds:.0f} s so far")
+            return
+        what = cluster.shortage(self.cpus, self.gpus, self.least)
+        if seconds > max(_REPLACE_S, self.options.cluster.wait_s):
+            raise UserError(f"{what}. Waited {seconds:.0f} s in vain; {_GOES_ON}")
+        _say(f"no room for the ranks, {seconds:.0f} s so far: {what}")
+
+    def _conclude(self, board: Board) -> None:
+        if board.end is not None:
+            status, message = board.end
+            kind = {2: UserError, 3: DataError, EXIT_STOPPED: Stopped}.get(status, PhysioError)
+            raise kind(message)
+        if self._failure is not None:
+            why = board.losses[-1] if board.losses else _last_line(self._failure)
+            count = max(len(board.losses) - 1, 0)
+            raise PhysioError(
+                f"given up after {count} restart(s) ({why}); the lines of the workers above say more. Then {_GOES_ON}"
+            ) from self._failure
+
+
+def train_one_rank(given: dict[str, Any]) -> None:
+    """One rank, in a thread of a Ray Train worker.
+
+    What the documentation gives a status ends the whole run and is told to the driver. Everything else is raised, for
+    Ray to start the ranks again.
+    """
+    # Ray Train's remarks on each report.
+    logging.getLogger().setLevel(logging.WARNING)
+    options: PretrainConfig = given["options"]
+    board = given["board"]
+    me = ray.train.get_context().get_world_rank()
+    there: Board = ray.get(board.join.remote(me))
+    if there.stop is not None:
+        if there.losses:
+            end = EXIT_FAULT, f"a worker was lost while the ranks were stopping; {_GOES_ON}"
+        else:
+            end = EXIT_STOPPED, _NOT_BEGUN
+        ray.get(board.tell_end.remote(*end, True))
+        return
+    # Two of Ray's nodes may be on one machine, whose cores their ranks share.
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
+    from physio_dist.training.guards import StopFlag
+    from physio_dist.training.place import choose_accelerator
+
+    choose_accelerator()
+    from physio_dist.training import rank
+
+    stop = StopFlag()
+
+    def listen() -> None:
+        reason = ray.get(board.wait_for_stop.remote())
+        if stop.training:
+            stop.set(reason)
+        else:
+            ray.get(board.tell_end.remote(EXIT_STOPPED, _NOT_BEGUN, True))
+
+    threading.Thread(target=listen, name="stop-listener", daemon=True).start()
+    try:
+        rank.run(options, stop, _report)
+    except rank.PeerLostError as error:
+        _say(str(error))
+        raise
+    except PhysioError as error:
+        # All ranks come to a stop together. From other errors the rest does not hear: it waits in a collective.
+        ray.get(board.tell_end.remote(error.exit_status, str(error), not isinstance(error, Stopped)))
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def _report(step: int, line: dict[str, Any]) -> None:
+    """Hand the newest metrics to Ray (a collective)."""
+    known = {name: line[name] for name in _METRICS if line.get(name) is not None}
+    ray.train.report({**known, "step": step})
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Ray adds a page of guesses after the first sentence.
+    return (lines or [type(error).__name__])[-1].partition(". ")[0][:300]
+
+
+def _say(text: str) -> None:
+    print(f"physio-dist: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    # What goes to the workers is found there by the module's name, which here is __main__.
+    from physio_dist import launch
+
+    exits.end_rank(exits.status_of(launch.main))

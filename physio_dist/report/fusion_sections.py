@@ -1,0 +1,351 @@
+"""The sections of a sweep's page: each a function from the sweep to its text, tables and figures.
+
+A section knows no other; one whose data the sweep lacks says so in ``missing`` and draws nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from physio_dist.report import fusion_plots as plots
+from physio_dist.report import setting
+from physio_dist.report.drawing import percent
+from physio_dist.report.fusion_plots import colour_of, label_of, metric, span
+from physio_dist.report.fusion_summary import CHANCE, better_single, gains, p_word, reached, signed
+from physio_dist.report.heldout import HeldOut, mean_roc, pooled_auc, precision_recall, present, roc
+from physio_dist.report.parts import Cell, Figure, Section, Table
+from physio_dist.report.rundata import Floats, without_credentials
+from physio_dist.report.sweepdata import BOUND, METRICS, PREDICTIONS, ROWS, Row, Sweep
+
+# More classes than this share one panel, as a mean.
+MOST_PANELS = 4
+# Of the areas that results.json tells from those of the drawn curves, before it is said.
+AREA_TOLERANCE = 0.002
+SIGNALS: tuple[str, ...] = ("ecg", "eeg", "fused")
+COLUMNS = {
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced acc.",
+    "macro_f1": "Macro F1",
+    "auc": "ROC\u2011AUC",
+    "interval": "95 % interval",
+    "pr_auc": "PR\u2011AUC",
+}
+OPTIONS = (
+    "tune.task",
+    "tune.label",
+    "tune.protocol",
+    "tune.folds",
+    "tune.val_folds",
+    "tune.trials",
+    "tune.scheduler",
+    "tune.max_epochs",
+    "tune.permutations",
+    "run.seed",
+)
+
+
+def baselines(sweep: Sweep, held: HeldOut | None) -> Section:
+    """Every row with all its scores, against chance and, on simulated data, against the best possible."""
+    rows = sweep.real_rows
+    lines = [
+        plots.Interval(
+            row.name,
+            row.scores["auc"],
+            *row.interval,
+            [fold.scores["auc"] for fold in row.folds] if len(row.folds) > 1 else [],
+            _bound_auc(sweep, row),
+        )
+        for row in rows
+    ]
+    figures = []
+    if any(math.isfinite(line.value) for line in lines):
+        figures = [Figure([plots.forest(lines, CHANCE, _forest_alt(rows))], _forest_caption(sweep), wide=True)]
+    tables = [_score_table(sweep, rows)]
+    if (table := _gain_table(sweep, held)) is not None:
+        tables.append(table)
+    absent = [label_of(name) for name in ROWS if sweep.row(name) is None]
+    notes = [f"results.json has no row for: {', '.join(absent)}."] if absent else []
+    blind = sweep.row("majority")
+    if blind is not None and len(blind.folds) > 1 and abs(blind.scores["auc"] - CHANCE) > AREA_TOLERANCE:
+        notes.append(
+            "The majority class has another AUC than 0.5 because folds differ a little in their training people's "
+            "class shares: pooled over folds, even that orders windows."
+        )
+    return Section("Results", "results", figures=figures, tables=tables, notes=notes)
+
+
+def curves(sweep: Sweep, held: HeldOut | None) -> Section:
+    """ROC curves of all rows, one panel a class; of two classes also precision over recall."""
+    if held is None:
+        return _without_predictions("Curves", "curves", "no curve can be drawn")
+    predictions, k = held.predictions, len(sweep.classes)
+    rows = [row for row in sweep.rows if row.name in held.pairs and row.name != "majority"]
+    classes = present(predictions, k)
+    if not rows or not classes:
+        return Section("Curves", "curves", missing="Nothing to draw: the held-out windows are all of one class.")
+    images = []
+    if k == 2:
+        name = sweep.classes[1]
+        drawn = [plots.Curve(row.name, *roc(predictions, row.name, 1), row.scores["auc"]) for row in rows]
+        images.append(plots.roc_panel(f"ROC, positive: {name}", drawn, _curve_alt("ROC curves", drawn)))
+        drawn = [plots.Curve(r.name, *precision_recall(predictions, r.name, 1), r.scores["pr_auc"]) for r in rows]
+        base = float((predictions.label == 1).mean())
+        title, alt = f"Precision over recall, positive: {name}", _curve_alt("Precision-recall curves", drawn)
+        images.append(plots.recall_panel(title, drawn, base, alt))
+        how = f"{name} is the positive class. "
+    elif k <= MOST_PANELS:
+        for c in classes:
+            areas = {row.name: pooled_auc([held.pairs[row.name][c]]) for row in rows}
+            drawn = [plots.Curve(name, *roc(predictions, name, c), area) for name, area in areas.items()]
+            alt = _curve_alt(f"ROC curves of {sweep.classes[c]}", drawn)
+            images.append(plots.roc_panel(f"ROC, {sweep.classes[c]} against the others", drawn, alt))
+        how = "Each class against all others. "
+    else:
+        drawn = [plots.Curve(r.name, *mean_roc(predictions, r.name, classes), r.scores["auc"]) for r in rows]
+        images.append(plots.roc_panel(f"ROC, mean over {len(classes)} classes", drawn, _curve_alt("ROC", drawn)))
+        how = f"Mean over {len(classes)} classes, each against all others, at the same rate of false positives. "
+    caption = f"{how}{_pooled(sweep, held)} Best first at the right; dashed grey: chance."
+    if any(row.name.startswith(BOUND) for row in rows):
+        caption += " Dotted, named best: what the simulator's hidden drives of these signals allow."
+    notes = [f"No curve for {label_of(name)}: its probabilities are not all numbers." for name in predictions.broken]
+    for row in rows:
+        area = pooled_auc(held.pairs[row.name])
+        if abs(area - row.scores["auc"]) > AREA_TOLERANCE:
+            notes.append(f"{label_of(row.name)}: the predictions give {metric(area)}, results.json says "
+                         f"{metric(row.scores['auc'])}.")  # fmt: skip
+    return Section("Curves", "curves", figures=[Figure(images, caption)], notes=notes)
+
+
+def confusion(sweep: Sweep, held: HeldOut | None) -> Section:
+    """What was taken for what, of the hand-made, the single and the fused rows."""
+    del held
+    found = [(row.name, row.confusion) for name in ROWS[2:] if (row := sweep.row(name)) is not None]
+    tables = [(name, table) for name, table in found if table is not None and len(table) > 0]
+    if not tables:
+        return Section("Confusion", "confusion", missing="results.json holds no confusion matrix.")
+    classes = sweep.classes or [str(number) for number in range(len(tables[0][1]))]
+    right = [f"{label_of(name)} {percent(float(np.trace(t) / max(t.sum(), 1)))} right" for name, t in tables]
+    alt = f"Confusion matrices of {len(classes)} classes: {', '.join(right)}."
+    caption = (
+        "Rows are true classes, columns predicted ones; each row adds up to 100 %, below it the number of windows. "
+        f"The predicted class is the most probable one. {_size(sweep)}"
+    )
+    figure = Figure([plots.confusions(tables, classes, alt)], caption.strip(), wide=True)
+    return Section("Confusion", "confusion", figures=[figure])
+
+
+def people(sweep: Sweep, held: HeldOut | None) -> Section:
+    """On how many people fusion beats the better single modality."""
+    if held is None:
+        return _without_predictions("People", "people", "nothing can be said about each person")
+    found = held.people
+    if "fused" not in held.pairs or not {"ecg", "eeg"} & set(held.pairs):
+        missing = f"{PREDICTIONS} lacks the fused or both single rows, so people cannot be compared."
+        return Section("People", "people", missing=missing)
+    text, images = [], []
+    blind = sweep.row("majority")
+    majority = math.nan if blind is None else blind.scores["accuracy"]
+    for kind, table in (("ROC-AUC", found.auc), ("Accuracy", found.accuracy)):
+        rows = {name: table[name] for name in SIGNALS if name in table}
+        both = np.isfinite(rows["fused"]) & np.isfinite(plots.best_single(rows))
+        if not both.any():
+            text.append(f"{kind} is not defined for any person: nobody has windows of two classes.")
+            continue
+        kept = {name: values[both] for name, values in rows.items()}
+        names = [name for name, ok in zip(found.names, both.tolist(), strict=True) if ok]
+        words = _count_gains(sweep, kept, kind)
+        left = int((~both).sum())
+        text.append(words + (f" {left} have windows of one class only and are left out." if left else ""))
+        chance = CHANCE if kind == "ROC-AUC" else majority
+        title = f"{kind} of each held-out person"
+        images.append(plots.people_panel(title, names, kept, chance, f"{title}. {words}"))
+    caption = (
+        "Each column is a held-out person, named by the first digits of a pseudonym, sorted by what fusion gains over "
+        "the better of that person's two single signals. Black line: the gain; dotted grey: the loss. The better "
+        "signal is picked for each person with hindsight, so this is a hard bar. Dashed: chance, for accuracy the "
+        f"majority class over all held-out windows. {_windows_each(found.windows)}"
+    )
+    if len(sweep.classes) > 2:
+        caption += " A person's ROC-AUC is the mean over the classes that person has."
+    wide = len(found.names) > plots.FEW_PEOPLE
+    details = [("The same as numbers", _people_listing(held))]
+    return Section("People", "people", text=text, figures=[Figure(images, caption, wide=wide)], details=details)
+
+
+def control(sweep: Sweep, held: HeldOut | None) -> Section:
+    """AUCs under permuted labels with the observed one."""
+    del held
+    title, anchor = "Permuted labels", "permuted"
+    if sweep.permuted is None or not sweep.permuted.auc.size:
+        missing = "Labels were not permuted in this sweep (tune.permutations), so this control for leakage is missing."
+        return Section(title, anchor, missing=missing)
+    auc, fused = sweep.permuted.auc, sweep.row("fused")
+    observed = math.nan if fused is None else fused.scores["auc"]
+    mean, most = float(auc.mean()), float(auc.max())
+    p = sweep.permuted.p
+    numbers = f"mean {metric(mean)}, range {metric(float(auc.min()))} to {metric(most)}"
+    alt = f"ROC-AUC of the fused row under {auc.size} permutations: {numbers}; observed {metric(observed)}."
+    caption = (
+        f"The evaluation repeated {auc.size} times with labels permuted by recording within each person: {numbers}. "
+        "A leak between training and held-out windows would lift these AUCs above chance."
+    )
+    if math.isfinite(p):
+        caption += f" p = {p_word(p)}; with {auc.size} permutations it cannot fall below {p_word(1 / (auc.size + 1))}."
+    caption += f" {_size(sweep)}"
+    image = plots.permuted_strip(auc, observed, alt)
+    return Section(title, anchor, figures=[Figure([image], caption.strip(), wide=True)])
+
+
+def dataset(sweep: Sweep, held: HeldOut | None) -> Section:
+    """The shard sets and the frozen encoders."""
+    del held
+    section = setting.dataset(sweep)
+    encoders = sweep.results.get("encoders")
+    if not isinstance(encoders, dict) or not encoders:
+        return section
+    tables = list(section.tables)
+    for signal, facts in encoders.items():
+        rows = [[Cell("Encoder"), Cell(f"{signal.upper()}, frozen")]]
+        told = facts if isinstance(facts, dict) else {"url": facts}
+        if isinstance(each := told.get("by_fold"), dict):
+            told = {f"fold {fold}": one for fold, one in each.items()}
+        for name, value in told.items():
+            rows.append([Cell(str(name).replace("_", " ")), Cell(without_credentials(setting.plain(value)))])
+        tables.append(Table([], rows, numeric=False))
+    notes = [section.missing] if section.missing else []
+    return Section(section.title, section.anchor, tables=tables, notes=notes)
+
+
+def configuration(sweep: Sweep, held: HeldOut | None) -> Section:
+    """The options a reader asks for first, and the whole resolved file folded away."""
+    del held
+    return setting.configuration(sweep, OPTIONS)
+
+
+def _without_predictions(title: str, anchor: str, so: str) -> Section:
+    return Section(title, anchor, missing=f"The run holds no {PREDICTIONS}, so {so}.")
+
+
+def _bound_auc(sweep: Sweep, row: Row) -> float:
+    bound = sweep.bound(row)
+    return math.nan if bound is None else bound.scores["auc"]
+
+
+def _size(sweep: Sweep) -> str:
+    windows, people_ = sweep.count("windows"), sweep.count("people")
+    if windows is None or people_ is None:
+        return ""
+    return f"{windows:,} held-out windows of {people_:,} {'person' if people_ == 1 else 'people'}."
+
+
+def _pooled(sweep: Sweep, held: HeldOut) -> str:
+    n, folds = held.predictions.label.size, len(np.unique(held.predictions.fold))
+    text = f"{n:,} windows of {len(held.people.names):,} held-out people"
+    return text + (f", pooled over {folds} folds, each predicted by its own models." if folds > 1 else ".")
+
+
+def _windows_each(windows: np.ndarray) -> str:
+    low, high = int(windows.min()), int(windows.max())
+    return f"{low:,} windows each." if low == high else f"{low:,} to {high:,} windows each."
+
+
+def _forest_alt(rows: list[Row]) -> str:
+    told = [f"{label_of(row.name)} {metric(row.scores['auc'])}" for row in rows]
+    return f"ROC-AUC with 95 % intervals: {', '.join(told)}."
+
+
+def _forest_caption(sweep: Sweep) -> str:
+    text = "Dot: ROC-AUC over the pooled windows of all held-out people; line: 95 % interval over people (bootstrap)."
+    if any(len(row.folds) > 1 for row in sweep.real_rows):
+        text += " Faint ticks: single folds."
+    if any(math.isfinite(_bound_auc(sweep, row)) for row in sweep.real_rows):
+        text += " Open diamond: best possible with these signals, for somebody who could read the simulator's drives."
+    if len(sweep.classes) > 2:
+        text += " Mean over classes, each against the others."
+    return f"{text} {_size(sweep)}".strip()
+
+
+def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
+    bounded = any(math.isfinite(_bound_auc(sweep, row)) for row in rows)
+    head = ["Input", *COLUMNS.values(), *(["Best possible AUC", "Way reached"] if bounded else [])]
+    lines = []
+    for row in rows:
+        cells = [Cell(label_of(row.name), colour=colour_of(row.name))]
+        for name in METRICS:
+            spread = row.spread[name]
+            more = f"± {metric(spread)}" if math.isfinite(spread) and len(row.folds) > 1 else ""
+            cells.append(Cell(metric(row.scores[name]), more=more))
+            if name == "auc":
+                cells.append(Cell(span(*row.interval) or "–"))
+        if bounded:
+            bound = sweep.bound(row)
+            share = reached(row, bound)
+            cells.append(Cell(metric(_bound_auc(sweep, row))))
+            bar = max(share, 0.0) if math.isfinite(share) else None
+            cells.append(Cell(percent(share), bar=bar, colour="" if bar is None else colour_of(row.name)))
+        lines.append(cells)
+    caption = f"Over the pooled windows of all held-out people. {_size(sweep)}"
+    if any(math.isfinite(row.interval[0]) for row in rows):
+        caption += " The interval is that of the ROC-AUC, over people."
+    if any(len(row.folds) > 1 for row in rows):
+        caption += " ±: standard deviation over folds."
+    if bounded:
+        caption += (
+            " Best possible: reached by somebody who could read the simulator's hidden drives of the same signals. "
+            "Way reached: how much of the way from chance (0.5) to that."
+        )
+    return Table(head, lines, caption.strip())
+
+
+def _gain_table(sweep: Sweep, held: HeldOut | None) -> Table | None:
+    """What fusion adds to each other row, on the same resampled people."""
+    if held is None:
+        return None
+    found = gains(held, [row.name for row in sweep.real_rows if row.name not in ("fused", "majority")])
+    if not found:
+        return None
+    lines = []
+    for name, one in found.items():
+        mine, other = held.people.auc["fused"], held.people.auc[name]
+        both = np.isfinite(mine) & np.isfinite(other)
+        share = f"{int((mine > other)[both].sum())} of {int(both.sum())}" if both.any() else "–"
+        interval = f"{signed(one.low)} to {signed(one.high)}" if math.isfinite(one.low) else "–"
+        cells = [Cell(label_of(name), colour=colour_of(name)), Cell(signed(one.value)), Cell(interval), Cell(share)]
+        lines.append(cells)
+    caption = (
+        "By how much the fused row's ROC-AUC exceeds each other's. The interval is a bootstrap over people in which "
+        "both rows are measured on the same drawn people; above zero it shows a gain. Last: people whose own AUC is "
+        "higher fused."
+    )
+    return Table(["Fused minus", "ROC-AUC", "95 % interval", "People better"], lines, caption)
+
+
+def _curve_alt(what: str, drawn: list[plots.Curve]) -> str:
+    told = ", ".join(f"{label_of(curve.name)} {metric(curve.value)}" for curve in drawn)
+    return f"{what} over held-out windows; areas: {told}."
+
+
+def _count_gains(sweep: Sweep, rows: dict[str, Floats], kind: str) -> str:
+    gain = rows["fused"] - plots.best_single(rows)
+    up, same, n = int((gain > 0).sum()), int((gain == 0).sum()), gain.size
+    text = f"{kind}: fused is above the better of a person's single signals for {up} of {n} people"
+    text += f", equal for {same}" if same else ""
+    best = better_single(sweep)
+    if best is not None and best.name in rows:
+        over = int((rows["fused"] > rows[best.name]).sum())
+        text += f"; above {label_of(best.name)}, the better one over all, for {over}"
+    return text + "."
+
+
+def _people_listing(held: HeldOut) -> str:
+    found = held.people
+    names = [name for name in ("untrained", "handmade", "ecg", "eeg", "fused") if name in held.pairs]
+    heads = [f"{kind} {plots.label_of(name, short=True)}" for kind in ("AUC", "acc") for name in names]
+    lines = ["  ".join(["person".ljust(len(found.names[0])), "fold", "windows", *(f"{head:>13}" for head in heads)])]
+    for i, person in enumerate(found.names):
+        values = [found.auc[name][i] for name in names] + [found.accuracy[name][i] for name in names]
+        cells = [person, f"{found.fold[i]:>4}", f"{found.windows[i]:>7,}", *(f"{metric(v):>13}" for v in values)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""Real Ray nodes on this machine, and runs that are launched on them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import S3
+from tests.system.launching import BIN, CONFIG, ROOT, Run, free_port, wait_until
+
+# Every process of a cluster carries it in its environment, whatever it calls itself.
+_MARK = "PHYSIO_DIST_TEST_CLUSTER"
+
+
+class Cluster:
+    """Ray nodes of one CPU each, with token authentication.
+
+    Attributes:
+        env: what a client of the cluster needs.
+        dashboard: URL that ``ray job submit`` takes.
+    """
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self.mark = uuid.uuid4().hex
+        # Ray puts sockets there, whose paths must be short.
+        self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+        self.address = f"127.0.0.1:{free_port()}"
+        dashboard_port = free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
+        self._node_env = {
+            **os.environ, **env, **token, _MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+            # A job that is stopped gets the time to save; Ray's own 3 s may be too few on a busy machine.
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
+        }  # fmt: skip
+        self.env = {**token, "RAY_ADDRESS": self.address}
+        ports = ["--port", self.address.rpartition(":")[2], "--dashboard-port", str(dashboard_port)]
+        client = ["--ray-client-server-port", str(free_port())]
+        self.head = self._start("--head", *ports, *client)
+
+    def add_node(self) -> subprocess.Popen[bytes]:
+        """Start a further node."""
+        return self._start("--address", self.address)
+
+    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+        number = len(list(self.folder.glob("*.log")))
+        log = self.folder / f"{number}.log"
+        command = [
+            str(BIN / "ray"), "start", *words, "--block", "--num-cpus", "1",
+            "--temp-dir", str(self.folder / str(number)),
+            "--object-store-memory", str(80 * 2**20), "--dashboard-agent-listen-port", str(free_port()),
+        ]  # fmt: skip
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, env=self._node_env, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+        def up() -> bool:
+            assert process.poll() is None, log.read_text()
+            return "--block" in log.read_text()
+
+        wait_until(up, "a Ray node to start")
+        return process
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes of the cluster."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train."""
+        found = []
+        for process in self.processes():
+            try:
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def end(self) -> None:
+        """Kill every process of the cluster and remove its files."""
+        # Killing one may make another start, and the last of them are orphans of the first.
+        for _ in range(50):
+            living = self.processes()
+            for process in living:
+                try:
+                    process.kill()
+                except psutil.Error:
+                    continue
+            if not living:
+                break
+            time.sleep(0.1)
+        assert not self.processes()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def ray_nodes(s3_server: S3) -> Iterator[Cluster]:
+    """A cluster of two nodes of one CPU each, which know the S3 server."""
+    cluster = Cluster(s3_server.env)
+    try:
+        cluster.add_node()
+        yield cluster
+    finally:
+        cluster.end()
+
+
+@dataclass
+class RayRun(Run):
+    """A run that is launched on a cluster; the launcher is ``launch``, or ``job`` for ``ray job submit``."""
+
+    cluster: Cluster | None = None
+    code: Path = ROOT
+
+    def start(self, ranks: int = 2, launcher: str = "launch", extra: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        assert self.cluster is not None
+        config = CONFIG if launcher == "launch" else "configs/pretrain/quickstart.yaml"
+        words = ["--config", config, *self.words(), f"cluster.workers={ranks}", *extra]
+        command = [sys.executable, "-m", "physio_dist.launch", *words]
+        if launcher == "job":
+            submit = [str(BIN / "ray"), "job", "submit", "--address", self.cluster.dashboard]
+            command = [*submit, "--working-dir", str(self.code), "--", *command]
+        environment = {**os.environ, **self.cluster.env, **self.env}
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def __call__(self, ranks: int = 2, launcher: str = "launch", extra: tuple[str, ...] = ()) -> int:
+        return super().__call__(ranks, launcher, extra)
+
+    def told(self) -> list[str]:
+        """What a person reads of ours, Ray's prefix and its own lines left out."""
+        lines = [line.partition("physio-dist: ")[2] for line in self.said().splitlines() if "physio-dist: " in line]
+        return [line for line in lines if not line.startswith("Ray is starting")]

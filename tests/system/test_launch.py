@@ -1,0 +1,302 @@
+"""Pretraining as a Ray Train job, on two real nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import S3
+from tests.system.clusters import Cluster, RayRun
+from tests.system.launching import BIN, CONFIG, ROOT, Run, end_session, wait_until
+
+Make = Callable[..., RayRun]
+EXACT = ("loss", "loss_intra", "loss_inter", "val_loss", "grad_norm", "lr")
+
+
+@pytest.fixture()
+def ray_run(ray_nodes: Cluster, simulated: str, tmp_path: Path) -> Make:
+    def make(*options: str, name: str = "run") -> RayRun:
+        return RayRun(tmp_path, name, simulated, options, cluster=ray_nodes)
+
+    return make
+
+
+@pytest.fixture()
+def checkout(tmp_path: Path) -> Path:
+    """Code with a version of its own, beside an environment and a run that are far too large to be uploaded."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT / "physio_dist", folder / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copy(ROOT / ".gitignore", folder)
+    (folder / "physio_dist" / "__init__.py").write_text('"""Uploaded."""\n\n__version__ = "0.0.0+uploaded"\n')
+    for large in (folder / ".venv" / "lib", folder / "runs" / "old"):
+        large.parent.mkdir()
+        with large.open("wb") as file:
+            file.truncate(2**31)
+    return folder
+
+
+def wait_for_checkpoint(run: Run, step: int, process: subprocess.Popen[bytes]) -> None:
+    manifest = run.path / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+    wait_until(lambda: manifest.exists() or process.poll() is not None, f"step {step} of {run.name}", 180)
+    assert process.poll() is None, run.said()
+
+
+def agree(run: Run, reference: Run) -> None:
+    """The same samples, and bit-equal losses."""
+    assert run.trace() == reference.trace()
+    ours, theirs = run.metrics(), reference.metrics()
+    assert list(ours) == list(theirs)
+    for step, line in theirs.items():
+        assert {name: ours[step][name] for name in EXACT} == {name: line[name] for name in EXACT}, f"step {step}"
+
+
+def test_a_submitted_job_trains_as_the_deepspeed_launcher_does(
+    ray_run: Make, undisturbed: Callable[..., Run], checkout: Path, ray_nodes: Cluster
+) -> None:
+    run, reference = ray_run("zero.stage=1"), undisturbed("zero.stage=1")
+    run.code = checkout
+    assert run(launcher="job") == 0, run.said()
+    agree(run, reference)
+    (attempt,) = json.loads((run.path / "attempts.json").read_text())
+    assert attempt["world"] == 2
+    # Neither driver nor workers took the installed package.
+    assert attempt["versions"]["physio-dist"] == "0.0.0+uploaded"
+    assert sorted(file.name for file in (run.path / "trace").iterdir()) == ["rank-0.jsonl", "rank-1.jsonl"]
+    told = run.told()
+    assert told[0].startswith("Ray cluster at ")
+    assert told[0].endswith("2 node(s), 2 CPU(s)")
+    assert told[1] == f"dashboard: {ray_nodes.dashboard}"
+    assert told[2].startswith(f"run {run.url}: 2 rank(s) of 1 CPU(s)")
+    assert sum(line.startswith("step 7/16: loss") for line in told) == 1
+    assert told[-1] == "done"
+    records = subprocess.run(
+        [str(BIN / "ray"), "job", "list", "--address", ray_nodes.dashboard, "-v"], env={**os.environ, **ray_nodes.env},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "physio_dist.launch" in records
+    assert S3.secret not in records
+    assert ray_nodes.env["RAY_AUTH_TOKEN"] not in records
+
+
+def test_kill_9_of_a_worker_right_after_a_checkpoint(ray_run: Make, undisturbed: Callable[..., Run]) -> None:
+    run, reference = ray_run("zero.stage=2"), undisturbed("zero.stage=2")
+    assert run.cluster is not None
+    process = run.start()
+    try:
+        wait_for_checkpoint(run, 10, process)
+        run.cluster.workers()[0].kill()
+        assert process.wait(timeout=180) == 0, run.said()
+    finally:
+        end_session(process)
+    assert run.starts() == [0, 10]
+    agree(run, reference)
+    (lost,) = [line for line in run.told() if line.startswith("lost a worker")]
+    assert "rank " in lost
+    assert run.told()[-1] == "done"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_driver_saves_and_ends_with_75(
+    ray_run: Make, undisturbed: Callable[..., Run], number: signal.Signals
+) -> None:
+    long = ("train.steps=120", "train.save_every=1000", "train.val_every=1000")
+    run, reference = ray_run(*long), undisturbed(*long)
+    process = run.start()
+    try:
+        run.wait_for_step(process, 3)
+        if number == signal.SIGINT:
+            # A terminal sends it to the whole foreground group.
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        assert process.wait(timeout=120) == 75, run.said()
+    finally:
+        end_session(process)
+    saved = max(run.metrics())
+    assert run.told()[-1] == f"stopped: stopped ({number.name}) after saving step {saved} (exit status 75)"
+    assert any(line.startswith(f"{number.name}: the ranks finish their step") for line in run.told())
+    assert run() == 0, run.said()
+    assert run.starts() == [0, saved]
+    agree(run, reference)
+
+
+def test_a_stopped_job_saves_first(ray_run: Make, checkout: Path, ray_nodes: Cluster) -> None:
+    run = ray_run("train.steps=100000", "train.save_every=100000")
+    run.code = checkout
+    process = run.start(launcher="job")
+    try:
+        run.wait_for_step(process, 3)
+        name = next(word for word in run.said().split("'") if word.startswith("raysubmit_"))
+        stop = [str(BIN / "ray"), "job", "stop", "--address", ray_nodes.dashboard, name]
+        subprocess.run(stop, env={**os.environ, **ray_nodes.env}, check=True, timeout=120)
+        assert process.wait(timeout=60) in (0, 1)
+    finally:
+        end_session(process)
+    saved = max(run.metrics())
+    assert (run.path / "checkpoints" / f"step-{saved:08d}" / "manifest.json").is_file()
+    assert run.told()[-1] == f"stopped: stopped (SIGTERM) after saving step {saved} (exit status 75)"
+
+
+def test_a_killed_driver_takes_its_ranks_along_and_the_next_goes_on(
+    ray_run: Make, undisturbed: Callable[..., Run], ray_nodes: Cluster
+) -> None:
+    run, reference = ray_run("train.steps=120"), undisturbed("train.steps=120")
+    process = run.start()
+    try:
+        wait_for_checkpoint(run, 5, process)
+        process.kill()
+        process.wait(timeout=30)
+        wait_until(lambda: not ray_nodes.workers(), "the ranks to end")
+    finally:
+        end_session(process)
+    assert run() == 0, run.said()
+    assert run.starts()[0] == 0
+    assert run.starts()[1] >= 5
+    agree(run, reference)
+
+
+def test_a_run_that_loses_its_workers_too_often_is_given_up(ray_run: Make, ray_nodes: Cluster) -> None:
+    run = ray_run("cluster.max_failures=0", "train.steps=100000")
+    process = run.start()
+    try:
+        wait_for_checkpoint(run, 5, process)
+        ray_nodes.workers()[0].kill()
+        assert process.wait(timeout=120) == 1, run.said()
+    finally:
+        end_session(process)
+    assert run.starts() == [0]
+    assert run.told()[-1].startswith("failed: given up after 0 restart(s) (rank ")
+    assert "goes on from the newest checkpoint" in run.told()[-1]
+
+
+def test_an_error_of_the_user_is_told_once_and_not_tried_again(ray_run: Make, tmp_path: Path) -> None:
+    run = ray_run()
+    run.index = str(tmp_path / "nowhere")
+    assert run() == 2
+    assert not run.path.exists()
+    (message,) = [line for line in run.told() if "(exit status" in line]
+    assert message.startswith(f"wrong input or configuration: {run.index} holds no index.json")
+    assert message == run.told()[-1]
+    assert not [line for line in run.told() if line.startswith("lost")]
+    assert "UserError" not in run.said()
+
+
+def test_data_that_disagrees_with_its_index_ends_the_run_with_3(ray_run: Make, simulated: str, tmp_path: Path) -> None:
+    """Only the rank that reads the shard finds it; the other one waits for it in vain."""
+    run = ray_run("train.steps=100000", "train.val_samples=0")
+    broken = tmp_path / "broken"
+    shutil.copytree(simulated, broken)
+    run.index = str(broken)
+    shard = sorted(broken.glob("*.tar"))[2]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert run() == 3, run.said()
+    (message,) = [line for line in run.told() if "(exit status" in line]
+    assert message.startswith("data failed verification: ")
+    assert shard.name in message
+
+
+def test_a_run_in_a_bucket(s3: S3, ray_run: Make, undisturbed: Callable[..., Run]) -> None:
+    """The nodes have the credentials; the driver has none."""
+    run, reference = ray_run("zero.stage=1"), undisturbed("zero.stage=1")
+    run.run_dir = f"{s3.bucket}/runs"
+    assert run() == 0, run.said()
+    there = RayRun(run.folder, run.name, run.index, run_dir=str(s3.folder / "runs"))
+    agree(there, reference)
+    assert run.told()[2].startswith(f"run {s3.bucket}/runs/run: 2 rank(s)")
+    assert not list(Path(run.folder).glob("s3*"))
+
+
+def test_a_range_of_workers_takes_what_there_is(ray_run: Make, undisturbed: Callable[..., Run]) -> None:
+    run, reference = ray_run("zero.stage=1"), undisturbed("zero.stage=1")
+    assert run(extra=("cluster.workers=[1,5]",)) == 0, run.said()
+    (attempt,) = json.loads((run.path / "attempts.json").read_text())
+    assert attempt["world"] == 2
+    agree(run, reference)
+
+
+def test_too_few_resources_are_told_with_what_is_there(ray_run: Make) -> None:
+    run = ray_run()
+    assert run(ranks=3) == 2
+    assert run.told()[-1].startswith(
+        "wrong input or configuration: asked for 3 worker(s) of 1 CPU(s); the cluster has 2 CPU(s) and 0 GPU(s) on 2 "
+        "node(s), 2 CPU(s)"
+    )
+    assert run(extra=("cluster.gpu=true", "cluster.wait_s=3")) == 2
+    assert any(line.startswith("waiting up to 2 s for room: asked for 2 worker(s)") for line in run.told())
+    assert "Waited 3 s in vain" in run.told()[-1]
+
+
+def test_more_ranks_than_samples_are_refused(ray_run: Make) -> None:
+    run = ray_run()
+    assert run(ranks=17) == 2
+    assert "17 ranks cannot share train.global_batch=16" in run.told()[-1]
+
+
+@pytest.mark.parametrize("option", ["run.dir", "data.index", "data.cache_dir", "resume"])
+def test_a_relative_path_in_a_job_is_refused(ray_run: Make, option: str) -> None:
+    """As `ray job submit` starts the driver; that Ray does is shown above."""
+    run = ray_run()
+    run.env = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    assert run(extra=(f"{option}=some/where",)) == 2
+    assert f"{option}=some/where is relative" in run.told()[-1]
+    assert "absolute path" in run.told()[-1]
+    assert len(run.told()) == 1
+
+
+def test_a_relative_run_dir_in_a_submitted_job_is_refused(ray_run: Make, checkout: Path) -> None:
+    run = ray_run()
+    run.code = checkout
+    assert run(launcher="job", extra=("run.dir=runs",)) == 1
+    assert "run.dir=runs is relative, and a Ray job's working directory vanishes with the job" in run.said()
+
+
+def refused(address: str, tmp_path: Path) -> str:
+    """What the driver says of an address at which there is no cluster; within 30 s."""
+    words = [sys.executable, "-m", "physio_dist.launch", "--config", CONFIG, "data.index=/nowhere"]
+    done = subprocess.run(
+        words, env={**os.environ, "RAY_ADDRESS": address}, cwd=tmp_path, capture_output=True, text=True, timeout=30,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    # Ray's own lines may come first.
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("physio-dist: ")]
+    return line
+
+
+def test_no_cluster_at_the_address(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        # Bound but not listening: refused.
+        assert f"no Ray cluster answers at {address} (Connection refused)" in refused(address, tmp_path)
+        listener.listen()
+        assert f"no Ray cluster answers at {address} (timed out)" in refused(address, tmp_path)
+
+
+def test_what_answers_is_no_cluster(tmp_path: Path, s3_server: S3, ray_nodes: Cluster) -> None:
+    # The one speaks the protocol beneath Ray's, the other does not.
+    for address in (f"127.0.0.1:{s3_server.port}", ray_nodes.dashboard.removeprefix("http://")):
+        assert f"what answers at {address} is no Ray cluster" in refused(address, tmp_path)
+    assert "is an address for `ray job submit`" in refused("http://127.0.0.1:8265", tmp_path)
+    assert "not of the form HOST:PORT" in refused("somewhere", tmp_path)
+
+
+def test_a_cluster_that_wants_a_token(ray_nodes: Cluster, ray_run: Make) -> None:
+    run = ray_run()
+    run.env = {"RAY_AUTH_TOKEN": "b" * 64}
+    assert run() == 2
+    assert "wants a token" in run.told()[-1]
+    assert "b" * 64 not in run.said()

@@ -1,0 +1,481 @@
+"""The fusion sweep on two real nodes, with real recordings and TensorBoard and the dashboard looking on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from safetensors.numpy import load
+
+from physio_dist import cluster as ray_cluster
+from physio_dist import config, tune
+from physio_dist.errors import UserError
+from physio_dist.models.criss_cross import CrissCrossEncoder, preset
+from physio_dist.models.weights import save_encoder
+from physio_dist.shards import writer
+from physio_dist.shards.index import open_set, read_sidecar
+from tests.conftest import S3
+from tests.system.clusters import Cluster
+from tests.system.launching import BIN, ROOT, end_session, free_port, wait_until
+
+PEOPLE = 9
+CONFIG = "configs/tune/eegmat.yaml"
+ROWS = ["majority", "untrained", "handmade", "ecg", "eeg", "fused"]
+METRICS = {"accuracy", "balanced_accuracy", "macro_f1", "auc", "pr_auc"}
+# Every trial to its end: then the outcome does not depend on the order in which trials end.
+SMALL = ("tune.folds=3", "tune.val_folds=2", "tune.trials=4", "tune.max_epochs=6", "tune.scheduler=fifo")
+
+
+def converted(raw: Path, out: Path, *words: str) -> str:
+    given = config.load(config.ShardConfig, None, ["workers=1", "leads=ECG", *words], config.check_shard)
+    writer.convert("edf", str(raw), str(out), given)
+    return str(out)
+
+
+def exported(folder: Path, signal_name: str, channels: list[str], people: list[int]) -> str:
+    """A tiny untrained encoder as `physio-dist export` would have written it."""
+    torch.manual_seed(3)
+    about = {"signal": signal_name, "channels": channels, "rate": 200.0, "unit_uv": 100.0, "simulated": False}
+    folder.mkdir()
+    for name, data in save_encoder(CrissCrossEncoder(preset("tiny")), about).items():
+        (folder / name).write_bytes(data)
+    (folder / "people.json").write_text(json.dumps([f"{person:016x}" for person in people]))
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Paired recordings of nine people of eegmat and an encoder for each signal, which know none of them."""
+
+    folder: Path
+    raw: Path
+    data: str
+    ecg: str
+    eeg: str
+
+    def words(self, *more: str) -> list[str]:
+        features = f"tune.features={self.folder / 'features'}"
+        encoders = (f"tune.ecg_encoder={self.ecg}", f"tune.eeg_encoder={self.eeg}")
+        return [f"tune.data={self.data}", *encoders, features, *more]
+
+
+@pytest.fixture(scope="module")
+def place(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("paired")
+    raw = folder / "raw"
+    raw.mkdir()
+    table = ["file,subject,task,room"]
+    for number in range(PEOPLE):
+        for part, task in (("1", "rest"), ("2", "arithmetic")):
+            name = f"Subject{number:02d}_{part}.edf"
+            shutil.copyfile(data_dir / "eegmat" / name, raw / name)
+            table.append(f"{name},Subject{number:02d},{task},quiet")
+    (raw / "recordings.csv").write_text("\n".join([*table, ""]))
+    data = converted(raw, folder / "set", "signals=ecg,eeg")
+    channels = {name: list(info.channels) for name, info in open_set(data).signals.items()}
+    ecg, eeg = (exported(folder / name, name, channels[name], [7]) for name in ("ecg", "eeg"))
+    return Place(folder, raw, data, ecg, eeg)
+
+
+@dataclass
+class Sweep:
+    """A sweep to be started, perhaps several times with the same options."""
+
+    place: Place
+    folder: Path
+    name: str
+    env: dict[str, str]
+    options: tuple[str, ...] = SMALL
+    run_dir: str = ""
+    code: Path = ROOT
+    log: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.log = self.folder / f"{self.name}.log"
+        self.run_dir = self.run_dir or str(self.folder / "runs")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run_dir) / self.name
+
+    def start(self, job: str = "", extra: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        """Start it by itself, or as a job of the cluster whose dashboard is at ``job``."""
+        words = [f"run.dir={self.run_dir}", f"run.name={self.name}", *self.place.words(*self.options), *extra]
+        given = CONFIG if job else str(ROOT / CONFIG)
+        command = [sys.executable, "-m", "physio_dist.tune", "--config", given, *words]
+        if job:
+            submit = [str(BIN / "ray"), "job", "submit", "--address", job]
+            command = [*submit, "--working-dir", str(self.code), "--", *command]
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                command, cwd=self.folder, env={**os.environ, **self.env}, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def __call__(self, job: str = "", extra: tuple[str, ...] = ()) -> int:
+        process = self.start(job, extra)
+        try:
+            return process.wait(timeout=240)
+        finally:
+            end_session(process)
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def told(self) -> list[str]:
+        return [line.partition("physio-dist: ")[2] for line in self.said().splitlines() if "physio-dist: " in line]
+
+    def results(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.path / "results.json").read_text())
+        return document
+
+    def trials(self) -> list[dict[str, Any]]:
+        file = self.path / "trials.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def wait_for_trials(self, process: subprocess.Popen[bytes], count: int) -> None:
+        wait_until(lambda: len(self.trials()) >= count or process.poll() is not None, f"{count} trials of {self.name}")
+        assert process.poll() is None, self.said()
+
+
+Make = Callable[..., Sweep]
+
+
+@pytest.fixture()
+def sweep(place: Place, ray_nodes: Cluster, tmp_path: Path) -> Make:
+    def make(name: str, **given: Any) -> Sweep:
+        return Sweep(place, tmp_path, name, dict(ray_nodes.env), **given)
+
+    return make
+
+
+@pytest.fixture()
+def tensorboard(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
+    """Starts TensorBoard over a folder that need not be there yet; its URL."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(folder: Path) -> str:
+        port = free_port()
+        words = ["--logdir", str(folder), "--port", str(port), "--host", "127.0.0.1", "--reload_interval", "1"]
+        with (tmp_path / "tensorboard.log").open("wb") as log:
+            running.append(
+                subprocess.Popen([sys.executable, "-m", "tensorboard.main", *words], stdout=log, stderr=log)
+            )
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def ask(url: str, token: str = "") -> Any:
+    """A JSON document; None where nobody answers yet."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return None
+
+
+@pytest.fixture(scope="module")
+def finished(place: Place, ray_nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A sweep that nothing disturbed, with one more trial worth of everything else."""
+    run = Sweep(place, tmp_path_factory.mktemp("finished"), "calm", dict(ray_nodes.env))
+    assert run() == 0, run.said()
+    return run
+
+
+def test_a_submitted_job_sweeps_and_its_trials_are_seen(
+    sweep: Make, ray_nodes: Cluster, tensorboard: Callable[[Path], str], finished: Sweep
+) -> None:
+    run = sweep("job")
+    board = tensorboard(run.path / "tensorboard")
+    wait_until(lambda: ask(f"{board}/data/runs") is not None, "TensorBoard")
+    process = run.start(job=ray_nodes.dashboard)
+    shown: set[str] = set()
+    drawn: dict[str, Any] = {}
+
+    def seen() -> bool:
+        if process.poll() is not None:
+            return True
+        tasks = ask(
+            f"{ray_nodes.dashboard}/api/v0/tasks?detail=1&limit=1000&filter_keys=func_or_class_name"
+            "&filter_predicates=%3D&filter_values=Trials.run", ray_nodes.env["RAY_AUTH_TOKEN"]
+        )  # fmt: skip
+        found = tasks["data"]["result"]["result"] if tasks else []
+        shown.update(task["name"] for task in found if task["state"] == "RUNNING")
+        drawn.update(ask(f"{board}/data/plugin/scalars/tags") or {})
+        return bool(shown) and any("val_auc" in tags for tags in drawn.values())
+
+    try:
+        wait_until(seen, "a trial in the dashboard and in TensorBoard", 180)
+        running = process.poll() is None
+        assert process.wait(timeout=240) == 0, run.said()
+    finally:
+        end_session(process)
+    assert running, f"it ended before its trials were seen: {shown} {drawn}"
+    names = {trial["trial"] for trial in run.trials()}
+    assert shown <= names
+    assert set(drawn) <= names
+    assert {"val_auc", "fold_0", "fold_1", "fold_2"} <= set().union(*drawn.values())
+    told = run.told()
+    assert told[-1].startswith(f"done: {run.path}/results.json; `physio-dist report {run.path}` draws the report")
+    assert f"dashboard: {ray_nodes.dashboard}" in told
+    assert f"while they run: tensorboard --logdir {run.path}/tensorboard" in told
+    # As a job, on whatever nodes: the same sweep. Where it lies is not part of what it found.
+    assert run.results() == finished.results()
+    kept = [folder / "predictions.safetensors" for folder in (run.path, finished.path)]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
+
+
+def test_the_files_of_a_sweep(finished: Sweep, place: Place) -> None:
+    assert {file.name for file in finished.path.iterdir()} == {
+        "config.yaml", "data.json", "lease.json", "predictions.safetensors", "ray", "results.json", "tensorboard",
+        "trials.jsonl",
+    }  # fmt: skip
+    shards = open_set(place.data)
+    results = finished.results()
+    assert (results["task"], results["protocol"], results["label"]) == ("eegmat", "grouped_kfold", "task")
+    assert (results["windows"], results["people"], results["simulated"]) == (shards.nsamples, PEOPLE, False)
+    assert [row["name"] for row in results["rows"]] == ROWS
+    for row in results["rows"]:
+        assert METRICS | {"modalities", "auc_ci", "per_fold", "spread", "confusion"} <= set(row)
+        assert all(0 <= row[name] <= 1 for name in METRICS)
+        assert [part["fold"] for part in row["per_fold"]] == ["0", "1", "2"]
+        assert sum(map(sum, row["confusion"])) == shards.nsamples
+    assert json.loads((finished.path / "data.json").read_text())["indexes"][0]["fingerprint"] == shards.fingerprint
+    trials = finished.trials()
+    assert [trial["trial"] for trial in trials] == [
+        f"{row}-{number:03d}" for number in range(4) for row in ("fused", "ecg", "eeg", "untrained")
+    ]
+    for trial in trials:
+        assert {"row", "config", "val_auc", "stopped", "seconds", "history"} <= set(trial)
+        assert (trial["epochs"], trial["stopped"], len(trial["history"])) == (6, False, 6)
+        assert trial["val_auc"] == max(auc for _, auc in trial["history"])
+    kept = load((finished.path / "predictions.safetensors").read_bytes())
+    assert len(kept["label"]) == shards.nsamples
+    assert set(kept) == {"fold", "person", "recording", "label", "key"} | {f"probability.{name}" for name in ROWS}
+    assert {folder.name for folder in (finished.path / "tensorboard").iterdir()} == {t["trial"] for t in trials}
+    assert any(line.startswith("fused ") for line in finished.said().splitlines())
+
+
+def test_the_same_command_again_says_that_it_is_finished(finished: Sweep) -> None:
+    before = {file: file.stat().st_mtime_ns for file in finished.path.rglob("*")}
+    quiet = Sweep(finished.place, finished.folder, finished.name, {"RAY_ADDRESS": "127.0.0.1:1"})
+    shutil.move(finished.log, finished.folder / "first.log")
+    try:
+        # Not even a cluster is needed.
+        assert quiet() == 0, quiet.said()
+        assert quiet.told() == [
+            f"finished already: {finished.path}/results.json; `physio-dist report {finished.path}` draws the report"
+        ]
+        assert quiet(extra=("tune.max_epochs=7",)) == 2
+        assert quiet.told()[1:] == [
+            f"wrong input or configuration: {finished.path} was started with another configuration (tune.max_epochs: 6 "
+            "there, 7 now). Give the same options to go on, or choose another run.name (exit status 2)"
+        ]
+    finally:
+        shutil.move(finished.folder / "first.log", finished.log)
+    assert before == {file: file.stat().st_mtime_ns for file in finished.path.rglob("*")}
+
+
+def workers(ray_nodes: Cluster) -> list[psutil.Process]:
+    return [process for process in ray_nodes.processes() if "FusionTrial" in " ".join(process.cmdline())]
+
+
+def test_stopped_and_started_again_it_finds_the_same(sweep: Make, ray_nodes: Cluster, finished: Sweep) -> None:
+    run = sweep("stopped")
+    before: list[dict[str, Any]] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        done = len(before)
+        process = run.start()
+        try:
+            run.wait_for_trials(process, done + 2)
+            process.send_signal(number)
+            assert process.wait(timeout=60) == 75, run.said()
+        finally:
+            end_session(process)
+        assert run.told()[-1] == "stopped: interrupted; the same command goes on where it can (exit status 75)"
+        assert "Traceback" not in run.said()
+        assert not (run.path / "results.json").exists()
+        before = run.trials()
+        assert done + 2 <= len(before) < 16
+        assert json.loads((run.path / "lease.json").read_text())["released"] is True
+    process = run.start()
+    try:
+        # And a worker is lost on top of it.
+        run.wait_for_trials(process, len(before) + 2)
+        workers(ray_nodes)[0].kill()
+        assert process.wait(timeout=240) == 0, run.said()
+    finally:
+        end_session(process)
+    plan = f"16 trials: 4 configurations for each of 4 rows, {len(before)} of them done in an earlier attempt"
+    assert plan in run.told()
+    assert sum(line.startswith("the worker of trial ") for line in run.told()) == 1
+    assert run.results() == finished.results()
+    after = {trial["trial"]: trial for trial in run.trials()}
+    assert all(after[trial["trial"]] == trial for trial in before)
+
+
+def test_a_sweep_whose_artefacts_are_all_in_a_bucket(sweep: Make, ray_nodes: Cluster, s3: S3) -> None:
+    options = (*SMALL[:2], "tune.trials=2", "tune.max_epochs=3", f"tune.features={s3.bucket}/features")
+    run = sweep("cloud", options=options, run_dir=f"{s3.bucket}/runs")
+    run.env.update(s3.env)
+    assert run() == 0, run.said()
+    there = s3.folder / "runs" / "cloud"
+    assert len(json.loads((there / "results.json").read_text())["rows"]) == 6
+    assert len((there / "trials.jsonl").read_text().splitlines()) == 8
+    assert len(list((there / "tensorboard").glob("*/events.*"))) == 8
+    assert list((there / "ray" / "cloud-1").glob("experiment_state-*.json"))
+    assert len(list((s3.folder / "features").iterdir())) == 4
+    assert s3.secret not in run.said()
+    assert not [file for file in s3.folder.rglob("*") if file.is_file() and s3.secret.encode() in file.read_bytes()]
+    assert not (run.folder / "s3:").exists()
+
+
+def test_a_trial_that_fails_ends_the_sweep_and_is_told_once(
+    sweep: Make, ray_nodes: Cluster, tmp_path: Path
+) -> None:
+    """The code that a job brings along is broken."""
+    broken = tmp_path / "broken"
+    shutil.copytree(ROOT / "physio_dist", broken / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    source = broken / "physio_dist" / "downstream" / "heads.py"
+    text = source.read_text()
+    assert text.count("    def epoch(self") == 1
+    head, _, rest = text.partition("    def epoch(self")
+    first, _, rest = rest.partition("\n")
+    fault = '\n        raise ValueError("this head is broken")\n'
+    source.write_text(f"{head}    def epoch(self{first}{fault}{rest}")
+    shutil.copytree(ROOT / "configs", broken / "configs")
+    run = sweep("broken", code=broken)
+    assert run(job=ray_nodes.dashboard) == 1, run.said()
+    # `ray job submit` repeats the end of the log of a job that failed.
+    (failed,) = {line for line in run.told() if line.startswith("failed: trial ")}
+    assert "failed: ValueError: this head is broken; the trials that are done are kept" in failed
+    assert ", lr " in failed
+    # The other trials are not told at all.
+    assert sum(line.startswith("ValueError: this head") for line in run.said().splitlines()) <= 2
+    assert not (run.path / "results.json").exists()
+
+
+def test_more_than_the_cluster_has_is_asked_for(
+    place: Place, ray_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ray_nodes.env.items():
+        monkeypatch.setenv(name, value)
+    run = Sweep(place, tmp_path, "large", dict(ray_nodes.env))
+    assert run(extra=("tune.cpus=3",)) == 2
+    (last,) = [line for line in run.told() if line.startswith("wrong input")]
+    assert "asked for 1 worker(s) of 3 CPU(s)" in last
+    assert "2 CPU(s)" in last
+    assert not (run.path / "config.yaml").exists()
+
+
+Change = Callable[[Place, Path], list[str]]
+
+
+def few_people(place: Place, _: Path) -> list[str]:
+    return ["tune.folds=10"]
+
+
+def unknown_label(place: Place, _: Path) -> list[str]:
+    return ["tune.task=labels", "tune.label=rooom"]
+
+
+def one_class(place: Place, _: Path) -> list[str]:
+    return ["tune.task=labels", "tune.label=room"]
+
+
+def no_eeg(place: Place, folder: Path) -> list[str]:
+    raw = folder / "one"
+    raw.mkdir()
+    shutil.copy(place.raw / "Subject00_2.edf", raw)
+    return [f"tune.data={converted(raw, folder / 'ecg-only', 'signals=ecg')}"]
+
+
+def knows_test_people(place: Place, folder: Path) -> list[str]:
+    shards = open_set(place.data)
+    person = int(read_sidecar(shards).person[0])
+    return [f"tune.eeg_encoder={exported(folder / 'knows', 'eeg', list(shards.signals['eeg'].channels), [person])}"]
+
+
+def no_encoder(place: Place, folder: Path) -> list[str]:
+    return [f"tune.ecg_encoder={folder}/nowhere"]
+
+
+def wrong_signal(place: Place, _: Path) -> list[str]:
+    return [f"tune.ecg_encoder={place.eeg}"]
+
+
+def credentials(place: Place, _: Path) -> list[str]:
+    return ["tune.storage=s3://key:secret@bucket/state"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (few_people, ["tune.folds=10", "9 people"]),
+        (unknown_label, ["tune.label=rooom", "did you mean 'room'"]),
+        (one_class, ["tune.label=room", "only the value quiet"]),
+        (no_eeg, ["has no eeg", "signals=ecg,eeg"]),
+        (knows_test_people, ["pretrain", "fold "]),
+        (no_encoder, ["/nowhere", "config.json"]),
+        (wrong_signal, ["ecg", "eeg"]),
+        (credentials, ["credentials", "s3://bucket/state"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_bad_input_is_refused_before_anything_is_started(
+    place: Place, tmp_path: Path, change: Change, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    given = place.words(*SMALL, f"run.dir={tmp_path / 'runs'}", *change(place, tmp_path))
+    with pytest.raises(UserError) as raised:
+        tune.main(["--config", str(ROOT / CONFIG), *given])
+    message = str(raised.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert "secret" not in message
+    assert not ray.is_initialized()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "absolute"),
+    [
+        ("run.dir=runs", ""), ("tune.storage=state", ""), ("tune.features=kept", ""), ("tune.data=set", ""),
+        ("tune.ecg_encoder=ecg", ""), ("tune.eeg_encoder={0: /e, 1: eeg}", ""),
+    ],
+    ids=lambda value: value.partition("=")[0],
+)  # fmt: skip
+def test_what_would_vanish_with_a_job_is_refused(
+    place: Place, tmp_path: Path, option: str, absolute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ray_cluster._JOB, "{}")
+    given = place.words(f"run.dir={tmp_path}", option)
+    with pytest.raises(UserError, match=f"{option.partition('=')[0]}=.* is relative, and a Ray job"):
+        tune.main(["--config", str(ROOT / CONFIG), *given])
+
+
+def test_no_cluster_at_the_address(place: Place, tmp_path: Path) -> None:
+    run = Sweep(place, tmp_path, "alone", {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"})
+    assert run() == 2
+    (line,) = run.told()
+    assert "no Ray cluster answers at 127.0.0.1:" in line
+    assert not run.path.exists()

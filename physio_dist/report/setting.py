@@ -24,7 +24,8 @@ def dataset(run: Given) -> Section:
         if isinstance(splits, dict):
             rows.append(("Windows", ", ".join(f"{name} {plain(count)}" for name, count in splits.items())))
         rows += [("People", index.get("people")), ("Rate", _with(index.get("rate"), "Hz"))]
-        rows += [("Channels", index.get("channels")), ("Sources", index.get("sources"))]
+        # Of a paired set by signal, where it tells.
+        rows += [("Channels", index.get("signals") or index.get("channels")), ("Sources", index.get("sources"))]
         if (flag := index.get("simulated")) is not None:
             rows.append(("Signals", "SIMULATED" if flag else "recorded"))
         shown = [[Cell(label), Cell(plain(value))] for label, value in rows if value not in (None, "", [])]

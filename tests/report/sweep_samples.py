@@ -227,10 +227,11 @@ tune:
 
 def paired_data(simulated: bool = False) -> dict[str, Any]:
     """The paired shard set's description."""
-    channels = {"ecg": ["I", "II"], "eeg": ["Fp1", "Fp2", "Cz"]}
-    index: dict[str, Any] = {"url": "s3://bucket/paired/index.json", "fingerprint": "sha256:" + "cd34" * 16}
+    signals = {"ecg": ["I", "II"], "eeg": ["Fp1", "Fp2", "Cz"]}
+    channels = [name for names in signals.values() for name in names]
+    index: dict[str, Any] = {"url": "s3://someone:secret@bucket/paired/index.json", "fingerprint": "ab34" * 16}
     index |= {"splits": {"train": 288}, "people": 12, "rate": 200, "channels": channels, "simulated": simulated}
-    return {"indexes": [index | {"sources": ["simulate"]}]}
+    return {"indexes": [index | {"signals": signals, "sources": ["simulate"]}], "encoders": {}}
 
 
 def write_sweep(

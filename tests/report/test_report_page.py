@@ -234,5 +234,5 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(UserError, match=r"neither metrics\.jsonl .* nor results\.json .* run\.dir/run\.name"):
+    with pytest.raises(UserError, match=r"neither metrics\.jsonl .* nor results\.json .*run\.dir/run\.name"):
         render(reader(tmp_path))

@@ -78,8 +78,8 @@ def rows_of(ecg, eeg, fused):
 
 
 def test_people_stand_in_the_order_of_what_fusion_gains():
-    rows = rows_of([0.5, 0.9, 0.6, 0.7], [0.7, 0.5, np.nan, 0.7], [0.8, 0.7, 0.9, 0.7])
-    assert plots.best_single(rows).tolist() == [0.7, 0.9, 0.6, 0.7]
+    rows = rows_of([0.3, 0.9, 0.6, 0.7], [0.4, 0.5, np.nan, 0.7], [0.5, 0.7, 0.9, 0.7])
+    assert plots.best_single(rows).tolist() == [0.4, 0.9, 0.6, 0.7]
     with style():
         found = texts(plots.people_panel("Title", ["p0", "p1", "p2", "p3"], rows, 0.5, "alt"))
     assert [text for text in found if text.startswith("p")] == ["p1", "p3", "p0", "p2"]

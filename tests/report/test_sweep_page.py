@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from report_samples import Page, jsonl, metric_rows, reader
 from sweep_samples import (
+    auc_of,
+    paired_data,
     predictions_file,
     predictions_of,
     results_of,
@@ -154,6 +156,13 @@ def test_simulated_signals_are_called_so_and_measured_against_their_bound(tmp_pa
     assert "Best possible: " not in page.text.replace("Best possible: reached", ""), "bounds are no rows of their own"
 
 
+@pytest.mark.parametrize(("simulated", "data"), [(True, None), (True, paired_data(False)), (False, paired_data(True))])
+def test_the_results_decide_what_is_simulated(tmp_path, simulated, data):
+    raw = None if data is None else json.dumps(data).encode()
+    _, page = page_of(write_sweep(tmp_path, simulated=simulated, data=raw))
+    assert any(attrs.get("class") == "badge" for _, attrs in page.tags) == simulated
+
+
 def test_recorded_signals_have_no_bound(tmp_path):
     _, page = page_of(write_sweep(tmp_path))
     assert "est possible" not in page.text
@@ -198,6 +207,37 @@ def test_people_are_counted(tmp_path):
     equal = f", equal for {same}" if same else ""
     counted = f"for {up} of 12 people{equal};"
     assert f"Accuracy: fused is above the better of a person's single signals {counted}" in page.text
+
+
+def test_what_fusion_adds_is_counted_in_people_too(tmp_path):
+    """Of single people many have an AUC of exactly 1 with both rows: equal is not better."""
+    tensors = predictions_of(windows=6)
+    results = json.dumps(results_of(tensors, CLASSES)).encode()
+    folder = write_sweep(tmp_path, results=results, predictions=predictions_file(tensors, CLASSES, 4))
+    areas = {
+        row: [
+            auc_of(tensors["label"][mine], tensors[f"probability.{row}"][mine, 1])
+            for mine in (tensors["person"] == person for person in np.unique(tensors["person"]))
+        ]
+        for row in ("eeg", "fused")
+    }
+    better = sum(fused > eeg for fused, eeg in zip(areas["fused"], areas["eeg"], strict=True))
+    assert any(fused == eeg for fused, eeg in zip(areas["fused"], areas["eeg"], strict=True))
+    _, page = page_of(folder)
+    gain = auc_of(tensors["label"], tensors["probability.fused"][:, 1])
+    gain -= auc_of(tensors["label"], tensors["probability.eeg"][:, 1])
+    shown = re.escape(f"{gain:+.3f}".replace("-", "\u2212"))
+    assert re.search(rf"EEG alone {shown} \S+ to \S+ {better} of 12", page.text)
+
+
+def test_each_class_has_its_own_area(tmp_path):
+    classes = ("a", "b", "c")
+    tensors = predictions_of(classes=classes)
+    _, page = page_of(write_sweep(tmp_path, classes=classes))
+    for c, name in enumerate(classes):
+        area = auc_of((tensors["label"] == c).astype(int), tensors["probability.fused"][:, c])
+        alt = next(i["alt"] for i in page.images() if (i["alt"] or "").startswith(f"ROC curves of {name}"))
+        assert f"Fused ECG + EEG {area:.3f}" in alt
 
 
 def test_people_of_one_class_are_left_out_and_counted(tmp_path):

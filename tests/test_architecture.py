@@ -22,6 +22,7 @@ MAY_KNOW = {
     "config": {"errors", "options"},
     "options": {"errors", "storage"},
     "cluster": {"errors", "config", "storage", "exits"},
+    "board": set(),
     "errors": set(),
     "lifeline": set(),
     "exits": {"errors"},

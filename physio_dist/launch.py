@@ -8,7 +8,6 @@ thread that no signal reaches, and how they ended to the exit status.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import logging
 import os
@@ -20,7 +19,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -32,6 +30,7 @@ from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from physio_dist import cluster, config, exits
+from physio_dist.board import Board, BoardActor
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
 from physio_dist.training.rundir import map_urls
@@ -44,57 +43,6 @@ _TELL_S = 10.0
 _METRICS = ("step", "samples", "loss", "val_loss", "lr", "grad_norm", "samples_per_s", "data_wait_frac")
 _GOES_ON = "the same command goes on from the newest checkpoint"
 _NOT_BEGUN = "stopped before training began; the same command starts it"
-
-
-@dataclass
-class Board:
-    """What the driver and the ranks tell each other.
-
-    Attributes:
-        stop: why the ranks are to stop, if they are.
-        end: status and message of the rank that ended first, if one had something to tell.
-        at_once: whether this ends the run for all ranks, who may be waiting for the one that ended.
-        ranks: that are at work now.
-        losses: what was lost so far, an entry a broken group of workers.
-    """
-
-    stop: str | None = None
-    end: tuple[int, str] | None = None
-    at_once: bool = False
-    ranks: set[int] = field(default_factory=set)
-    losses: list[str] = field(default_factory=list)
-
-
-class BoardActor:
-    """Keeps the board. Its methods are coroutines, so that one may wait while others are served."""
-
-    def __init__(self) -> None:
-        self._board = Board()
-        self._asked = asyncio.Event()
-
-    async def read(self) -> Board:
-        return self._board
-
-    async def ask_to_stop(self, reason: str) -> None:
-        self._board.stop = self._board.stop or reason
-        self._asked.set()
-
-    async def wait_for_stop(self) -> str:
-        """Answers when the ranks are to stop, with the reason."""
-        await self._asked.wait()
-        return self._board.stop or ""
-
-    async def join(self, rank: int) -> Board:
-        self._board.ranks.add(rank)
-        return self._board
-
-    async def tell_end(self, status: int, message: str, at_once: bool) -> None:
-        if self._board.end is None:
-            self._board.end, self._board.at_once = (status, message), at_once
-
-    async def tell_loss(self, what: str) -> None:
-        self._board.ranks.clear()
-        self._board.losses.append(what)
 
 
 class Watcher(ray.train.UserCallback):  # type: ignore[misc]

@@ -23,6 +23,7 @@ MAY_KNOW = {
     "options": {"errors", "storage"},
     "cluster": {"errors", "config", "storage", "exits"},
     "sweep": {"downstream", "training", "shards", "storage", "config", "errors"},
+    "board": set(),
     "errors": set(),
     "lifeline": set(),
     "exits": {"errors"},

@@ -98,6 +98,12 @@ def test_an_undefined_auc_stops_nothing_and_says_nothing() -> None:
     assert through(asha, "second", a=math.nan, b=0.1) == EPOCHS
     assert asha.last["second"] == {"b": 3}
     assert through(asha, "third", a=0.6, b=0.1) == 3
+    # It is asked as soon as there is something to ask about.
+    fourth = Trial("fourth")
+    for epoch in (1, 2, 3):
+        assert asha.on_trial_result(None, fourth, line(epoch, a=math.nan, b=0.9)) == CONTINUE
+    asha.on_trial_result(None, fourth, line(4, a=0.1, b=0.9))
+    assert asha.last["fourth"] == {"a": 4}
 
 
 def test_a_trial_that_starts_again_is_not_judged_twice() -> None:

@@ -109,7 +109,7 @@ def test_kill_9_of_a_worker_right_after_a_checkpoint(ray_run: Make, undisturbed:
 def test_a_signal_to_the_driver_saves_and_ends_with_75(
     ray_run: Make, undisturbed: Callable[..., Run], number: signal.Signals
 ) -> None:
-    long = ("train.steps=120", "train.save_every=1000", "train.val_every=1000")
+    long = ("train.steps=60", "train.save_every=1000", "train.val_every=1000")
     run, reference = ray_run(*long), undisturbed(*long)
     process = run.start()
     try:
@@ -150,7 +150,7 @@ def test_a_stopped_job_saves_first(ray_run: Make, checkout: Path, ray_nodes: Clu
 def test_a_killed_driver_takes_its_ranks_along_and_the_next_goes_on(
     ray_run: Make, undisturbed: Callable[..., Run], ray_nodes: Cluster
 ) -> None:
-    run, reference = ray_run("train.steps=120"), undisturbed("train.steps=120")
+    run, reference = ray_run("train.steps=60"), undisturbed("train.steps=60")
     process = run.start()
     try:
         wait_for_checkpoint(run, 5, process)

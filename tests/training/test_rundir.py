@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from physio_dist import config, storage
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import UserError
 from physio_dist.training import lease
@@ -54,6 +55,15 @@ def test_what_may_differ_on_resume_and_what_may_not(tmp_path: Path) -> None:
     other.run.seed, other.model.dropout, other.data.index = 5, 0.0, "others"
     with pytest.raises(UserError, match=r"data\.index.*model\.dropout.*run\.seed"):
         compare_config(run, other)
+
+
+def test_a_path_is_the_same_by_either_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, near, far = RunDir(str(tmp_path / "run"), 0), options(), options()
+    near.data.index, far.data.index = "sets/a", str(tmp_path / "sets" / "a")
+    for there, now in ((near, far), (far, near)):
+        storage.write_bytes(run.file("config.yaml"), config.to_yaml(there).encode())
+        compare_config(run, now)
 
 
 HOLD = """

@@ -1,0 +1,60 @@
+"""What the driver of a run and its ranks tell each other.
+
+A module of its own, because the process that keeps the board should not have to import what trains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Board:
+    """What the driver and the ranks tell each other.
+
+    Attributes:
+        stop: why the ranks are to stop, if they are.
+        end: status and message of the rank that ended first, if one had something to tell.
+        at_once: whether this ends the run for all ranks, who may be waiting for the one that ended.
+        ranks: that are at work now.
+        losses: what was lost so far, an entry a broken group of workers.
+    """
+
+    stop: str | None = None
+    end: tuple[int, str] | None = None
+    at_once: bool = False
+    ranks: set[int] = field(default_factory=set)
+    losses: list[str] = field(default_factory=list)
+
+
+class BoardActor:
+    """Keeps the board, as a Ray actor. Its methods are coroutines, so that one may wait while others are served."""
+
+    def __init__(self) -> None:
+        self._board = Board()
+        self._asked = asyncio.Event()
+
+    async def read(self) -> Board:
+        return self._board
+
+    async def ask_to_stop(self, reason: str) -> None:
+        self._board.stop = self._board.stop or reason
+        self._asked.set()
+
+    async def wait_for_stop(self) -> str:
+        """Answers when the ranks are to stop, with the reason."""
+        await self._asked.wait()
+        return self._board.stop or ""
+
+    async def join(self, rank: int) -> Board:
+        self._board.ranks.add(rank)
+        return self._board
+
+    async def tell_end(self, status: int, message: str, at_once: bool) -> None:
+        if self._board.end is None:
+            self._board.end, self._board.at_once = (status, message), at_once
+
+    async def tell_loss(self, what: str) -> None:
+        self._board.ranks.clear()
+        self._board.losses.append(what)

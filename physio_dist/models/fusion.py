@@ -128,9 +128,10 @@ class ConcatHead(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.out = nn.Linear(sizes[-1], classes)
-        # It begins without an opinion: the little that a few epochs on few people teach is not mixed with noise.
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        if depth == 0:
+            # A linear head begins without an opinion: the little that few people teach it is not mixed with noise.
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def reduce_by(self, reductions: Mapping[str, Reduction]) -> None:
         """Take each modality's statistics and its first axes."""

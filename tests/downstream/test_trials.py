@@ -113,7 +113,7 @@ def test_a_head_reads_nothing_of_its_validation_people() -> None:
         x[valid] = 1e6
     label = TABLE.label.copy()
     label[valid] = 1 - label[valid]
-    other = with_label(replace(only, inputs=spoilt), label)
+    other = with_label(changed(only, inputs=spoilt), label)
     choice = [Choice(CONFIG, 4, 0.5)]
     assert np.array_equal(predict(only, "fused", choice)[0], predict(other, "fused", choice)[0])
 

@@ -104,7 +104,9 @@ pretrain quickstart-eeg "$paired" data.signal=eeg
 
 say "5/5  both encoders frozen, their features concatenated, a sweep of heads on Ray: python -m physio_dist.tune"
 read -r fingerprint _ < <(facts "$paired")
-put_aside runs/quickstart-fusion data.json "$fingerprint"
+hash_of() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))["encoder_sha256"])' "$1/encoder/config.json"; }
+put_aside runs/quickstart-fusion data.json \
+    "$fingerprint" "$(hash_of runs/quickstart)" "$(hash_of runs/quickstart-eeg)"
 python -m physio_dist.tune --config configs/tune/quickstart.yaml "tune.data=$paired" "tune.label=$label" \
     tune.ecg_encoder=runs/quickstart/encoder tune.eeg_encoder=runs/quickstart-eeg/encoder
 

@@ -282,7 +282,9 @@ def _sweep(
         kept = f", {len(ledger.ended)} of them done in an earlier attempt" if ledger.ended else ""
         rows = len(study.SEARCHED)
         say(f"{len(ledger.trials)} trials: {options.tune.trials} configurations for each of {rows} rows{kept}")
-        say(f"while they run: tensorboard --logdir {directory.file(sweep.BOARD)}")
+        # Otherwise TensorBoard would not notice trials that begin after it did.
+        fresh = "" if storage.is_local(directory.url) else "FSSPEC_S3='{\"use_listings_cache\": false}' "
+        say(f"while they run: {fresh}tensorboard --logdir {directory.file(sweep.BOARD)}")
         search(options, ledger, prepared, held.attempt, say)
         say(ledger.standing())
     finally:

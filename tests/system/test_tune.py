@@ -347,6 +347,8 @@ def test_a_sweep_whose_artefacts_are_all_in_a_bucket(sweep: Make, ray_nodes: Clu
     assert s3.secret not in run.said()
     assert not [file for file in s3.folder.rglob("*") if file.is_file() and s3.secret.encode() in file.read_bytes()]
     assert not (run.folder / "s3:").exists()
+    fresh = "FSSPEC_S3='{\"use_listings_cache\": false}'"
+    assert f"while they run: {fresh} tensorboard --logdir {run.run_dir}/cloud/tensorboard" in run.told()
 
 
 def test_a_trial_that_fails_ends_the_sweep_and_is_told_once(

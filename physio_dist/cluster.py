@@ -6,6 +6,7 @@ Tokens, certificates and credentials come from the environment of the nodes; not
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -68,6 +69,7 @@ def connect(say: Say) -> None:
     limit.daemon = True
     if address not in ("", "local"):
         limit.start()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         # Ray says in a dozen lines what is said here in one.
         context = ray.init(logging_level="WARNING", log_to_driver=True)
@@ -86,6 +88,9 @@ def connect(say: Say) -> None:
         raise UserError(f"cannot join the Ray cluster{_at(address)}: {' '.join(str(error).split())}") from None
     finally:
         limit.cancel()
+        if threading.current_thread() is threading.main_thread():
+            # Ray takes it over, and would end the process with a status of its own.
+            signal.signal(signal.SIGTERM, on_sigterm)
     global _dashboard
     _dashboard = context.dashboard_url or ""
     ours = any(child.name() == "gcs_server" for child in psutil.Process().children())

@@ -9,13 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import S3
-from tests.system.clusters import Cluster, RayRun
+from tests.system.clusters import MARK, Cluster, RayRun, marked
 from tests.system.launching import BIN, CONFIG, ROOT, Run, end_session, wait_until
 
 Make = Callable[..., RayRun]
@@ -28,6 +31,20 @@ def ray_run(ray_nodes: Cluster, simulated: str, tmp_path: Path) -> Make:
         return RayRun(tmp_path, name, simulated, options, cluster=ray_nodes)
 
     return make
+
+
+@pytest.fixture()
+def own_cluster() -> Iterator[dict[str, str]]:
+    """An environment in which a driver starts a cluster of its own; what is left of one afterwards is a failure."""
+    mark = {MARK: uuid.uuid4().hex}
+    # Ray puts sockets there, whose paths must be short.
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    yield {"RAY_ADDRESS": "local", "RAY_TMPDIR": folder, **mark}
+    left = marked(mark[MARK])
+    for process in left:
+        process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+    assert not left
 
 
 @pytest.fixture()
@@ -107,21 +124,24 @@ def test_kill_9_of_a_worker_right_after_a_checkpoint(ray_run: Make, undisturbed:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_driver_saves_and_ends_with_75(
-    ray_run: Make, undisturbed: Callable[..., Run], number: signal.Signals
+    ray_run: Make, undisturbed: Callable[..., Run], own_cluster: dict[str, str], number: signal.Signals
 ) -> None:
     long = ("train.steps=60", "train.save_every=1000", "train.val_every=1000")
     run, reference = ray_run(*long), undisturbed(*long)
+    if number == signal.SIGINT:
+        run.env = own_cluster
     process = run.start()
     try:
         run.wait_for_step(process, 3)
         if number == signal.SIGINT:
-            # A terminal sends it to the whole foreground group.
+            # A terminal sends it to the whole foreground group, here with the cluster that the driver started.
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
         assert process.wait(timeout=120) == 75, run.said()
     finally:
         end_session(process)
+    assert run.told()[0].startswith("started a Ray cluster" if number == signal.SIGINT else "Ray cluster at ")
     saved = max(run.metrics())
     assert run.told()[-1] == f"stopped: stopped ({number.name}) after saving step {saved} (exit status 75)"
     assert any(line.startswith(f"{number.name}: the ranks finish their step") for line in run.told())
@@ -224,6 +244,44 @@ def test_a_range_of_workers_takes_what_there_is(ray_run: Make, undisturbed: Call
     (attempt,) = json.loads((run.path / "attempts.json").read_text())
     assert attempt["world"] == 2
     agree(run, reference)
+
+
+def test_a_lost_node_costs_a_range_of_workers_only_time(
+    ray_run: Make, undisturbed: Callable[..., Run], ray_nodes: Cluster
+) -> None:
+    exact = ("zero.stage=1", "train.precision=fp32", "model.dropout=0")
+    run, reference = ray_run(*exact, "train.steps=60"), undisturbed(*exact, "train.steps=60")
+    node = ray_nodes.add_node()
+    process = run.start(extra=("cluster.workers=[1,3]",))
+    try:
+        wait_for_checkpoint(run, 5, process)
+        ray_nodes.lose(node)
+        assert process.wait(timeout=180) == 0, run.said()
+    finally:
+        end_session(process)
+        ray_nodes.lose(node)
+    assert [note["world"] for note in json.loads((run.path / "attempts.json").read_text())] == [3, 2]
+    assert run.starts()[1] >= 5
+    assert run.trace() == reference.trace()
+    ours = [line["loss"] for line in run.metrics().values()]
+    np.testing.assert_allclose(ours, [line["loss"] for line in reference.metrics().values()], atol=1e-3)
+
+
+def test_a_node_that_does_not_come_back_is_waited_for_aloud(ray_run: Make, ray_nodes: Cluster) -> None:
+    run = ray_run("train.steps=100000")
+    node = ray_nodes.add_node()
+    process = run.start(ranks=3)
+    try:
+        wait_for_checkpoint(run, 5, process)
+        ray_nodes.lose(node)
+        assert process.wait(timeout=180) == 2, run.said()
+    finally:
+        end_session(process)
+        ray_nodes.lose(node)
+    short = "asked for 3 worker(s) of 1 CPU(s); the cluster has 2 CPU(s) and 0 GPU(s) on 2 node(s)"
+    assert sum(short in line for line in run.told() if line.startswith("no room for the ranks, ")) >= 4
+    assert short in run.told()[-1]
+    assert "goes on from the newest checkpoint" in run.told()[-1]
 
 
 def test_too_few_resources_are_told_with_what_is_there(ray_run: Make) -> None:

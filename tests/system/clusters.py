@@ -38,6 +38,7 @@ class Cluster:
     """Ray nodes of one CPU each, with token authentication.
 
     Attributes:
+        nodes: beside the head.
         env: what a client of the cluster needs.
         dashboard: URL that ``ray job submit`` takes.
     """
@@ -58,11 +59,12 @@ class Cluster:
         self.env = {**token, "RAY_ADDRESS": self.address}
         ports = ["--port", self.address.rpartition(":")[2], "--dashboard-port", str(dashboard_port)]
         client = ["--ray-client-server-port", str(free_port())]
-        self.head = self._start("--head", *ports, *client)
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self._start("--head", *ports, *client)
 
-    def add_node(self) -> subprocess.Popen[bytes]:
+    def add_node(self) -> None:
         """Start a further node."""
-        return self._start("--address", self.address)
+        self.nodes.append(self._start("--address", self.address))
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
         number = len(list(self.folder.glob("*.log")))
@@ -84,13 +86,10 @@ class Cluster:
         wait_until(up, "a Ray node to start")
         return process
 
-    def lose(self, node: subprocess.Popen[bytes]) -> None:
-        """The machine of a node loses its power."""
-        try:
-            family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return
-        for process in family:
+    def lose_node(self) -> None:
+        """A node's machine loses its power."""
+        node = self.nodes.pop()
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         node.wait()

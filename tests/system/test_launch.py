@@ -22,6 +22,8 @@ from tests.system.clusters import MARK, Cluster, RayRun, marked
 from tests.system.launching import BIN, CONFIG, ROOT, Run, end_session, wait_until
 
 Make = Callable[..., RayRun]
+# Long enough to be disturbed in the middle, with no checkpoint before.
+LONG = ("train.steps=60", "train.save_every=1000", "train.val_every=1000")
 EXACT = ("loss", "loss_intra", "loss_inter", "val_loss", "grad_norm", "lr")
 
 
@@ -106,7 +108,7 @@ def test_a_submitted_job_trains_as_the_deepspeed_launcher_does(
 
 
 def test_kill_9_of_a_worker_right_after_a_checkpoint(ray_run: Make, undisturbed: Callable[..., Run]) -> None:
-    run, reference = ray_run("zero.stage=2"), undisturbed("zero.stage=2")
+    run, reference = ray_run("zero.stage=1"), undisturbed("zero.stage=1")
     assert run.cluster is not None
     process = run.start()
     try:
@@ -126,8 +128,7 @@ def test_kill_9_of_a_worker_right_after_a_checkpoint(ray_run: Make, undisturbed:
 def test_a_signal_to_the_driver_saves_and_ends_with_75(
     ray_run: Make, undisturbed: Callable[..., Run], own_cluster: dict[str, str], number: signal.Signals
 ) -> None:
-    long = ("train.steps=60", "train.save_every=1000", "train.val_every=1000")
-    run, reference = ray_run(*long), undisturbed(*long)
+    run, reference = ray_run(*LONG), undisturbed(*LONG)
     if number == signal.SIGINT:
         run.env = own_cluster
     process = run.start()
@@ -170,7 +171,7 @@ def test_a_stopped_job_saves_first(ray_run: Make, checkout: Path, ray_nodes: Clu
 def test_a_killed_driver_takes_its_ranks_along_and_the_next_goes_on(
     ray_run: Make, undisturbed: Callable[..., Run], ray_nodes: Cluster
 ) -> None:
-    run, reference = ray_run("train.steps=60"), undisturbed("train.steps=60")
+    run, reference = ray_run(*LONG, "train.save_every=5"), undisturbed(*LONG)
     process = run.start()
     try:
         wait_for_checkpoint(run, 5, process)
@@ -246,40 +247,44 @@ def test_a_range_of_workers_takes_what_there_is(ray_run: Make, undisturbed: Call
     agree(run, reference)
 
 
+@pytest.fixture()
+def losing(ray_nodes: Cluster) -> Iterator[Callable[[], None]]:
+    """Loses one of the two nodes; another takes its place after the test."""
+    yield ray_nodes.lose_node
+    while not ray_nodes.nodes:
+        ray_nodes.add_node()
+
+
 def test_a_lost_node_costs_a_range_of_workers_only_time(
-    ray_run: Make, undisturbed: Callable[..., Run], ray_nodes: Cluster
+    ray_run: Make, undisturbed: Callable[..., Run], losing: Callable[[], None]
 ) -> None:
     exact = ("zero.stage=1", "train.precision=fp32", "model.dropout=0")
-    run, reference = ray_run(*exact, "train.steps=60"), undisturbed(*exact, "train.steps=60")
-    node = ray_nodes.add_node()
-    process = run.start(extra=("cluster.workers=[1,3]",))
+    run, reference = ray_run(*exact), undisturbed(*exact)
+    process = run.start(extra=("cluster.workers=[1,2]",))
     try:
         wait_for_checkpoint(run, 5, process)
-        ray_nodes.lose(node)
-        assert process.wait(timeout=180) == 0, run.said()
+        losing()
+        assert process.wait(timeout=240) == 0, run.said()
     finally:
         end_session(process)
-        ray_nodes.lose(node)
-    assert [note["world"] for note in json.loads((run.path / "attempts.json").read_text())] == [3, 2]
-    assert run.starts()[1] >= 5
+    assert [note["world"] for note in json.loads((run.path / "attempts.json").read_text())] == [2, 1]
+    assert run.starts()[1] in (5, 10)
     assert run.trace() == reference.trace()
     ours = [line["loss"] for line in run.metrics().values()]
     np.testing.assert_allclose(ours, [line["loss"] for line in reference.metrics().values()], atol=1e-3)
 
 
-def test_a_node_that_does_not_come_back_is_waited_for_aloud(ray_run: Make, ray_nodes: Cluster) -> None:
+def test_a_node_that_does_not_come_back_is_waited_for_aloud(ray_run: Make, losing: Callable[[], None]) -> None:
     run = ray_run("train.steps=100000")
-    node = ray_nodes.add_node()
-    process = run.start(ranks=3)
+    process = run.start()
     try:
         wait_for_checkpoint(run, 5, process)
-        ray_nodes.lose(node)
-        assert process.wait(timeout=180) == 2, run.said()
+        losing()
+        assert process.wait(timeout=240) == 2, run.said()
     finally:
         end_session(process)
-        ray_nodes.lose(node)
-    short = "asked for 3 worker(s) of 1 CPU(s); the cluster has 2 CPU(s) and 0 GPU(s) on 2 node(s)"
-    assert sum(short in line for line in run.told() if line.startswith("no room for the ranks, ")) >= 4
+    short = "asked for 2 worker(s) of 1 CPU(s); the cluster has 1 CPU(s) and 0 GPU(s) on 1 node(s)"
+    assert sum(short in line for line in run.told() if line.startswith("no room for the ranks, ")) >= 3
     assert short in run.told()[-1]
     assert "goes on from the newest checkpoint" in run.told()[-1]
 
@@ -300,17 +305,6 @@ def test_more_ranks_than_samples_are_refused(ray_run: Make) -> None:
     run = ray_run()
     assert run(ranks=17) == 2
     assert "17 ranks cannot share train.global_batch=16" in run.told()[-1]
-
-
-@pytest.mark.parametrize("option", ["run.dir", "data.index", "data.cache_dir", "resume"])
-def test_a_relative_path_in_a_job_is_refused(ray_run: Make, option: str) -> None:
-    """As `ray job submit` starts the driver; that Ray does is shown above."""
-    run = ray_run()
-    run.env = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
-    assert run(extra=(f"{option}=some/where",)) == 2
-    assert f"{option}=some/where is relative" in run.told()[-1]
-    assert "absolute path" in run.told()[-1]
-    assert len(run.told()) == 1
 
 
 def test_a_relative_run_dir_in_a_submitted_job_is_refused(ray_run: Make, checkout: Path) -> None:
@@ -356,5 +350,5 @@ def test_a_cluster_that_wants_a_token(ray_nodes: Cluster, ray_run: Make) -> None
     run = ray_run()
     run.env = {"RAY_AUTH_TOKEN": "b" * 64}
     assert run() == 2
-    assert "wants a token" in run.told()[-1]
+    assert f"the Ray cluster at {ray_nodes.address} wants a token" in run.told()[-1]
     assert "b" * 64 not in run.said()

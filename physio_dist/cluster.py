@@ -6,6 +6,7 @@ Tokens, certificates and credentials come from the environment of the nodes; not
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -67,29 +68,36 @@ def connect(say: Say, hear_workers: bool = True) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address not in ("", "auto", "local"):
         _probe(address)
+        # It answers, so that Ray need not try for 20 s what a wrong token will not change.
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")
     # What speaks HTTP/2 and is no cluster is asked by Ray for minutes, in a call that nothing interrupts.
     limit = threading.Timer(_CONNECT_S, _give_up, (address,))
     limit.daemon = True
     if address not in ("", "local"):
         limit.start()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         # Ray says in a dozen lines what is said here in one.
         context = ray.init(logging_level="WARNING", log_to_driver=hear_workers)
-    except AuthenticationError as error:
-        raise UserError(
-            f"the Ray cluster{_at(address)} wants a token ({_first_line(error)}): set RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH to the cluster's"
-        ) from None
-    except ConnectionError as error:
+    except (AuthenticationError, ConnectionError) as error:
+        # A wrong token surfaces as a failed connection, for a reason that stands further down.
+        if isinstance(error, AuthenticationError) or "AuthenticationError" in _causes(error):
+            raise UserError(
+                f"the Ray cluster{_at(address)} wants a token, and there is none or a wrong one: set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
+            ) from None
         raise UserError(
             f"there is no Ray cluster{_at(address)} ({_first_line(error)}): start one with `ray start --head`, correct "
-            "RAY_ADDRESS, or unset it to use this machine alone"
+            "RAY_ADDRESS, or set it to local to use this machine alone"
         ) from None
     except (RuntimeError, ValueError) as error:
         # Ray has no class of its own for a cluster of another version.
         raise UserError(f"cannot join the Ray cluster{_at(address)}: {' '.join(str(error).split())}") from None
     finally:
         limit.cancel()
+        if threading.current_thread() is threading.main_thread():
+            # Ray takes it over, and would end the process with a status of its own.
+            signal.signal(signal.SIGTERM, on_sigterm)
     global _dashboard
     _dashboard = context.dashboard_url or ""
     ours = any(child.name() == "gcs_server" for child in psutil.Process().children())
@@ -190,7 +198,7 @@ def _probe(address: str) -> None:
         why = error.strerror or str(error) or type(error).__name__
         raise UserError(
             f"no Ray cluster answers at {address} ({why}): start one with `ray start --head`, correct RAY_ADDRESS, or "
-            "unset it to use this machine alone"
+            "set it to local to use this machine alone"
         ) from None
     if len(answer) < 4 or answer[3] != _SETTINGS:
         raise UserError(f"what answers at {address} is no Ray cluster: RAY_ADDRESS takes the cluster's HOST:PORT")
@@ -209,6 +217,14 @@ def _gcs_address() -> str:
 
 def _at(address: str) -> str:
     return f" at {address}" if address else ""
+
+
+def _causes(error: BaseException | None) -> str:
+    told = []
+    while error is not None:
+        told.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(told)
 
 
 def _first_line(error: BaseException) -> str:

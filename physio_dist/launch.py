@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     workers = config.workers(options.cluster)
     if workers[0] > options.train.global_batch:
         raise UserError(f"{workers[0]} ranks cannot share train.global_batch={options.train.global_batch}")
+    exits.interrupt_on_sigterm()
     cluster.connect(_say)
     try:
         Launch(options, workers[0], min(workers[1], options.train.global_batch)).run()
@@ -109,25 +110,26 @@ class Launch:
         Raises:
             PhysioError: how the run ended, where it is not done.
         """
-        with self._signals():
-            # It would log every line a second time.
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-            cluster.require(self.cpus, self.gpus, self.least, self.options.cluster.wait_s, _say, "cluster.wait_s")
-            many = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
-            each = f"{self.cpus:g} CPU(s)" + (f" and {self.gpus:g} GPU" if self.gpus else "")
-            _say(f"run {self.url}: {many} rank(s) of {each}, up to {self.options.cluster.max_failures} restart(s)")
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            board = ray.remote(BoardActor).options(num_cpus=0, scheduling_strategy=here).remote()
-            # Ray Train wants a folder. Nothing of value lies there: checkpoints are found in the run's own.
-            storage = tempfile.mkdtemp(prefix="physio-dist-")
-            try:
-                trainer = self._trainer(board, storage)
-                thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
+        cluster.require(self.cpus, self.gpus, self.least, self.options.cluster.wait_s, _say, "cluster.wait_s")
+        many = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+        each = f"{self.cpus:g} CPU(s)" + (f" and {self.gpus:g} GPU" if self.gpus else "")
+        _say(f"run {self.url}: {many} rank(s) of {each}, up to {self.options.cluster.max_failures} restart(s)")
+        # Lines would be logged a second time.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(BoardActor).options(num_cpus=0, scheduling_strategy=here).remote()
+        # Ray Train wants a folder. Nothing of value lies there: checkpoints are found in the run's own.
+        storage = tempfile.mkdtemp(prefix="physio-dist-")
+        try:
+            thread = threading.Thread(target=self._fit, args=(self._trainer(board, storage),), daemon=True)
+            with self._signals():
                 thread.start()
-                board_now = self._follow(board, thread)
-            finally:
-                shutil.rmtree(storage, ignore_errors=True)
-        self._conclude(board_now)
+                last = self._follow(board, thread)
+        except ray.exceptions.RayError as error:
+            raise PhysioError(f"lost the cluster ({_last_line(error)}); {_GOES_ON}") from error
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+        self._conclude(last)
 
     def _trainer(self, board: Any, storage: str) -> Any:
         resources = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
@@ -189,8 +191,9 @@ class Launch:
                 _say(f"{self._asked}: the ranks finish their step, save it and stop; a second one ends them at once")
             if asked_at is not None and clock - asked_at > _STOP_S:
                 raise PhysioError(f"the ranks did not stop within {_STOP_S:g} s; the newest checkpoint counts")
-            for loss in now.losses[told_losses:]:
-                _say(f"lost a worker ({loss}); Ray starts the ranks again from the newest checkpoint")
+            for count, loss in list(enumerate(now.losses, 1))[told_losses:]:
+                again = count <= self.options.cluster.max_failures
+                _say(f"lost a worker ({loss})" + ("; Ray starts the ranks again" if again else ""))
             told_losses = len(now.losses)
             if now.ranks:
                 heard = told = clock
@@ -202,10 +205,11 @@ class Launch:
         """No rank is at work: say so, and give up where there is no room for them."""
         if self._asked is not None:
             raise Stopped(f"stopped while no rank was at work; {_GOES_ON}")
-        if cluster.room(self.cpus, self.gpus) >= self.least:
-            _say(f"Ray is starting the workers, {seconds:.0f} s so far")
-            return
         what = cluster.shortage(self.cpus, self.gpus, self.least)
+        if cluster.room(self.cpus, self.gpus) >= self.least:
+            # What takes longer is a node that others fill, most of the time.
+            _say(f"Ray is starting the workers, {seconds:.0f} s so far" + (f": {what}" if seconds > _REPLACE_S else ""))
+            return
         if seconds > max(_REPLACE_S, self.options.cluster.wait_s):
             raise UserError(f"{what}. Waited {seconds:.0f} s in vain; {_GOES_ON}")
         _say(f"no room for the ranks, {seconds:.0f} s so far: {what}")
@@ -215,6 +219,11 @@ class Launch:
             status, message = board.end
             kind = {2: UserError, 3: DataError, EXIT_STOPPED: Stopped}.get(status, PhysioError)
             raise kind(message)
+        if self._failure is not None and "No module named 'physio_dist" in str(self._failure):
+            raise UserError(
+                "a node of the cluster has no physio_dist: `ray job submit --working-dir . -- python -m "
+                "physio_dist.launch ...` from a checkout brings it along, or install it on every node"
+            )
         if self._failure is not None:
             why = board.losses[-1] if board.losses else _last_line(self._failure)
             count = max(len(board.losses) - 1, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -20,13 +21,24 @@ from tests.conftest import S3
 from tests.system.launching import BIN, CONFIG, ROOT, Run, free_port, wait_until
 
 # Every process of a cluster carries it in its environment, whatever it calls itself.
-_MARK = "PHYSIO_DIST_TEST_CLUSTER"
+MARK = "PHYSIO_DIST_TEST_CLUSTER"
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes with a mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 class Cluster:
     """Ray nodes of one CPU each, with token authentication.
 
     Attributes:
+        nodes: beside the head.
         env: what a client of the cluster needs.
         dashboard: URL that ``ray job submit`` takes.
     """
@@ -40,18 +52,19 @@ class Cluster:
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
         self._node_env = {
-            **os.environ, **env, **token, _MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+            **os.environ, **env, **token, MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
             # A job that is stopped gets the time to save; Ray's own 3 s may be too few on a busy machine.
             "RAY_JOB_STOP_WAIT_TIME_S": "60",
         }  # fmt: skip
         self.env = {**token, "RAY_ADDRESS": self.address}
         ports = ["--port", self.address.rpartition(":")[2], "--dashboard-port", str(dashboard_port)]
         client = ["--ray-client-server-port", str(free_port())]
-        self.head = self._start("--head", *ports, *client)
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self._start("--head", *ports, *client)
 
-    def add_node(self) -> subprocess.Popen[bytes]:
+    def add_node(self) -> None:
         """Start a further node."""
-        return self._start("--address", self.address)
+        self.nodes.append(self._start("--address", self.address))
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
         number = len(list(self.folder.glob("*.log")))
@@ -73,26 +86,25 @@ class Cluster:
         wait_until(up, "a Ray node to start")
         return process
 
+    def lose_node(self) -> None:
+        """A node's machine loses its power."""
+        node = self.nodes.pop()
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait()
+
     def processes(self) -> list[psutil.Process]:
         """All living processes of the cluster."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return marked(self.mark)
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train."""
         found = []
         for process in self.processes():
-            try:
+            with contextlib.suppress(psutil.Error):
                 if "RayTrainWorker" in " ".join(process.cmdline()):
                     found.append(process)
-            except psutil.Error:
-                continue
         return found
 
     def end(self) -> None:
@@ -101,10 +113,8 @@ class Cluster:
         for _ in range(50):
             living = self.processes()
             for process in living:
-                try:
+                with contextlib.suppress(psutil.Error):
                     process.kill()
-                except psutil.Error:
-                    continue
             if not living:
                 break
             time.sleep(0.1)

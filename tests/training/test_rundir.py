@@ -16,7 +16,7 @@ from physio_dist import config, storage
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import UserError
 from physio_dist.training import lease
-from physio_dist.training.rundir import RunDir, compare_config, write_config
+from physio_dist.training.rundir import RunDir, compare_config, map_urls, write_config
 
 
 def options(**train: object) -> PretrainConfig:
@@ -64,6 +64,41 @@ def test_a_path_is_the_same_by_either_name(tmp_path: Path, monkeypatch: pytest.M
     for there, now in ((near, far), (far, near)):
         storage.write_bytes(run.file("config.yaml"), config.to_yaml(there).encode())
         compare_config(run, now)
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under another launcher, which runs elsewhere and makes paths absolute."""
+    monkeypatch.chdir(tmp_path)
+    run = RunDir("run", 0)
+    write_config(run, options())
+    assert f"index: {tmp_path}/shards\n" in (tmp_path / "run" / "config.yaml").read_text()
+    elsewhere = options()
+    elsewhere.run.dir, elsewhere.data.index = str(tmp_path / "other"), str(tmp_path / "shards")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    compare_config(run, elsewhere)
+    with pytest.raises(UserError, match=r"data\.index"):
+        compare_config(run, options())
+    elsewhere.data.index = [{"url": "../shards", "weight": 2.0}, {"url": "s3://bucket/more"}]
+    write_config(run, elsewhere)
+    elsewhere.data.index = [{"url": str(tmp_path / "sub/../shards"), "weight": 2.0}, {"url": "s3://bucket/more"}]
+    compare_config(run, elsewhere)
+    elsewhere.data.index[0]["weight"] = 1.0
+    with pytest.raises(UserError, match=r"data\.index"):
+        compare_config(run, elsewhere)
+
+
+def test_every_url_of_the_options_is_mapped() -> None:
+    given = options()
+    given.data.index = [{"url": "a", "weight": 2.0}, {"url": "b"}]
+    given.run.dir, given.data.cache_dir, given.resume = "c", "d", "e"
+    seen = map_urls(given, lambda url, option: f"{option}:{url}")
+    assert seen.data.index == [{"url": "data.index:a", "weight": 2.0}, {"url": "data.index:b"}]
+    assert (seen.run.dir, seen.data.cache_dir, seen.resume) == ("run.dir:c", "data.cache_dir:d", "resume:e")
+    assert given.run.dir == "c"
+    for word in ("auto", "none"):
+        given.resume = word
+        assert map_urls(given, lambda url, option: "x").resume == word
 
 
 HOLD = """

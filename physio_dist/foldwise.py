@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
@@ -24,24 +25,23 @@ class FoldwiseAsha(FIFOScheduler):  # type: ignore[misc]
 
     Args:
         max_epochs: of a trial.
+        past: trials of earlier attempts, taken for ones that have run here.
 
     Attributes:
         last: trial -> fold -> last epoch that counts in the selection for that fold.
     """
 
-    def __init__(self, max_epochs: int) -> None:
+    def __init__(self, max_epochs: int, past: Iterable[TrialRecord]) -> None:
         super().__init__()
         self._max_epochs = max_epochs
         self._of: dict[tuple[str, str], AsyncHyperBandScheduler] = {}
         self._known: set[tuple[str, str]] = set()
         self._seen: dict[str, int] = {}
         self.last: dict[str, dict[str, int]] = {}
-
-    def replay(self, record: TrialRecord) -> None:
-        """Take a trial of an earlier attempt for one that has run here."""
-        trial = _Past(record.trial, {"trial": {"name": record.trial, "row": record.row}})
-        for line in record.history:
-            self.on_trial_result(None, trial, {"line": line})
+        for record in past:
+            trial = _Past(record.trial, {"trial": {"name": record.trial, "row": record.row}})
+            for line in record.history:
+                self.on_trial_result(None, trial, {"line": line})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Ask the scheduler of every fold that is still in."""

@@ -208,10 +208,8 @@ def search(
     """
     if not ledger.left:
         return
-    asha = FoldwiseAsha(options.tune.max_epochs) if options.tune.scheduler == "asha" else None
-    if asha is not None:
-        for record in ledger.records():
-            asha.replay(record)
+    early = options.tune.scheduler == "asha"
+    asha = FoldwiseAsha(options.tune.max_epochs, ledger.records()) if early else None
     filesystem, path = _for_arrow(options.tune.storage)
     trials = [{"name": trial.name, "row": trial.row, "config": trial.config} for trial in ledger.left]
     # In the object store once; a node's trials share one copy of its arrays.

@@ -36,7 +36,7 @@ def through(asha: FoldwiseAsha, name: str, row: str = "fused", upto: int = EPOCH
 
 
 def test_one_fold_stops_and_the_other_goes_on() -> None:
-    asha = FoldwiseAsha(EPOCHS)
+    asha = FoldwiseAsha(EPOCHS, [])
     assert through(asha, "first", a=0.7, b=0.7) == EPOCHS
     # Behind in fold a alone: out of it at the first look, and in fold b to the end.
     assert through(asha, "second", a=0.6, b=0.8) == EPOCHS
@@ -47,7 +47,7 @@ def test_one_fold_stops_and_the_other_goes_on() -> None:
 
 
 def test_a_fold_that_is_out_is_not_asked_again() -> None:
-    asha = FoldwiseAsha(EPOCHS)
+    asha = FoldwiseAsha(EPOCHS, [])
     through(asha, "first", a=0.7, b=0.7)
     second = Trial("second")
     for epoch in (1, 2, 3):
@@ -61,13 +61,13 @@ def test_a_fold_that_is_out_is_not_asked_again() -> None:
 
 
 def test_the_last_epoch_ends_a_trial_and_stops_no_fold() -> None:
-    asha = FoldwiseAsha(4)
+    asha = FoldwiseAsha(4, [])
     assert through(asha, "only", upto=9, a=0.5) == 4
     assert asha.last == {"only": {}}
 
 
 def test_rows_do_not_compete() -> None:
-    asha = FoldwiseAsha(EPOCHS)
+    asha = FoldwiseAsha(EPOCHS, [])
     through(asha, "fused-0", "fused", a=0.9)
     assert through(asha, "ecg-0", "ecg", a=0.5) == EPOCHS
     assert through(asha, "ecg-1", "ecg", a=0.4) == 3
@@ -80,7 +80,7 @@ def test_no_fold_has_a_say_in_another(seed: int) -> None:
     a = draw.uniform(0.4, 0.9, (12, EPOCHS))
     survivors = []
     for _ in range(2):
-        asha, b = FoldwiseAsha(EPOCHS), draw.uniform(0.4, 0.9, (12, EPOCHS))
+        asha, b = FoldwiseAsha(EPOCHS, []), draw.uniform(0.4, 0.9, (12, EPOCHS))
         for number in range(12):
             trial = Trial(str(number))
             for epoch in range(1, EPOCHS + 1):
@@ -93,7 +93,7 @@ def test_no_fold_has_a_say_in_another(seed: int) -> None:
 
 
 def test_an_undefined_auc_stops_nothing_and_says_nothing() -> None:
-    asha = FoldwiseAsha(EPOCHS)
+    asha = FoldwiseAsha(EPOCHS, [])
     through(asha, "first", a=0.7, b=0.7)
     assert through(asha, "second", a=math.nan, b=0.1) == EPOCHS
     assert asha.last["second"] == {"b": 3}
@@ -107,7 +107,7 @@ def test_an_undefined_auc_stops_nothing_and_says_nothing() -> None:
 
 
 def test_a_trial_that_starts_again_is_not_judged_twice() -> None:
-    asha = FoldwiseAsha(EPOCHS)
+    asha = FoldwiseAsha(EPOCHS, [])
     through(asha, "first", a=0.7)
     through(asha, "second", upto=4, a=0.8)
     assert through(asha, "second", a=0.8) == EPOCHS
@@ -117,7 +117,7 @@ def test_a_trial_that_starts_again_is_not_judged_twice() -> None:
 
 
 def test_what_ray_flattens_is_understood() -> None:
-    asha = FoldwiseAsha(EPOCHS)
+    asha = FoldwiseAsha(EPOCHS, [])
     through(asha, "first", a=0.7)
     trial = Trial("second")
     for epoch in (1, 2, 3):
@@ -129,10 +129,11 @@ def test_what_ray_flattens_is_understood() -> None:
 
 def test_trials_of_an_earlier_attempt_are_competitors() -> None:
     histories = {"first": {"a": 0.7, "b": 0.7}, "second": {"a": 0.6, "b": 0.8}}
-    whole, again = FoldwiseAsha(EPOCHS), FoldwiseAsha(EPOCHS)
+    whole, past = FoldwiseAsha(EPOCHS, []), []
     for name, folds in histories.items():
         through(whole, name, **folds)
         lines = [line(epoch, **folds)["line"] for epoch in range(1, EPOCHS + 1)]
-        again.replay(TrialRecord(name, "fused", {}, lines))
+        past.append(TrialRecord(name, "fused", {}, lines))
+    again = FoldwiseAsha(EPOCHS, past)
     assert again.last == whole.last
     assert through(whole, "third", a=0.65, b=0.75) == through(again, "third", a=0.65, b=0.75) == 3

@@ -292,6 +292,8 @@ def check_tune(options: TuneConfig) -> None:
     _one_of("tune.task", tune.task, TASKS)
     _one_of("tune.protocol", tune.protocol, PROTOCOLS)
     _one_of("tune.scheduler", tune.scheduler, ("asha", "fifo"))
+    if not tune.data:
+        raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
     if tune.task == "labels" and not tune.label:
         raise UserError("tune.task=labels needs tune.label, the name of a label of the shard set")
     for name, least in (("folds", 2), ("val_folds", 2), ("trials", 1), ("max_epochs", 1), ("permutations", 0)):

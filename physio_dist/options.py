@@ -88,7 +88,7 @@ def flatten(options: Any) -> dict[str, Any]:
             if isinstance(inner, dict):
                 walk(inner, f"{prefix}{key}.")
             else:
-                flat[prefix + key] = inner
+                flat[f"{prefix}{key}"] = inner
 
     walk(dataclasses.asdict(options) if dataclasses.is_dataclass(options) else options, "")  # type: ignore[arg-type]
     return flat

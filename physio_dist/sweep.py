@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig, refuse_another
+from physio_dist.downstream.backbones import exported_hash
 from physio_dist.downstream.trials import SEARCHED, TrialRecord, candidates
 from physio_dist.errors import UserError
 from physio_dist.shards.index import open_set
@@ -71,7 +72,23 @@ def finished(run: RunDir, options: TuneConfig) -> dict[str, Any] | None:
         return None
     if not isinstance(document, dict) or "rows" not in document:
         raise UserError(f"{run.file(RESULTS)} holds no results of a sweep: choose another run.name")
+    refuse_other_inputs(run, _facts_now(options))
     return document
+
+
+def _facts_now(options: TuneConfig) -> dict[str, Any]:
+    """As much of ``data.json`` as can be told without opening an encoder; None where it cannot."""
+
+    def told(given: Any) -> Any:
+        if isinstance(given, dict):
+            return {str(fold): exported_hash(url) for fold, url in given.items()}
+        return exported_hash(given)
+
+    tune = options.tune
+    return {
+        "indexes": [{"fingerprint": open_set(tune.data).fingerprint}],
+        "encoders": {"ecg": told(tune.ecg_encoder), "eeg": told(tune.eeg_encoder)},
+    }
 
 
 def facts_of(data: str, encoders: dict[str, Any]) -> dict[str, Any]:
@@ -108,14 +125,27 @@ def refuse_other_inputs(run: RunDir, facts: dict[str, Any]) -> None:
 
     def hashes(document: dict[str, Any]) -> dict[str, Any]:
         prints = [one["fingerprint"] for one in document["indexes"]]
-        return {"tune.data": prints, **{f"tune.{name}_encoder": of for name, of in document["encoders"].items()}}
+        return {"tune.data": prints, **{f"tune.{name}_encoder": _sha(of) for name, of in document["encoders"].items()}}
 
     old, new = hashes(there), hashes(facts)
-    if changed := [name for name in new if old.get(name) != new[name]]:
+    if changed := [name for name in new if new[name] is not None and old.get(name) != new[name]]:
         raise UserError(
             f"what {' and '.join(changed)} leads to has changed since {run.url} was begun: its trials and new ones "
             "would not be of the same kind. Choose another run.name"
         )
+
+
+def _sha(of: Any) -> Any:
+    """Hash of an encoder, or of each fold's where they differ, out of what is told of it; None where it is not."""
+    if not isinstance(of, dict):
+        return of
+    each = of.get("by_fold", of if "sha256" not in of else None)
+    if each is None:
+        return of["sha256"]
+    found = {str(fold): _sha(one) for fold, one in each.items()}
+    if None in found.values():
+        return None
+    return next(iter(found.values())) if len(set(found.values())) == 1 else found
 
 
 def _number(value: Any) -> Any:
@@ -197,8 +227,11 @@ class Ledger:
         """What an earlier attempt of this sweep has left: lines of trials that are still to be tried."""
         planned = {trial.name: trial for trial in self.trials}
         text = (self.run.spool / TRIALS).read_text(encoding="utf-8")
-        lines = [line for line in map(json.loads, text.splitlines()) if set(_FACTS) <= set(line)]
-        records = [from_line(line) for line in lines]
+        records = []
+        for line in text.splitlines():
+            # A line that is damaged is of a trial that runs again.
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
+                records.append(from_line(json.loads(line)))
         return [
             record
             for record in records

@@ -25,6 +25,7 @@ from ray.tune.schedulers import FIFOScheduler
 from physio_dist import cluster, config, exits, storage, sweep
 from physio_dist.config import TuneConfig
 from physio_dist.downstream import study
+from physio_dist.downstream.backbones import CBRAMOD
 from physio_dist.downstream.trials import Study
 from physio_dist.errors import EXIT_FAULT, PhysioError
 from physio_dist.foldwise import FoldwiseAsha, line_of
@@ -318,14 +319,18 @@ def _settle(options: TuneConfig) -> None:
     for name in ("ecg_encoder", "eeg_encoder"):
         value = getattr(chosen, name)
         if isinstance(value, dict):
-            value = {fold: cluster.durable(url, f"tune.{name}") for fold, url in value.items()}
+            value = {fold: _durable(url, name) for fold, url in value.items()}
         else:
-            value = cluster.durable(value, f"tune.{name}")
+            value = _durable(value, name)
         setattr(chosen, name, value)
     chosen.features = cluster.durable(chosen.features or storage.join(where.dir, "features"), "tune.features")
     chosen.storage = cluster.durable(chosen.storage or storage.join(where.dir, options.run.name, "ray"), "tune.storage")
     # Ray opens it with a client of its own, whose messages are of another kind.
     storage.names(chosen.storage)
+
+
+def _durable(url: str, name: str) -> str:
+    return url if url == CBRAMOD else cluster.durable(url, f"tune.{name}")
 
 
 def _tell(directory: RunDir, results: dict[str, Any], say: Callable[[str], None], how: str) -> None:

@@ -73,6 +73,20 @@ def test_a_line_of_trials_jsonl(run: RunDir) -> None:
     book.close()
 
 
+def test_a_damaged_line_is_of_a_trial_that_runs_again(run: RunDir) -> None:
+    book = ledger(run)
+    for name in ("ecg-000", "ecg-001"):
+        epochs(book, name, *[0.5] * EPOCHS)
+        book.end(name, {})
+    book.close()
+    good, other = (run.spool / sweep.TRIALS).read_text().splitlines()
+    for damaged in (other[:40], "3", "{}", json.dumps({**json.loads(other), "history": 3}), "[]"):
+        (run.spool / sweep.TRIALS).write_text(f"{damaged}\n{good}\n")
+        again = ledger(begun(run.url, 2))
+        assert set(again.ended) == {"ecg-000"}
+        again.close()
+
+
 def test_records_come_back_as_they_went(run: RunDir) -> None:
     history = [
         {"epoch": 1, "val_auc": 0.1 + 0.2, "fold_0": 1 / 3, "fold_1": math.nan},
@@ -188,7 +202,46 @@ def test_a_sweep_in_a_bucket_is_sent_while_it_runs(s3_here: S3, monkeypatch: pyt
     again.close()
 
 
-def test_only_the_same_sweep_is_gone_on_with(run: RunDir) -> None:
+@pytest.fixture
+def inputs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What is told of the inputs now; real ones are looked at in the system tests."""
+    now = facts()
+    monkeypatch.setattr(sweep, "_facts_now", lambda _: now)
+    return now
+
+
+def test_a_finished_sweep_of_other_inputs_is_not_told_as_this_one(run: RunDir, inputs: dict[str, Any]) -> None:
+    storage.write_bytes(run.file(CONFIG), config.to_yaml(options()).encode())
+    storage.write_json(run.file(sweep.RESULTS), {"rows": []})
+    storage.write_json(run.file(sweep.DATA), facts())
+    inputs["encoders"] = {"ecg": "e", "eeg": None}
+    assert sweep.finished(run, options()) == {"rows": []}
+    inputs["encoders"] = {"ecg": "other", "eeg": None}
+    with pytest.raises(UserError, match="what tune.ecg_encoder leads to has changed"):
+        sweep.finished(run, options())
+
+
+@pytest.mark.parametrize(
+    ("of", "told"),
+    [
+        ({"sha256": "a", "url": "x"}, "a"), ("a", "a"), (None, None), ({"0": "a", "1": "a"}, "a"),
+        ({"by_fold": {"0": {"sha256": "a"}, "1": {"sha256": "b"}}}, {"0": "a", "1": "b"}),
+        ({"0": "a", "1": "b"}, {"0": "a", "1": "b"}), ({"0": "a", "1": None}, None),
+    ],
+)  # fmt: skip
+def test_hashes_of_encoders_compare_however_they_are_told(of: Any, told: Any) -> None:
+    assert sweep._sha(of) == told
+
+
+def test_encoders_by_fold_are_the_same_the_next_time(run: RunDir) -> None:
+    given = options("tune.eeg_encoder={0: /a, 1: /b}")
+    storage.write_bytes(run.file(CONFIG), config.to_yaml(given).encode())
+    assert sweep.finished(run, given) is None
+    with pytest.raises(UserError, match=r"tune.eeg_encoder.1: /b there, /c now"):
+        sweep.finished(run, options("tune.eeg_encoder={0: /a, 1: /c}"))
+
+
+def test_only_the_same_sweep_is_gone_on_with(run: RunDir, inputs: dict[str, Any]) -> None:
     assert sweep.finished(run, options()) is None
     storage.write_bytes(run.file(CONFIG), config.to_yaml(options()).encode())
     moved = ("run.dir=/elsewhere", "tune.cpus=2", "tune.storage=/s", "tune.features=/f")

@@ -5,15 +5,15 @@
 # paired/, a folder of EDF files with EEG and ECG and a recordings.csv (file,subject, then labels).
 # PHYSIO_DIST_RANKS  processes that train together (default: the GPUs of this machine, or 2)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+usage() { echo "usage: bash tools/quickstart.sh [--data DIR]" >&2; exit 2; }
 data=
 while [ $# -gt 0 ]; do
-    case $1 in
-        --data) data=${2:?"--data needs a folder"}; shift 2 ;;
-        *) echo "usage: bash tools/quickstart.sh [--data DIR]" >&2; exit 2 ;;
-    esac
+    [ "$1" = --data ] && [ -n "${2:-}" ] || usage
+    # Before the folder is left that it is relative to.
+    data=$(realpath -m -- "$2"); shift 2
 done
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -n "$data" ] && [ ! -d "$data/ecg" ]; then
     echo "quickstart: $data has no folder ecg/ with WFDB records" >&2
     exit 2
@@ -30,10 +30,22 @@ export PATH="$venv/bin:$PATH"
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 if [ -n "${PHYSIO_DIST_RANKS:-}" ]; then
     ranks=$PHYSIO_DIST_RANKS
-elif command -v nvidia-smi >/dev/null 2>&1; then
-    ranks=$(nvidia-smi --list-gpus | wc -l)
 else
-    ranks=2
+    ranks=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || ranks=2
+fi
+
+# The label that is told apart is the table's first column that is neither file nor subject.
+label=arousal
+if [ -n "$data" ] && [ -d "$data/paired" ]; then
+    label=$(python -c '
+import csv, sys
+columns = next(csv.reader(open(sys.argv[1], newline="", encoding="utf-8-sig")), [])
+print(next((name for name in map(str.strip, columns) if name and name not in ("file", "subject")), ""))
+' "$data/paired/recordings.csv")
+    if [ -z "$label" ]; then
+        echo "quickstart: $data/paired/recordings.csv has no column of labels beside file and subject" >&2
+        exit 2
+    fi
 fi
 
 # A run knows its data; one made from other data is put aside, not written over.
@@ -67,7 +79,8 @@ pretrain() {  # pretrain RUN SHARDS OPTIONS...
 }
 
 if [ -n "$data" ]; then
-    home=$(basename "$(realpath "$data")")-$(realpath "$data" | sha256sum | cut -c1-8)
+    # A folder of its own for each state of the recordings.
+    home=$(basename "$data")-$(find "$data" -type f -printf '%P %s %T@\n' | sort | cat - <(echo "$data") | sha256sum | cut -c1-8)
     ecg=runs/data/$home paired=runs/data/$home-paired
     say "1/5  recordings of $data/ecg -> shards"
     physio-dist shard wfdb "$data/ecg" --out "$ecg" split.test=0
@@ -88,10 +101,8 @@ if [ -n "$data" ] && [ ! -d "$data/paired" ]; then
     exit 0
 fi
 
-label=arousal
 if [ -n "$data" ]; then
     say "3/5  EEG and ECG of $data/paired -> shards"
-    label=$(head -n 1 "$data/paired/recordings.csv" | tr -d '\r' | cut -d , -f 3)
     physio-dist shard edf "$data/paired" --out "$paired" signals=ecg,eeg leads=found eeg.channels=found split.test=0.33
 else
     say "3/5  SIMULATED EEG and ECG of other people, calm and aroused -> shards"

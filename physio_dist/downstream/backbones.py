@@ -51,6 +51,7 @@ class Backbone:
         people: pseudonyms of those it was pretrained on; None where not known.
         simulated: whether any of them were a simulator's.
         url: where it was found.
+        sources: names of the corpora of its training; () where not known.
     """
 
     module: CrissCrossEncoder
@@ -62,6 +63,7 @@ class Backbone:
     people: frozenset[int] | None
     simulated: bool
     url: str
+    sources: tuple[str, ...] = ()
 
 
 def open_backbone(url: str, signal: str | None = None) -> Backbone:
@@ -97,12 +99,14 @@ def _export(url: str) -> Backbone:
     try:
         signal, rate, unit_uv = about["signal"], float(about["rate"]), float(about["unit_uv"])
         channels, simulated = tuple(map(str, about["channels"])), bool(about["simulated"])
+        sources = tuple(map(str, about.get("sources", ())))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: signal, rate, unit_uv, channels or simulated: {error!r}; export it again") from None
     if signal not in ("ecg", "eeg") or not 0 < rate < math.inf or not 0 < unit_uv < math.inf:
         raise UserError(f"{where}: signal {signal!r} at {rate:g} Hz in units of {unit_uv:g} uV is none of ours")
     module = load_encoder(url)
-    return Backbone(module, signal, about["encoder_sha256"], rate, unit_uv, channels, _people(url), simulated, url)
+    sha256, people = about["encoder_sha256"], _people(url)
+    return Backbone(module, signal, sha256, rate, unit_uv, channels, people, simulated, url, sources)
 
 
 def _instead(url: str) -> str:
@@ -162,6 +166,13 @@ def _unlike_published(data: bytes) -> str:
     return "" if got == CBRAMOD_SHA256 else f"sha256 {got} instead of {CBRAMOD_SHA256}"
 
 
+def exported_hash(url: str) -> str | None:
+    """The hash of an export's weights as it tells it; None for a checkpoint, which would have to be fetched."""
+    if url == CBRAMOD or url.endswith((".pth", ".safetensors")):
+        return None
+    return str(read_export_config(url).get("encoder_sha256"))
+
+
 def untrained(backbone: Backbone, seed: int) -> Backbone:
     """An encoder of the same shape that has learnt nothing; the same for the same seed and signal.
 
@@ -173,7 +184,7 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
         module = CrissCrossEncoder(backbone.module.config).eval()
     sha256 = hashlib.sha256(save_encoder(module, {})[WEIGHTS_FILE]).hexdigest()
     return replace(
-        backbone, module=module, sha256=sha256, channels=(), people=frozenset(), simulated=False,
+        backbone, module=module, sha256=sha256, channels=(), people=frozenset(), simulated=False, sources=(),
         url=f"untrained encoder, seed {seed}",
     )  # fmt: skip
 

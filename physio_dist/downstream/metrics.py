@@ -90,9 +90,12 @@ def auc_interval(
     Windows of a person are much alike, so drawing windows would give an interval that is far too narrow.
 
     Returns:
-        (2.5%, 97.5%); None where the AUC is not defined in any draw.
+        (2.5%, 97.5%); None where the AUC is not defined in any draw, and for a single person, of whom nobody can say
+        how others differ.
     """
     people, number = np.unique(person, return_inverse=True)
+    if len(people) < 2:
+        return None
     rows_of = [np.flatnonzero(number == i) for i in range(len(people))]
     rng = np.random.Generator(np.random.Philox(key=seed & (2**64 - 1)))
     areas = []

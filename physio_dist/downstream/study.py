@@ -154,6 +154,13 @@ def _notes(
                 f"The {signal.upper()} encoder has no list of the people it was pretrained on: whether test people are "
                 "among them cannot be checked."
             )
+        others = [one for one in distinct if one.people and one.sources and not set(one.sources) & set(shards.sources)]
+        if others:
+            notes.append(
+                f"The {signal.upper()} encoder was pretrained on {', '.join(others[0].sources)}, this set is "
+                f"{', '.join(shards.sources)}: people are compared by corpus and id, so somebody who is in both under "
+                "other names would not be noticed."
+            )
         if not table.simulated and any(backbone.simulated for backbone in distinct):
             notes.append(f"The {signal.upper()} encoder was pretrained on simulated signals.")
     return notes

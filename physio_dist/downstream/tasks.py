@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist.config import DataOptions
-from physio_dist.errors import UserError, nearest
+from physio_dist.errors import UserError, closest
 from physio_dist.shards import tar
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.index import ShardSet, open_set, read_sidecar
 
 SIGNALS = ("ecg", "eeg")
 MOST_CLASSES = 20
+# The state behind simulated recordings, which their drives tell of.
+HIDDEN = "arousal"
 EEGMAT_LABEL = "task"
 EEGMAT_CLASSES = ("rest", "arithmetic")
 _DRIVES = {signal: f"drive_{signal}" for signal in SIGNALS}
@@ -96,9 +98,14 @@ def load_table(data: str, task: str, label: str | None) -> Table:
     labels = [found if isinstance(found := one.get("labels"), dict) else {} for one in facts]
     known = {word for one in labels for word in one}
     if name not in known:
-        hint = nearest(name, known) if known else "its windows have no labels at all; labels=FILE.csv joins them"
-        there = f"; it has {', '.join(sorted(known))}" if len(known) > 1 else ""
-        raise UserError(f"tune.label={name}: no window of {shards.url} has that label{there}; {hint}")
+        if not known:
+            raise UserError(
+                f"tune.label={name}: the windows of {shards.url} have no labels at all; convert the recordings again "
+                "with a table of labels and people (docs/data.md)"
+            )
+        hint = closest(name, known)
+        there = f"; it has {', '.join(sorted(known))}" + (f"; {hint}" if hint else "")
+        raise UserError(f"tune.label={name}: no window of {shards.url} has that label{there}")
     values = [one.get(name) for one in labels]
     sample = np.array([i for i, value in enumerate(values) if value is not None], dtype=np.int64)
     given = [values[i] for i in sample]
@@ -118,7 +125,7 @@ def load_table(data: str, task: str, label: str | None) -> Table:
         classes=tuple(_word(value) for value in classes),
         split=sidecar.split[sample],
         simulated=shards.simulated,
-        latent=_latent([labels[i] for i in sample]) if shards.simulated else {},
+        latent=_latent([labels[i] for i in sample]) if shards.simulated and name == HIDDEN else {},
     )
 
 

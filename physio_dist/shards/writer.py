@@ -328,6 +328,8 @@ def tell(summary: Summary, say: Callable[[str], None]) -> None:
         f"{made.nsamples} windows of {made.people} people from {summary.records} records in {len(made.shards)} shards "
         f"({', '.join(splits)})" + (" - SIMULATED signals" if made.simulated else "")
     )
+    if not made.simulated and made.people == len(np.unique(read_sidecar(made).waveform)) > 1:
+        say("  each record counts as a person: where they share people, tell them apart (docs/data.md) before a split")
     for reason, count in summary.rejected.most_common():
         say(f"  left out: {count} x {reason}")
     if summary.rejected:

@@ -44,16 +44,29 @@ def export(run: str, out: str, warn: Callable[[str], None]) -> Checkpoint:
         "data_fingerprints": found.progress.fingerprints,
         "physio_dist": __version__,
     }
+    if (sources := _sources(run)) is not None:
+        about["sources"] = sources
     files = save_encoder(model.encoder.eval(), about)
     files["README.md"] = _card(found).encode()
     try:
         files[PEOPLE] = storage.read_bytes(storage.join(run, PEOPLE))
     except storage.NotFoundError:
         warn(f"{run} has no {PEOPLE}: the export cannot tell whose signals it was trained on")
+        # A list that an earlier export has left is of other people.
+        storage.remove(storage.join(out, PEOPLE))
     # config.json last: without it the folder is not an export.
     for name in sorted(files, key=lambda name: name == "config.json"):
         storage.write_bytes(storage.join(out, name), files[name])
     return found
+
+
+def _sources(run: str) -> list[str] | None:
+    """Names of the corpora a run was trained on: its pseudonyms mean something beside people of these alone."""
+    try:
+        indexes = storage.read_json(storage.join(run, "data.json"))["indexes"]
+        return sorted({str(name) for one in indexes for name in one["sources"]})
+    except (storage.NotFoundError, KeyError, TypeError):
+        return None
 
 
 def _card(found: Checkpoint) -> str:

@@ -72,6 +72,7 @@ def test_the_interval_draws_whole_people() -> None:
     assert few is not None and few == pytest.approx(many)
     area = auc(label, probability)
     assert area is not None and few[0] < area < few[1] and few[1] - few[0] > 0.3
+    assert auc_interval(label, probability, person * 0, 3) is None
     assert auc_interval(label, probability, person, 3) == few != auc_interval(label, probability, person, 4)
 
 

@@ -302,6 +302,15 @@ def test_an_encoder_that_knows_test_people_is_refused_in_their_fold_only(made: P
     assert prepare(options_of(made, ecg_encoder=clean), str(made / "features"), quiet)
 
 
+def test_an_encoder_of_other_corpora_is_noted(made: Path, tmp_path: Path) -> None:
+    for name, sources in (("same", ["built", "more"]), ("other", ["elsewhere"])):
+        url = export(str(tmp_path / name), "ecg", people=["00000000000000ff"], sources=sources)
+        notes = prepare(options_of(made, ecg_encoder=url), str(made / "features"), quiet).notes
+        told = [note for note in notes if "people are compared by corpus and id" in note]
+        assert len(told) == (name == "other")
+    assert "pretrained on elsewhere, this set is built" in told[0]
+
+
 def test_what_does_not_go_together_is_told(made: Path, tmp_path: Path) -> None:
     wide = str(tmp_path / "wide")
     torch.manual_seed(0)

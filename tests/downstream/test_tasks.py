@@ -69,14 +69,16 @@ def test_a_window_that_tells_no_recording_is_one_of_its_own(tmp_path: Path) -> N
 
 def test_hidden_drives_come_from_simulated_sets_only(tmp_path: Path) -> None:
     facts = [
-        {"person": f"p{i}", "record": f"r{i}", "labels": {"x": i % 2, "drive_ecg": i / 2, "drive_eeg": -i}}
+        {"person": f"p{i}", "record": f"r{i}", "labels": {"arousal": i % 2, "x": i % 2, "drive_ecg": i / 2, "drive_eeg": -i}}
         for i in range(4)
     ]
     paired(str(tmp_path / "real"), facts)
-    assert load_table(str(tmp_path / "real"), "labels", "x").latent == {}
+    assert load_table(str(tmp_path / "real"), "labels", "arousal").latent == {}
     paired(str(tmp_path / "made"), facts, simulated=True)
-    made = load_table(str(tmp_path / "made"), "labels", "x")
+    made = load_table(str(tmp_path / "made"), "labels", "arousal")
     assert made.simulated
+    # They bound what can be known of the state, and of nothing else.
+    assert load_table(str(tmp_path / "made"), "labels", "x").latent == {}
     assert made.latent["ecg"].tolist() == [0.0, 0.5, 1.0, 1.5] and made.latent["eeg"].tolist() == [0, -1, -2, -3]
 
 
@@ -92,7 +94,7 @@ BAD: dict[str, tuple[Callable[[str], Any], str, str | None, list[str]]] = {
         lambda u: paired(u, [{"person": str(i), "labels": {"age": i, "sex": "f"}} for i in range(3)]),
         "labels", "diagnosis", ["diagnosis", "age, sex"],
     ),
-    "no labels": (lambda u: paired(u, [{"person": "p"}] * 3), "labels", "x", ["no labels at all", "labels=FILE.csv"]),
+    "no labels": (lambda u: paired(u, [{"person": "p"}] * 3), "labels", "x", ["no labels at all", "table of labels and people"]),
     "one class": (lambda u: paired(u, labelled(["a"] * 4)), "labels", "x", ["only the value a", "nothing to tell"]),
     "one of two": (
         lambda u: paired(u, facts_of(recordings=1)), "eegmat", None, ["only the value rest", "nothing to tell apart"],

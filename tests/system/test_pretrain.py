@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,17 @@ def test_three_ranks_on_an_uneven_batch_average_over_samples(undisturbed: Make, 
     np.testing.assert_allclose(losses(run), losses(undisturbed(*FP32, "zero.stage=1")), atol=1e-3)
 
 
+def test_an_export_over_another_does_not_keep_its_list_of_people(undisturbed: Make, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed().path, run)
+    out = tmp_path / "encoder"
+    assert physio("export", str(run), str(out)).returncode == 0
+    (run / "people.json").unlink()
+    done = physio("export", str(run), str(out))
+    assert done.returncode == 0 and "cannot tell whose signals" in done.stderr
+    assert not (out / "people.json").exists()
+
+
 def test_export_and_report(undisturbed: Make, tmp_path: Path) -> None:
     run = undisturbed()
     out = tmp_path / "encoder"
@@ -111,6 +123,7 @@ def test_export_and_report(undisturbed: Make, tmp_path: Path) -> None:
     assert config["channels"][:3] == ["I", "II", "III"]
     people = json.loads((out / "people.json").read_text())
     assert people == json.loads((run.path / "people.json").read_text())
+    assert config["sources"] == ["simulate"]
     encoder = load_encoder(str(out))
     features = encoder(torch.randn(2, 12, 10, 200))
     assert features.shape == (2, 12, 10, 80)

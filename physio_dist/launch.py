@@ -114,7 +114,7 @@ class Launch:
         many = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
         each = f"{self.cpus:g} CPU(s)" + (f" and {self.gpus:g} GPU" if self.gpus else "")
         _say(f"run {self.url}: {many} rank(s) of {each}, up to {self.options.cluster.max_failures} restart(s)")
-        # Lines would be logged a second time.
+        # Prints of the ranks would go through Ray Train's logger, whose remarks are silenced there.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(BoardActor).options(num_cpus=0, scheduling_strategy=here).remote()

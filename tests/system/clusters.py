@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -107,6 +109,15 @@ class Cluster:
                     found.append(process)
         return found
 
+    def metrics(self, name: str) -> list[str]:
+        """Lines of a metric as Prometheus would fetch them."""
+        found = []
+        for targets in json.loads((self.folder / "0" / "prom_metrics_service_discovery.json").read_text()):
+            for target in targets["targets"]:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics") as answer:
+                    found += [line for line in answer.read().decode().splitlines() if line.startswith(name)]
+        return found
+
     def end(self) -> None:
         """Kill every process of the cluster and remove its files."""
         # Killing one may make another start, and the last of them are orphans of the first.
@@ -148,7 +159,8 @@ class RayRun(Run):
         if launcher == "job":
             submit = [str(BIN / "ray"), "job", "submit", "--address", self.cluster.dashboard]
             command = [*submit, "--working-dir", str(self.code), "--", *command]
-        environment = {**os.environ, **self.cluster.env, **self.env}
+        # A driver that is killed leaves its temporary folder behind.
+        environment = {**os.environ, "TMPDIR": str(self.folder), **self.cluster.env, **self.env}
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,

@@ -217,7 +217,7 @@ def test_a_finished_sweep_of_other_inputs_is_not_told_as_this_one(run: RunDir, i
     inputs["encoders"] = {"ecg": "e", "eeg": None}
     assert sweep.finished(run, options()) == {"rows": []}
     inputs["encoders"] = {"ecg": "other", "eeg": None}
-    with pytest.raises(UserError, match="what tune.ecg_encoder leads to has changed"):
+    with pytest.raises(UserError, match=r"what tune.ecg_encoder leads to has changed"):
         sweep.finished(run, options())
 
 

@@ -69,7 +69,10 @@ def test_a_window_that_tells_no_recording_is_one_of_its_own(tmp_path: Path) -> N
 
 def test_hidden_drives_come_from_simulated_sets_only(tmp_path: Path) -> None:
     facts = [
-        {"person": f"p{i}", "record": f"r{i}", "labels": {"arousal": i % 2, "x": i % 2, "drive_ecg": i / 2, "drive_eeg": -i}}
+        {
+            "person": f"p{i}", "record": f"r{i}",
+            "labels": {"arousal": i % 2, "x": i % 2, "drive_ecg": i / 2, "drive_eeg": -i},
+        }
         for i in range(4)
     ]
     paired(str(tmp_path / "real"), facts)
@@ -94,7 +97,7 @@ BAD: dict[str, tuple[Callable[[str], Any], str, str | None, list[str]]] = {
         lambda u: paired(u, [{"person": str(i), "labels": {"age": i, "sex": "f"}} for i in range(3)]),
         "labels", "diagnosis", ["diagnosis", "age, sex"],
     ),
-    "no labels": (lambda u: paired(u, [{"person": "p"}] * 3), "labels", "x", ["no labels at all", "table of labels and people"]),
+    "no labels": (lambda u: paired(u, [{"person": "p"}] * 3), "labels", "x", ["no labels at all", "table of labels"]),
     "one class": (lambda u: paired(u, labelled(["a"] * 4)), "labels", "x", ["only the value a", "nothing to tell"]),
     "one of two": (
         lambda u: paired(u, facts_of(recordings=1)), "eegmat", None, ["only the value rest", "nothing to tell apart"],

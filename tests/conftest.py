@@ -20,6 +20,9 @@ import pytest
 
 from physio_dist import storage
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would everything that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

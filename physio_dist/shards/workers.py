@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import resource_tracker
@@ -55,15 +56,33 @@ def as_they_come(
     pool: ProcessPoolExecutor, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
 ) -> Iterator[tuple[int, R]]:
     """(number of the task, result) in the order in which they are done."""
-    # A process is started when a task is submitted, and inherits the mask: no signal reaches it before it is ready.
-    resource_tracker.ensure_running()
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    try:
+    with _undisturbed():
         futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     for future in as_completed(futures):
         yield futures[future], future.result()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait until the processes are started.
+
+    A process is started when a task is submitted. It inherits the mask, so that no signal reaches it before it is
+    ready. Here the mask is not enough: a signal that another thread takes is handled in this one all the same, and
+    would leave a process with half of what it is to be told.
+    """
+    resource_tracker.ensure_running()
+    came: list[int] = []
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in _HELD} if here else {}
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _start(contacted: set[str]) -> None:

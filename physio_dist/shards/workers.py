@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import resource_tracker
+from types import FrameType
 from typing import Any, TypeVar
 
 from physio_dist import lifeline, storage
@@ -73,7 +74,11 @@ def _undisturbed() -> Iterator[None]:
     resource_tracker.ensure_running()
     came: list[int] = []
     here = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in _HELD} if here else {}
+
+    def note(number: int, _: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in _HELD} if here else {}
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     try:
         yield
@@ -81,8 +86,8 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
+        for one in came[:1]:
+            signal.raise_signal(one)
 
 
 def _start(contacted: set[str]) -> None:

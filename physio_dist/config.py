@@ -109,13 +109,6 @@ class PretrainConfig:
 
 
 @dataclass
-class SweepRunOptions:
-    name: str = "sweep"
-    dir: str = "runs"
-    seed: int = 0
-
-
-@dataclass
 class TuneOptions:
     # Shard set with both signals and labels.
     data: str = "???"
@@ -167,7 +160,7 @@ class SearchOptions:
 class TuneConfig:
     """The options of ``tune.py``."""
 
-    run: SweepRunOptions = field(default_factory=SweepRunOptions)
+    run: RunOptions = field(default_factory=lambda: RunOptions(name="sweep"))
     tune: TuneOptions = field(default_factory=TuneOptions)
     search: SearchOptions = field(default_factory=SearchOptions)
 

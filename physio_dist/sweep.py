@@ -19,6 +19,7 @@ from tqdm import tqdm
 from physio_dist import storage
 from physio_dist.config import TuneConfig, refuse_another
 from physio_dist.downstream.backbones import exported_hash
+from physio_dist.downstream.metrics import METRICS
 from physio_dist.downstream.trials import SEARCHED, TrialRecord, candidates
 from physio_dist.errors import UserError
 from physio_dist.shards.index import open_set
@@ -350,7 +351,6 @@ class Ledger:
         return "best validation AUC " + (", ".join(rows) or "not known yet")
 
 
-_COLUMNS = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "pr_auc")
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -363,7 +363,7 @@ def table(results: dict[str, Any]) -> list[str]:
         head,
     ]
     for row in results["rows"]:
-        values = {name: "-" if row.get(name) is None else f"{row[name]:.3f}" for name in _COLUMNS}
+        values = {name: "-" if row.get(name) is None else f"{row[name]:.3f}" for name in METRICS}
         span = row.get("auc_ci")
         known = span is not None and None not in span
         interval = f"{span[0]:.3f} to {span[1]:.3f}" if known and span is not None else "-"

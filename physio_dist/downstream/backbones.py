@@ -16,6 +16,7 @@ from physio_dist.errors import DataError, UserError
 from physio_dist.models.criss_cross import UNIT_UV, CrissCrossEncoder, MaskedModel
 from physio_dist.models.weights import (
     CONFIG_FILE,
+    PEOPLE_FILE,
     WEIGHTS_FILE,
     from_cbramod,
     load_encoder,
@@ -24,7 +25,6 @@ from physio_dist.models.weights import (
     save_encoder,
 )
 
-PEOPLE_FILE = "people.json"
 CBRAMOD = "cbramod"
 """Short for the published checkpoint; a folder of that name is ``./cbramod``."""
 CBRAMOD_URL = "https://huggingface.co/weighting666/CBraMod/resolve/main/pretrained_weights.pth"

@@ -30,6 +30,7 @@ from physio_dist.downstream import kept
 from physio_dist.downstream.backbones import Backbone
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.criss_cross import PATCH, UNIT_UV, CrissCrossEncoder
+from physio_dist.shards.assemble import sha256_of
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.index import ShardSet, open_set
 from physio_dist.shards.progress import Progress
@@ -266,7 +267,7 @@ def _map(url: str, told: dict[str, Any], shape: tuple[int, ...]) -> tuple[Floats
     advice = "delete index.json beside it and run `physio-dist embed` again"
     try:
         path = storage.local_path(url) if storage.is_local(url) else kept.fetched(url, "features", told["sha256"])
-        if path is None or kept.sha256_of(path) != told["sha256"]:
+        if path is None or sha256_of(path) != told["sha256"]:
             raise DataError(f"{url} disagrees with {INDEX} (sha256): it was truncated or altered; {advice}")
         tensors = _tensors(path)
     except (storage.NotFoundError, FileNotFoundError):

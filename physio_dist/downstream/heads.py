@@ -8,7 +8,6 @@ others.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from physio_dist.models.fusion import ConcatHead, Reduction
-from physio_dist.shards.order import permutation
+from physio_dist.shards.order import number_of, permutation
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -189,7 +188,7 @@ class Heads:
 
 
 def _seed(*purpose: str) -> int:
-    return int.from_bytes(hashlib.blake2b("/".join(purpose).encode(), digest_size=8).digest(), "big") >> 1
+    return number_of(*purpose) >> 1
 
 
 @contextlib.contextmanager

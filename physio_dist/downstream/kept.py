@@ -10,8 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from physio_dist import storage
-
-_PIECE = 1 << 22
+from physio_dist.shards.assemble import sha256_of
 
 
 def cache_folder(kind: str) -> Path:
@@ -20,15 +19,6 @@ def cache_folder(kind: str) -> Path:
     # A relative one is to be ignored, says the XDG base directory specification.
     root = Path(base) if base.startswith("/") else Path("~/.cache").expanduser()
     return root / "physio-dist" / kind
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's content, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def kept_bytes(url: str, kind: str) -> bytes | None:

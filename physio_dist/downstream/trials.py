@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from physio_dist.downstream.splits import Fold, permuted
 from physio_dist.downstream.tasks import Table
 from physio_dist.errors import UserError
 from physio_dist.models.fusion import Reduction, reduction
-from physio_dist.shards.order import permutation
+from physio_dist.shards.order import number_of, permutation
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -111,8 +110,7 @@ def candidates(options: TuneConfig) -> list[dict[str, Any]]:
     for name in ("pooling", "components", "depth", "width", "dropout", "label_smoothing", "lr", "weight_decay"):
         choices, stratum = getattr(search, name), permutation(n, "search", seed, name)
         for i in range(n):
-            digest = hashlib.blake2b(f"search/{seed}/{name}/{i}".encode(), digest_size=8).digest()
-            u = (int(stratum[i]) + int.from_bytes(digest, "big") / 2**64) / n
+            u = (int(stratum[i]) + number_of("search", seed, name, i) / 2**64) / n
             if name in ("lr", "weight_decay"):
                 low, high = choices
                 value = float(f"{low * (high / low) ** u:.4g}")
@@ -252,7 +250,7 @@ def control(study: Study, choices: Sequence[Choice], repeats: int) -> list[float
         One AUC over all test windows for each permutation in which it is defined.
     """
     # Labels only: the folds, and with them what every head is tested on, stay as they are.
-    labels = [permuted(study.table, _number(study.options.run.seed, i)).label for i in range(repeats)]
+    labels = [permuted(study.table, number_of("control", study.options.run.seed, i)).label for i in range(repeats)]
     purposes = [f"/permuted/{i}" for i in range(repeats)]
     rows = np.concatenate([fold.test for fold in study.folds])
     areas = []
@@ -260,8 +258,3 @@ def control(study: Study, choices: Sequence[Choice], repeats: int) -> list[float
         if (area := auc(label[rows], np.concatenate(parts))) is not None:
             areas.append(area)
     return areas
-
-
-def _number(seed: int, repeat: int) -> int:
-    digest = hashlib.blake2b(f"control/{seed}/{repeat}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")

@@ -26,6 +26,8 @@ from physio_dist.models.criss_cross import CrissCrossEncoder, EncoderConfig, Mas
 FORMAT = 1
 WEIGHTS_FILE = "encoder.safetensors"
 CONFIG_FILE = "config.json"
+PEOPLE_FILE = "people.json"
+"""Pseudonyms of the people a run or an export was trained on, beside its other files."""
 
 Read = Callable[[str], bytes]
 """From a URL to the bytes behind it; raises ``StorageError`` where there are none."""

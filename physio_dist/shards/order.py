@@ -29,6 +29,11 @@ LANES = 128
 WINDOW = 4096
 
 
+def number_of(*purpose: object) -> int:
+    """64 bits that are a function of ``purpose`` alone, as a seed or for a draw."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, purpose)).encode(), digest_size=8).digest(), "big")
+
+
 def permutation(n: int, *purpose: str | int) -> Ints:
     """A permutation of ``range(n)`` that depends on ``purpose`` alone.
 

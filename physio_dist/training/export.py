@@ -8,11 +8,9 @@ from typing import Any
 from physio_dist import __version__, storage
 from physio_dist.errors import UserError
 from physio_dist.models.criss_cross import EncoderConfig, MaskedModel
-from physio_dist.models.weights import save_encoder
+from physio_dist.models.weights import PEOPLE_FILE, save_encoder
 from physio_dist.training import checkpoint
 from physio_dist.training.checkpoint import Checkpoint
-
-PEOPLE = "people.json"
 
 
 def export(run: str, out: str, warn: Callable[[str], None]) -> Checkpoint:
@@ -49,11 +47,11 @@ def export(run: str, out: str, warn: Callable[[str], None]) -> Checkpoint:
     files = save_encoder(model.encoder.eval(), about)
     files["README.md"] = _card(found).encode()
     try:
-        files[PEOPLE] = storage.read_bytes(storage.join(run, PEOPLE))
+        files[PEOPLE_FILE] = storage.read_bytes(storage.join(run, PEOPLE_FILE))
     except storage.NotFoundError:
-        warn(f"{run} has no {PEOPLE}: the export cannot tell whose signals it was trained on")
+        warn(f"{run} has no {PEOPLE_FILE}: the export cannot tell whose signals it was trained on")
         # A list that an earlier export has left is of other people.
-        storage.remove(storage.join(out, PEOPLE))
+        storage.remove(storage.join(out, PEOPLE_FILE))
     # config.json last: without it the folder is not an export.
     for name in sorted(files, key=lambda name: name == "config.json"):
         storage.write_bytes(storage.join(out, name), files[name])

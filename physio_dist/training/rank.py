@@ -23,6 +23,7 @@ from physio_dist.config import PretrainConfig, mixture
 from physio_dist.errors import EXIT_FAULT, PhysioError, UserError
 from physio_dist.models.criss_cross import PATCH, UNIT_UV, MaskedModel, count_flops, preset
 from physio_dist.models.masking import MaskConfig, draw_masks
+from physio_dist.models.weights import PEOPLE_FILE
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.stream import Batch, Feed, Source
 from physio_dist.signals.montage import mask_groups
@@ -275,7 +276,7 @@ class _Rank:
         # Fusion must be able to tell later whether a person of its test set was seen here.
         seen = [sidecar.person[sidecar.split == 0] for sidecar in self.source.sidecars]
         people = sorted({f"{person:016x}" for ids in seen for person in ids.tolist()})
-        storage.write_bytes(self.run_dir.file("people.json"), (json.dumps(people) + "\n").encode())
+        storage.write_bytes(self.run_dir.file(PEOPLE_FILE), (json.dumps(people) + "\n").encode())
         self._note_attempt(start)
 
     def _note_attempt(self, start: int) -> None:

@@ -13,17 +13,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
-from physio_dist.errors import UserError
+from physio_dist.faults import NotFoundError as NotFoundError
+from physio_dist.faults import StorageError as StorageError
+from physio_dist.faults import answer, of_client
+from physio_dist.faults import explain as explain
+from physio_dist.faults import is_transient as is_transient
+from physio_dist.urls import WEB, protocol
+from physio_dist.urls import absolute as absolute
+from physio_dist.urls import endpoint as endpoint
+from physio_dist.urls import is_local as is_local
+from physio_dist.urls import join as join
+from physio_dist.urls import local_path as local_path
+from physio_dist.urls import without_secrets as without_secrets
 
 # Until an endpoint has answered once, silence means a wrong address, and a person is waiting at the screen.
 FIRST_CONTACT_S = float(os.environ.get("PHYSIO_DIST_STORAGE_FIRST_CONTACT_S", "15"))
@@ -31,17 +45,9 @@ FIRST_CONTACT_S = float(os.environ.get("PHYSIO_DIST_STORAGE_FIRST_CONTACT_S", "1
 OUTAGE_S = float(os.environ.get("PHYSIO_DIST_STORAGE_OUTAGE_S", "300"))
 _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 30
-# Faults of a local disk or network file system that may pass; all others (a name too long, a full disk) stay.
-_PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT)
-# Client errors by their status, yet a second try is what servers ask for.
-_PASSING_CODES = ("RequestTimeout", "IncompleteBody", "OperationAborted", "XAmzContentSHA256Mismatch")
-
-_WEB = ("http", "https")
-# Errors of clients that a second try does not mend.
-_LASTING = (
-    "NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "NoRegionError",
-    "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError", "ClientConnectorCertificateError",
-)  # fmt: skip
+# A shard is fetched in pieces of this size, so many at a time: one connection to an object store is slow.
+_PIECE = 4 << 20
+_AT_ONCE = 4
 
 # Protocols (web servers) whose endpoint has answered; a process that starts others passes it on.
 contacted: set[str] = set()
@@ -50,48 +56,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class StorageError(UserError):
-    """A URL that cannot be read or written; the message says why and what to check."""
-
-
-class NotFoundError(StorageError):
-    """There is nothing at the URL."""
-
-
-def is_local(url: str) -> bool:
-    """Whether the URL names a file of this machine."""
-    return "://" not in url or url.startswith(("file://", "local://"))
-
-
-def local_path(url: str) -> Path:
-    """The path of a local URL, with ``~`` expanded."""
-    return Path(url.removeprefix("file://").removeprefix("local://")).expanduser()
-
-
-def absolute(url: str) -> str:
-    """The URL with a relative local path made absolute."""
-    return str(local_path(url).absolute()) if is_local(url) else url.rstrip("/")
-
-
-def join(url: str, *parts: str) -> str:
-    """``url`` with path parts appended."""
-    folder = url.rstrip("/")
-    words = [part.strip("/") for part in parts if part]
-    if not folder:
-        return ("/" if url else "") + "/".join(words)
-    return "/".join([folder, *words])
-
-
-def _protocol(url: str) -> str:
-    return "file" if is_local(url) else url.split("://", 1)[0]
-
-
 @functools.lru_cache(maxsize=8)
-def _filesystem(protocol: str, pid: int) -> Any:
+def _filesystem(scheme: str, pid: int) -> Any:
     # The process id is part of the key because the S3 client's event loop does not survive a fork.
-    if protocol == "file":
+    if scheme == "file":
         return fsspec.filesystem("file")
-    if protocol in ("s3", "s3a"):
+    if scheme in ("s3", "s3a"):
         fs = fsspec.filesystem(
             "s3",
             skip_instance_cache=True,
@@ -99,6 +69,7 @@ def _filesystem(protocol: str, pid: int) -> Any:
             config_kwargs={
                 "connect_timeout": _CONNECT_TIMEOUT_S,
                 "read_timeout": _READ_TIMEOUT_S,
+                "max_pool_connections": 64,
                 "retries": {"total_max_attempts": 1},
                 # Servers that send a whole object's checksum with a part of it would fail every ranged read;
                 # shards and checkpoints carry hashes of our own.
@@ -109,17 +80,17 @@ def _filesystem(protocol: str, pid: int) -> Any:
         # One place counts the tries: `_patiently`.
         fs.retries = 1
         return fs
-    if protocol in _WEB:
+    if scheme in WEB:
         import aiohttp
 
         # Its own limit is five minutes for a whole file, however fast it comes.
         limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
         client = {"timeout": limits, "trust_env": True}
-        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, client_kwargs=client)
+        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, client_kwargs=client)
     try:
-        return fsspec.filesystem(protocol)
+        return fsspec.filesystem(scheme)
     except (ValueError, ImportError) as error:
-        raise StorageError(f"no way to open {protocol}:// URLs: {error}") from None
+        raise StorageError(f"no way to open {scheme}:// URLs: {error}") from None
 
 
 def _resolve(url: str) -> tuple[Any, str]:
@@ -129,108 +100,18 @@ def _resolve(url: str) -> tuple[Any, str]:
             f"{without_secrets(url)}: the URL carries a user name, password or query; give credentials in the "
             "environment instead (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a profile)"
         )
-    fs = _filesystem(_protocol(url), os.getpid())
+    fs = _filesystem(protocol(url), os.getpid())
     return fs, str(local_path(url)) if is_local(url) else fs._strip_protocol(url)
 
 
 resolve = _resolve
 
 
-def _answer(error: BaseException) -> tuple[int | None, str]:
-    """The HTTP status and the S3 error code (else the server's words) behind a client's error, if there are any."""
-    for candidate in (error, error.__cause__):
-        response = getattr(candidate, "response", None)
-        if isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if isinstance(status, int):
-                return status, str(response.get("Error", {}).get("Code", ""))
-        status = getattr(candidate, "status", None)
-        if isinstance(status, int) and _of_client(candidate):
-            return status, str(getattr(candidate, "message", ""))
-    return None, ""
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether trying again later may succeed."""
-    if isinstance(error, StorageError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
-        return False
-    status, code = _answer(error)
-    if status is not None:
-        return (status >= 500 and status != 501) or status in (408, 429) or code in _PASSING_CODES
-    name = type(error).__name__
-    if name in _LASTING:
-        return False
-    if _of_client(error) or isinstance(error, ConnectionError | TimeoutError):
-        return True
-    if "Timeout" in name or "Connection" in name:
-        return True
-    # The S3 client wraps unknown faults, a reset in mid-body among them, into its own classes or a bare OSError.
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _PASSING
-    return isinstance(error, OSError)
-
-
-def _of_client(error: BaseException | None) -> bool:
-    return type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp"))
-
-
-def explain(url: str, doing: str, error: BaseException) -> StorageError:
-    """What happened, on which URL, and what to check, as an error a person can read."""
-    status, code = _answer(error)
-    name = type(error).__name__
-    s3, web = _protocol(url) in ("s3", "s3a"), _protocol(url) in _WEB
-    where = f" (endpoint {endpoint()})" if s3 and endpoint() else ""
-    if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and doing == "write" and s3):
-        bucket = url.split("://", 1)[1].split("/", 1)[0]
-        return NotFoundError(f"cannot {doing} {url}{where}: there is no bucket {bucket!r}; create it or change the URL")
-    if isinstance(error, FileNotFoundError) and doing == "write":
-        return StorageError(f"cannot write {url}: its folder cannot be made")
-    if isinstance(error, FileNotFoundError):
-        return NotFoundError(f"cannot {doing} {url}{where}: there is nothing there")
-    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in name:
-        hint = (
-            "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or an instance role) "
-            "and what they may do"
-        )
-        if is_local(url):
-            hint = "check the file's permissions"
-        elif web:
-            error, hint = OSError(f"{status} {code}"), "over http only what is open to everybody can be read"
-        return StorageError(f"cannot {doing} {url}{where}: access denied ({error}); {hint}")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"cannot {doing} {url}: the disk is full; free some space and start again")
-    if is_local(url) and isinstance(error, OSError) and error.strerror:
-        return StorageError(f"cannot {doing} {url}: {error.strerror}")
-    if web and status is not None:
-        # Not the error's own text: it tells the address that a redirection led to, signature and all.
-        return StorageError(f"cannot {doing} {url}: the server answers {status} {code}")
-    hint = "; check AWS_ENDPOINT_URL and that the server is up" if s3 else ""
-    hint = "; check the address and that the server is up" if web else hint
-    return StorageError(f"cannot {doing} {url}{where}: {name}: {error}{hint}")
-
-
-def endpoint() -> str | None:
-    """The S3 endpoint that the environment names, for messages."""
-    named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return without_secrets(named) if named else None
-
-
-def without_secrets(url: str) -> str:
-    """A URL without user name and password, and where it is a web address without its query."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return url
-    host, slash, path = rest.partition("/")
-    if scheme in ("http", "https"):
-        path = path.partition("?")[0]
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-
-
 def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
     """Run ``action``, trying again while faults are transient and the budget lasts."""
-    protocol = _protocol(url)
+    scheme = protocol(url)
     # The web is many servers: that one has answered says nothing of another.
-    peer = "/".join(url.split("/", 3)[:3]) if protocol in _WEB else protocol
+    peer = "/".join(url.split("/", 3)[:3]) if scheme in WEB else scheme
     budget = OUTAGE_S if peer in contacted else FIRST_CONTACT_S
     try:
         result = Retrying(
@@ -240,10 +121,10 @@ def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
             reraise=True,
         )(action)
     except Exception as error:
-        if _answer(error)[0] is not None or isinstance(error, FileNotFoundError):
+        if answer(error)[0] is not None or isinstance(error, FileNotFoundError):
             contacted.add(peer)
         # The client calls a malformed endpoint a ValueError.
-        if isinstance(error, OSError) or _of_client(error) or (isinstance(error, ValueError) and not is_local(url)):
+        if isinstance(error, OSError) or of_client(error) or (isinstance(error, ValueError) and not is_local(url)):
             raise explain(url, doing, error) from error
         raise
     contacted.add(peer)
@@ -258,7 +139,7 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
         StorageError: it cannot be read.
     """
     fs, path = _resolve(url)
-    if _protocol(url) in _WEB:
+    if protocol(url) in WEB:
         # A server may answer a request for a part with the whole, and the client does not tell which it was.
         whole: bytes = _patiently(url, "read", lambda: fs.cat_file(path))
         return whole[start:end]
@@ -327,11 +208,73 @@ def get_file(url: str, target: Path) -> None:
     _patiently(url, f"fetch to {target} from", lambda: fs.get_file(path, str(target)))
 
 
+def fetch(url: str, target: Path, nbytes: int) -> str:
+    """Fetch an object of ``nbytes`` bytes into a local file in ranges, several at a time.
+
+    The file is not written atomically: give a temporary name.
+
+    Returns:
+        sha256 (hex) of what came. An object of another length gives another hash, not an error.
+
+    Raises:
+        NotFoundError: there is no such object.
+        StorageError: it cannot be read, or the local disk is full.
+    """
+    if protocol(url) in WEB:  # A plain web server sends the whole, whatever part is asked for.
+        get_file(url, target)
+        with target.open("rb") as whole:
+            return hashlib.file_digest(whole, "sha256").hexdigest()
+    fs, path = _resolve(url)
+    doing, digest = f"fetch to {target} from", hashlib.sha256()
+
+    def piece(start: int) -> bytes:
+        end = min(start + _PIECE, nbytes)
+        try:
+            data: bytes = _patiently(url, doing, lambda: fs.cat_file(path, start=start, end=end))
+        except StorageError as error:
+            # The object ends before the range begins.
+            if answer(error.__cause__ or error)[0] == 416:
+                return b""
+            raise
+        return data
+
+    with target.open("wb") as file, ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="range") as pool:
+        if nbytes:
+            # A full disk is met before the download, not at its end.
+            with _where_supported():
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+        coming: deque[Future[bytes]] = deque()
+        starts = iter(range(0, nbytes, _PIECE))
+        try:
+            while True:
+                for start in starts:
+                    coming.append(pool.submit(piece, start))
+                    if len(coming) >= _AT_ONCE:
+                        break
+                if not coming:
+                    return digest.hexdigest()
+                data = coming.popleft().result()
+                digest.update(data)
+                file.write(data)
+        finally:
+            for future in coming:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _where_supported() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+
+
 def exists(url: str) -> bool:
     """Whether there is an object or folder at the URL."""
     fs, path = _resolve(url)
     # Unless told to be strict, the client takes a web server that does not answer for one that has not got it.
-    options = {"strict": True} if _protocol(url) in _WEB else {}
+    options = {"strict": True} if protocol(url) in WEB else {}
     return bool(_patiently(url, "look for", lambda: fs.exists(path, **options)))
 
 
@@ -353,7 +296,7 @@ def names(url: str) -> list[str]:
         try:
             entries = [str(entry).rstrip("/") for entry in fs.ls(path, detail=False)]
         except (FileNotFoundError, NotADirectoryError) as error:
-            if _answer(error)[1] == "NoSuchBucket":
+            if answer(error)[1] == "NoSuchBucket":
                 raise
             return []
         # A file lists itself, and so does a folder that is an empty object.

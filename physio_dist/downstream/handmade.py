@@ -62,7 +62,7 @@ def handmade(data: str, say: Callable[[str], None]) -> dict[str, Floats]:
     leads = _leads(shards)
     heart, brain = np.full((shards.nsamples, len(HEART)), np.nan), []
     for number in range(len(shards.shards)):
-        content = cache.open(shards, number)
+        content = np.frombuffer(cache.content(shards, number), np.uint8)
         for sample in range(int(starts[number]), int(starts[number + 1])):
             waves: dict[str, Floats] = {}
             for name, info in shards.signals.items():

@@ -132,7 +132,7 @@ def load_table(data: str, task: str, label: str | None) -> Table:
 def _facts(shards: ShardSet) -> Iterator[dict[str, Any]]:
     cache = shard_cache()
     for number, info in enumerate(shards.shards):
-        for member in tar.scan(io.BytesIO(cache.open(shards, number).data), info.url):
+        for member in tar.scan(io.BytesIO(cache.content(shards, number)), info.url):
             yield member.facts or {}
 
 

@@ -39,7 +39,7 @@ def signals_of(spool: Path, part: int) -> list[str]:
 
 def make_shard(
     source: str, group: Sequence[Kept], spool: str, out: str, name: str, digest: str
-) -> tuple[ShardInfo, list[dict[str, int]]]:
+) -> tuple[ShardInfo, list[tar.Places]]:
     """Write one shard from spooled parts and publish it; a shard that an earlier try published is not sent again."""
     note = Path(spool) / f"{name}-{digest[:8]}.json"
     url = storage.join(out, name)

@@ -1,13 +1,14 @@
 """The node cache: shards of a remote set on the local disk, fetched once, visible only when verified.
 
 Ranks of a node share the folder and later runs do too, because files are named by their content's hash. A shard of a
-local set is read where it lies, after its hash has been checked once in this process; it is checked again when the file
-has changed since.
+local set is read where it lies. Both are read by position and not through a memory map: a file that is cut short while
+a job runs then gives a short read, which can be mended, where a map would end the process with SIGBUS.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -15,10 +16,9 @@ import resource
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from filelock import FileLock
 
 from physio_dist import storage
@@ -27,19 +27,49 @@ from physio_dist.shards.index import ShardInfo, ShardSet
 
 log = logging.getLogger("physio_dist")
 
-# Each map holds a file open. A single rank has several shards of each lane in hand, some hundreds in a large set.
-_MOST_MAPS = 8192
-_PIECE = 1 << 22
+# A single rank has several shards of each lane in hand, some hundreds in a large set.
+_MOST_OPEN = 8192
 # How long a use of a shard may go unnoted on disk, where other ranks look for the least recently used.
 _TOUCH_S = 60.0
+# Shards that this run does not need, but somebody used within this time, are not the first to go.
+_RECENT_S = 600.0
+# How long a shard without room in the cache is read from storage before room is looked for again.
+_REFUSED_S = 5.0
+
+# The step that training is at, and for the hash of every shard the step at which this node needs it next.
+NextUse = Callable[[], tuple[int, dict[str, int]]]
+_Identity = tuple[int, int, int]
+
+
+class Opened:
+    """A verified shard, open for reading as long as it is referred to."""
+
+    def __init__(self, fd: int, identity: _Identity) -> None:
+        self._fd, self._identity = fd, identity
+
+    def read(self, start: int, out: memoryview) -> bool:
+        """Fill ``out`` from ``start`` on; whether there was that much."""
+        done = 0
+        while done < len(out):
+            if (got := os.preadv(self._fd, [out[done:]], start + done)) == 0:
+                return False
+            done += got
+        return True
+
+    def intact(self) -> bool:
+        """Whether the file is still the one that was verified, by its size and times."""
+        return _identity(os.fstat(self._fd)) == self._identity
+
+    def __del__(self) -> None:
+        os.close(self._fd)
 
 
 class ShardCache:
-    """Opens shards as read-only byte maps.
+    """Opens shards, fetching remote ones.
 
     Args:
         folder: of the cache; made if need be.
-        limit_bytes: what the cached shards may take together; the least recently used go first.
+        limit_bytes: what the cached shards may take together.
 
     Raises:
         UserError: the folder cannot be written.
@@ -48,13 +78,17 @@ class ShardCache:
     def __init__(self, folder: str, limit_bytes: float) -> None:
         self.folder = Path(folder).expanduser() / "shards"
         self.limit_bytes = limit_bytes
-        self._maps: OrderedDict[str, npt.NDArray[np.uint8]] = OrderedDict()
+        #: Set by whoever knows; without it the least recently used shard is the first to go.
+        self.next_use: NextUse | None = None
+        self._opened: OrderedDict[str, Opened] = OrderedDict()
         # Those of them that are files of the cache rather than of a local set.
         self._fetched: set[str] = set()
-        # What was verified, so that a map closed for want of room is not paid for with another hash of the file.
-        self._seen: dict[str, tuple[int, int, int]] = {}
+        # What was verified, so that a file closed for want of room is not paid for with another hash of it.
+        self._seen: dict[str, _Identity] = {}
         self._touched: dict[str, float] = {}
-        self._most_maps = _open_files_allowed() // 2
+        self._refused: dict[str, float] = {}
+        self._told = False
+        self._most_open = _open_files_allowed() // 2
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
         try:
@@ -62,58 +96,105 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"data.cache_dir={folder}: cannot make the folder: {error.strerror}") from None
 
-    def open(self, shards: ShardSet, shard: int) -> npt.NDArray[np.uint8]:
-        """The bytes of a shard, uint8 ``[filesize]``, fetched and verified first where needed.
+    def held(self, shards: ShardSet, shard: int) -> bool:
+        """Whether :meth:`open` would find the shard without fetching it."""
+        info = shards.shards[shard]
+        return info.sha256 in self._opened or storage.is_local(shards.url) or self._path(info.sha256).exists()
+
+    def open(self, shards: ShardSet, shard: int, ahead: bool = False) -> Opened | None:
+        """A shard, fetched and verified first where needed; None where the cache has no room for it.
+
+        Args:
+            shards, shard: which.
+            ahead: it is not needed yet, so that there may be room later.
 
         Raises:
             DataError: the shard disagrees with the index, also when fetched again.
-            StorageError: it cannot be read, or the cache's disk is full.
+            StorageError: it cannot be read, or the cache cannot be written.
         """
         info = shards.shards[shard]
         with self._lock:
-            if (found := self._maps.get(info.sha256)) is not None:
-                self._maps.move_to_end(info.sha256)
-                self._touch(info.sha256)
+            if (found := self._ready(info.sha256)) is not None:
                 return found
             mine = self._locks.setdefault(info.sha256, threading.Lock())
         with mine:
-            if (found := self._maps.get(info.sha256)) is not None:
-                return found
+            with self._lock:
+                if (found := self._ready(info.sha256)) is not None:
+                    return found
+                if time.monotonic() < self._refused.get(info.sha256, 0.0):
+                    return None
             url = shards.shard_url(shard)
             opened = self._local(url, info.sha256) if storage.is_local(url) else self._remote(url, info)
             with self._lock:
-                self._maps[info.sha256] = opened
-                while len(self._maps) > self._most_maps:
-                    self._maps.popitem(last=False)
+                if opened is None:
+                    if ahead:
+                        return None
+                    if not self._told:
+                        self._tell()
+                    self._refused[info.sha256] = time.monotonic() + _REFUSED_S
+                    return None
+                self._opened[info.sha256] = opened
+                while len(self._opened) > self._most_open:
+                    self._opened.popitem(last=False)
             return opened
+
+    def content(self, shards: ShardSet, shard: int) -> bytearray:
+        """All bytes of a shard.
+
+        Raises:
+            DataError: it disagrees with the index.
+            StorageError: it cannot be read.
+        """
+        info = shards.shards[shard]
+        data = bytearray(info.filesize)
+        for _ in range(2):
+            opened = self.open(shards, shard)
+            if opened is None:
+                data = bytearray(storage.read_bytes(shards.shard_url(shard)))
+                if hashlib.sha256(data).hexdigest() == info.sha256:
+                    return data
+            elif opened.read(0, memoryview(data)) and opened.intact():
+                return data
+        raise DataError(f"shard {shards.shard_url(shard)} disagrees with its index (sha256)")
+
+    def _ready(self, sha256: str) -> Opened | None:
+        found = self._opened.get(sha256)
+        if found is None:
+            return None
+        if not found.intact():
+            del self._opened[sha256]
+            return None
+        self._opened.move_to_end(sha256)
+        self._touch(sha256)
+        return found
+
+    def _path(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}.tar"
 
     def _touch(self, sha256: str) -> None:
         """Note on disk, now and then, that a cached file is in use."""
         now = time.monotonic()
-        if sha256 in self._fetched and now - self._touched.get(sha256, 0.0) > _TOUCH_S:
+        if sha256 in self._fetched and now - self._touched.get(sha256, -_TOUCH_S) >= _TOUCH_S:
             self._touched[sha256] = now
-            path = self.folder / f"{sha256}.tar"
+            path = self._path(sha256)
             with contextlib.suppress(OSError):
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
-    def _verified(self, path: Path, sha256: str) -> npt.NDArray[np.uint8] | None:
-        """A read-only map of a file; None where its content has another hash."""
-        facts = path.stat()
-        if facts.st_size == 0:  # nothing can be mapped
-            return None
-        # A plain view, because slices of a `memmap` cost several times as much.
-        opened = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-        identity = (facts.st_size, facts.st_mtime_ns, facts.st_ino)
-        if self._seen.get(sha256) != identity:
-            digest = hashlib.sha256()
-            for start in range(0, len(opened), _PIECE):
-                digest.update(opened[start : start + _PIECE].data)
-            if digest.hexdigest() != sha256:
+    def _verified(self, path: Path, sha256: str) -> Opened | None:
+        """A file that is there; None where its content has another hash."""
+        fd = os.open(path, os.O_RDONLY)
+        opened = Opened(fd, _identity(os.fstat(fd)))
+        if self._seen.get(sha256) != _identity(os.fstat(fd)):
+            with open(fd, "rb", closefd=False) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return None
+            # What was altered while it was hashed is not what was hashed.
+            if not opened.intact():
                 return None
-            self._seen[sha256] = identity
+            self._seen[sha256] = _identity(os.fstat(fd))
         return opened
 
-    def _local(self, url: str, sha256: str) -> npt.NDArray[np.uint8]:
+    def _local(self, url: str, sha256: str) -> Opened:
         path = storage.local_path(url)
         # A second look, because a file that is still being copied into place settles.
         for _ in range(2):
@@ -126,8 +207,8 @@ class ShardCache:
             time.sleep(0.2)
         raise DataError(f"shard {url} disagrees with its index (sha256): it was truncated or altered")
 
-    def _remote(self, url: str, info: ShardInfo) -> npt.NDArray[np.uint8]:
-        path = self.folder / f"{info.sha256}.tar"
+    def _remote(self, url: str, info: ShardInfo) -> Opened | None:
+        path = self._path(info.sha256)
         try:
             with FileLock(path.with_suffix(".lock")):
                 with contextlib.suppress(FileNotFoundError):
@@ -139,35 +220,44 @@ class ShardCache:
                 for attempt in range(2):
                     if attempt == 1:
                         log.warning("shard %s disagrees with its index; fetching it again", url)
-                    with FileLock(self.folder / "room.lock"):
-                        self._make_room(info.filesize)
-                    if (opened := self._fetch(url, path, info.sha256)) is not None:
-                        self._fetched.add(info.sha256)
-                        return opened
+                    if not self._room(info):
+                        return None
+                    with contextlib.suppress(_DiskFullError):
+                        if (opened := self._fetch(url, path, info)) is not None:
+                            self._fetched.add(info.sha256)
+                            return opened
+                        continue
+                    # The disk holds less than the limit; from now on that is the limit.
+                    self.limit_bytes = self._used()
+                    return self._fetch(url, path, info) if self._room(info) else None
+        except _DiskFullError:
+            return None
         except OSError as error:
             raise storage.explain(str(path), "use the cached shard", error) from error
         raise DataError(f"shard {url} disagrees with its index (sha256), also when fetched again")
 
-    def _fetch(self, url: str, path: Path, sha256: str) -> npt.NDArray[np.uint8] | None:
+    def _fetch(self, url: str, path: Path, info: ShardInfo) -> Opened | None:
+        """Fetch and publish a shard; None where what came has another hash."""
         temporary = path.with_suffix(f".{os.getpid()}.part")
         try:
-            storage.get_file(url, temporary)
-            opened = self._verified(temporary, sha256)
-            if opened is not None:
-                temporary.replace(path)
+            if storage.fetch(url, temporary, info.filesize) != info.sha256:
+                return None
+            self._seen[info.sha256] = _identity(temporary.stat())
+            opened = self._verified(temporary, info.sha256)
+            temporary.replace(path)
             return opened
         except storage.NotFoundError:
             raise DataError(f"shard {url} is in the index but not in storage") from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _DiskFullError from error
+            raise
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
-    def _make_room(self, needed: int) -> None:
-        """Drop the least recently used files until ``needed`` more bytes fit.
-
-        A file that another rank has open goes on being readable, and takes its place on the disk, until that rank
-        makes room in its turn.
-        """
+    def _entries(self) -> tuple[list[tuple[float, int, Path]], int]:
+        """(time of last use, bytes, path) of every cached shard, and the bytes of those that are arriving."""
         entries, arriving = [], 0
         for path in self.folder.glob("*"):
             with contextlib.suppress(OSError):
@@ -179,27 +269,77 @@ class ShardCache:
                     arriving += facts.st_size
                 elif path.suffix == ".tar":
                     entries.append((facts.st_atime, facts.st_size, path))
-        total = arriving + sum(size for _, size, _ in entries)
-        kept = {path.stem for _, _, path in entries}
-        for _, size, path in sorted(entries):
-            if total + needed <= self.limit_bytes:
-                break
-            with contextlib.suppress(OSError):
-                path.unlink()
-            total -= size
-            kept.discard(path.stem)
+        return entries, arriving
+
+    def _used(self) -> int:
+        entries, arriving = self._entries()
+        return arriving + sum(size for _, size, _ in entries)
+
+    def _room(self, info: ShardInfo) -> bool:
+        """Drop what is needed last until a shard fits; False where what is needed before it leaves no room.
+
+        A file that another rank has open goes on being readable, and takes its place on the disk, until that rank
+        makes room in its turn.
+        """
+        needed = info.filesize
+        with FileLock(self.folder / "room.lock"):
+            entries, arriving = self._entries()
+            total = arriving + sum(size for _, size, _ in entries)
+            kept = {path.stem for _, _, path in entries}
+            if total + needed > self.limit_bytes:
+                expendable = self._expendable(entries, info.sha256)
+                if total - sum(size for size, _ in expendable) + needed > self.limit_bytes:
+                    return False
+                for size, path in expendable:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                    total -= size
+                    kept.discard(path.stem)
+                    if total + needed <= self.limit_bytes:
+                        break
         with self._lock:
-            for sha256 in [sha256 for sha256 in self._maps if sha256 in self._fetched and sha256 not in kept]:
-                del self._maps[sha256]
+            for sha256 in [sha256 for sha256 in self._opened if sha256 in self._fetched and sha256 not in kept]:
+                del self._opened[sha256]
                 self._fetched.discard(sha256)
+        return True
+
+    def _expendable(self, entries: list[tuple[float, int, Path]], newcomer: str) -> list[tuple[int, Path]]:
+        """Cached shards that are needed after another one, what is needed last first."""
+        step, soonest = self.next_use() if self.next_use is not None else (0, {})
+        mine = soonest.get(newcomer, step)
+        ranked = []
+        for used, size, path in entries:
+            if (needed := soonest.get(path.stem)) is None:
+                # Of other runs, or not of this node any more.
+                recent = self.next_use is not None and time.time() - used < _RECENT_S
+                ranked.append(((2 if recent else 0, used), size, path))
+            elif needed > mine:
+                ranked.append(((1, -float(needed)), size, path))
+        return [(size, path) for _, size, path in sorted(ranked)]
+
+    def _tell(self) -> None:
+        self._told = True
+        log.warning(
+            "the shards in use do not fit into the node cache %s (%.3g GB; data.cache_gb or the disk's room bound): "
+            "samples are read from storage one by one, which is slower; `physio-dist plan` tells how much a run needs",
+            self.folder, self.limit_bytes / 1e9,
+        )  # fmt: skip
+
+
+class _DiskFullError(Exception):
+    pass
+
+
+def _identity(facts: os.stat_result) -> _Identity:
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
 def _open_files_allowed() -> int:
     """Files this process may have open, after asking for as many as the system grants without privilege."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * _MOST_MAPS if hard == resource.RLIM_INFINITY else min(2 * _MOST_MAPS, hard)
+    wanted = 2 * _MOST_OPEN if hard == resource.RLIM_INFINITY else min(2 * _MOST_OPEN, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
-    return wanted if soft == resource.RLIM_INFINITY else min(soft, 2 * _MOST_MAPS)
+    return wanted if soft == resource.RLIM_INFINITY else min(soft, 2 * _MOST_OPEN)

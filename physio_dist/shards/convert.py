@@ -28,7 +28,7 @@ from physio_dist.signals.windows import Window, WindowSpec, waveform_hash, windo
 
 PART_RECORDS = 32
 # Raised whenever the same records and options would give other bytes: spooled parts of before are then not used.
-CONVERTER = 2
+CONVERTER = 3
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_safetensors
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 SIDECAR = "samples.safetensors"
 SPLITS = ("train", "val", "test")
@@ -60,6 +60,7 @@ class Sidecar:
 
     Attributes:
         offset: for each signal int64 ``[sample]``, where its first value stands in the tar.
+        check: for each signal uint32 ``[sample]``, CRC-32 of its values, for samples that are read singly.
         valid: for each signal bool ``[sample, channel]``.
         split: uint8 ``[sample]``, position in ``SPLITS``.
         person: uint64 ``[sample]``, pseudonym.
@@ -68,6 +69,7 @@ class Sidecar:
     """
 
     offset: dict[str, npt.NDArray[np.int64]]
+    check: dict[str, npt.NDArray[np.uint32]]
     valid: dict[str, npt.NDArray[np.bool_]]
     split: npt.NDArray[np.uint8]
     person: npt.NDArray[np.uint64]
@@ -85,6 +87,8 @@ class Sidecar:
         }  # fmt: skip
         for signal, values in self.offset.items():
             tensors[f"offset.{signal}"] = values
+        for signal, checks in self.check.items():
+            tensors[f"check.{signal}"] = checks
         for signal, flags in self.valid.items():
             tensors[f"valid.{signal}"] = flags
         return save_safetensors({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
@@ -100,6 +104,7 @@ class Sidecar:
             tensors = load_safetensors(data)
             return Sidecar(
                 offset={k.removeprefix("offset."): v for k, v in tensors.items() if k.startswith("offset.")},
+                check={k.removeprefix("check."): v for k, v in tensors.items() if k.startswith("check.")},
                 valid={k.removeprefix("valid."): v for k, v in tensors.items() if k.startswith("valid.")},
                 split=tensors["split"], person=tensors["person"], waveform=tensors["waveform"], key=tensors["key"],
             )  # fmt: skip
@@ -221,10 +226,10 @@ def open_set(url: str) -> ShardSet:
         raise UserError(
             f"{where} lacks what training needs; `physio-dist index {url} channels=...` adds it"
         )
-    if ours.get("format") != FORMAT:
-        raise UserError(
-            f"{where} has format {ours.get('format')!r}, this version of physio-dist reads format {FORMAT}; upgrade it"
-        )
+    if (theirs := ours.get("format")) != FORMAT:
+        older = isinstance(theirs, int) and theirs < FORMAT
+        todo = "convert the recordings again, into a new folder" if older else "upgrade physio-dist"
+        raise UserError(f"{where} has format {theirs!r}, this version of physio-dist reads format {FORMAT}; {todo}")
     try:
         shards = tuple(
             ShardInfo(str(s["url"]), int(s["nsamples"]), int(s["filesize"]), str(s["sha256"]))
@@ -279,6 +284,7 @@ def _contradictions(shards: ShardSet, sidecar: Sidecar) -> list[str]:
     }
     for name, info in shards.signals.items():
         wanted[f"offset.{name}"] = (sidecar.offset.get(name), "int64", (n,))
+        wanted[f"check.{name}"] = (sidecar.check.get(name), "uint32", (n,))
         wanted[f"valid.{name}"] = (sidecar.valid.get(name), "bool", (n, len(info.channels)))
     wrong = [
         name

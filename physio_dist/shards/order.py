@@ -2,7 +2,7 @@
 
 A run has lanes, a constant of the run and not of the cluster. The epoch's shards, permuted by (seed, epoch), form one
 long sequence of samples; each lane owns a contiguous range of it, as long as its share of the global batch, and walks
-it through a shuffle window of its own. A global batch takes the next samples of every lane, in lane order, and a rank
+it in blocks, each of them permuted. A global batch takes the next samples of every lane, in lane order, and a rank
 a contiguous slice of the batch. So the batch does not depend on the number of ranks, while a rank stays in few shards.
 
 The whole state of the order is one number: how many global batches have been taken.
@@ -11,6 +11,7 @@ The whole state of the order is one number: how many global batches have been ta
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,12 +22,11 @@ from physio_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 
-# More lanes mix better and serve more nodes; each has the shards of its shuffle window in hand, which are WINDOW over
-# a shard's samples and one or two more. 128 is one lane for every node of a large cluster; a single node then holds up
-# to 128 x 6 shards of 1,000 samples at a time, some 37 GB of 12-lead ECG.
+# More lanes mix better and serve more nodes: 128 is one lane for every node of a large cluster.
 LANES = 128
-# Samples over which a lane shuffles: several shards' worth, so that neighbours in storage part.
-WINDOW = 4096
+# Samples over which a run shuffles, all lanes together: with 128 lanes each shuffles over 4,096, several shards' worth,
+# so that neighbours in storage part. A node holds its lanes' share of the shards that these samples lie in.
+WINDOW = 524_288
 
 
 def number_of(*purpose: object) -> int:
@@ -60,25 +60,49 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Uses:
+    """When some slots of the batches need which shards, in one epoch.
+
+    Attributes:
+        shard: int64 ``[n]``; a shard stands here once for each block of each lane that it has samples in.
+        first, last: int64 ``[n]``, steps of the epoch (from 0) between which it may be needed, both included.
+    """
+
+    shard: Ints
+    first: Ints
+    last: Ints
+
+
 class SetOrder:
     """The visiting order of one shard set's split.
 
-    Attributes:
+    Args:
         counts: int64 ``[shard]``, samples of the split in each shard, in the order of the index.
         batch: samples this set gives to every global batch.
         seed: the run's seed.
         name: tells sets of a mixture apart, so that they are not shuffled alike.
     """
 
-    counts: Ints
-    batch: int
-    seed: int
-    name: str
-
-    @property
-    def total(self) -> int:
-        """Samples in the split."""
-        return int(self.counts.sum())
+    def __init__(self, counts: Ints, batch: int, seed: int, name: str) -> None:
+        self.counts, self.batch, self.seed, self.name = counts, batch, seed, name
+        self.total = int(counts.sum())
+        self.lanes = min(batch, LANES)
+        border = np.arange(self.lanes + 1, dtype=np.int64) * batch // self.lanes
+        self._start = border * self.total // batch
+        self._length = np.diff(self._start)
+        # Samples that a lane gives to each batch.
+        self._width = np.diff(border)
+        self._block = max(WINDOW // self.lanes, 1)
+        # The lanes' first blocks are of different lengths, so that the lanes do not all ask for new shards at once.
+        self._phase = np.maximum(self._block * np.arange(1, self.lanes + 1, dtype=np.int64) // self.lanes, 1)
+        self._lane = np.repeat(np.arange(self.lanes), self._width)
+        self._place = np.arange(batch, dtype=np.int64) - border[self._lane]
+        self._lock = threading.Lock()
+        # For each lane the permuted block it is in, and which that is: (epoch, number of the block).
+        self._shuffled = np.empty((self.lanes, min(self._block, int(self._length.max()))), dtype=np.int32)
+        self._held = np.full((self.lanes, 2), -1, dtype=np.int64)
+        self._epochs: dict[int, tuple[Ints, Ints]] = {}
+        self._begins = np.cumsum(counts) - counts
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,55 +116,68 @@ class SetOrder:
             int64 ``[batch]``.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
-        lanes = min(self.batch, LANES)
-        border = np.arange(lanes + 1) * self.batch // lanes
-        start = border * self.total // self.batch
-        places = np.empty(self.batch, dtype=np.int64)
-        for lane in range(lanes):
-            width = int(border[lane + 1] - border[lane])
-            length = int(start[lane + 1] - start[lane])
-            first = within * width
-            places[border[lane] : border[lane + 1]] = start[lane] + self._walk(epoch, lane, length, first, width)
-        return self._storage(epoch, places)
+        lane = self._lane
+        place = within * self._width[lane] + self._place
+        phase = self._phase[lane]
+        block = np.where(place < phase, 0, 1 + (place - phase) // self._block)
+        begin = np.where(block == 0, 0, phase + (block - 1) * self._block)
+        offset = place - begin
+        out = np.empty(self.batch, dtype=np.int64)
+        todo = np.arange(self.batch)
+        with self._lock:
+            # Once, but where a lane goes from one block to the next within the batch.
+            while len(todo):
+                held = self._held[lane[todo]]
+                ready = (held[:, 0] == epoch) & (held[:, 1] == block[todo])
+                now = todo[ready]
+                out[now] = begin[now] + self._shuffled[lane[now], offset[now]]
+                todo = todo[~ready]
+                for slot in todo[np.unique(lane[todo], return_index=True)[1]]:
+                    self._shuffle(int(lane[slot]), epoch, int(block[slot]), int(begin[slot]))
+            return self._storage(epoch, self._start[lane] + out)
 
-    def _walk(self, epoch: int, lane: int, length: int, first: int, width: int) -> Ints:
-        """Positions ``first .. first + width`` of a lane's walk through its range of ``length`` samples."""
-        out = np.empty(width, dtype=np.int64)
-        done = 0
-        while done < width:
-            block, offset = divmod(first + done, WINDOW)
-            begin = block * WINDOW
-            shuffled = self._block(epoch, lane, block, min(WINDOW, length - begin))
-            piece = shuffled[offset : offset + width - done]
-            out[done : done + len(piece)] = begin + piece
-            done += len(piece)
-        return out
+    def _shuffle(self, lane: int, epoch: int, block: int, begin: int) -> None:
+        whole = int(self._phase[lane]) if block == 0 else self._block
+        size = min(whole, int(self._length[lane]) - begin)
+        self._shuffled[lane, :size] = permutation(size, self.seed, self.name, "window", epoch, lane, block)
+        self._held[lane] = epoch, block
 
-    def _block(self, epoch: int, lane: int, block: int, size: int) -> Ints:
-        # Threads share the caches: whatever another does to them, this one returns what it holds.
-        cache: dict[tuple[int, int], tuple[int, Ints]] = self.__dict__.setdefault("_blocks", {})
-        held = cache.get((epoch, lane))
-        if held is None or held[0] != block:
-            if len(cache) >= 4 * LANES:
-                cache.clear()
-            held = (block, permutation(size, self.seed, self.name, "window", epoch, lane, block))
-            cache[(epoch, lane)] = held
-        return held[1]
+    def _sequence(self, epoch: int) -> tuple[Ints, Ints]:
+        """The epoch's shards in their order, and where each ends in the sequence of samples."""
+        held = self._epochs.get(epoch)
+        if held is None:
+            if len(self._epochs) >= 3:
+                self._epochs.clear()
+            shards = permutation(len(self.counts), self.seed, self.name, "shards", epoch)
+            held = self._epochs[epoch] = (shards, np.cumsum(self.counts[shards]))
+        return held
 
     def _storage(self, epoch: int, places: Ints) -> Ints:
         """Turn places in the epoch's sequence of permuted shards into ordinals in storage order."""
-        cache: dict[int, tuple[Ints, Ints, Ints]] = self.__dict__.setdefault("_epochs", {})
-        held = cache.get(epoch)
-        if held is None:
-            if len(cache) >= 2:
-                cache.clear()
-            shards = permutation(len(self.counts), self.seed, self.name, "shards", epoch)
-            held = (shards, np.cumsum(self.counts[shards]), np.cumsum(self.counts) - self.counts)
-            cache[epoch] = held
-        shards, ends, begins = held
+        shards, ends = self._sequence(epoch)
         index = np.searchsorted(ends, places, side="right")
         shard = shards[index]
-        return begins[shard] + places - (ends[index] - self.counts[shard])
+        return self._begins[shard] + places - (ends[index] - self.counts[shard])
+
+    def uses(self, epoch: int, low: int, high: int) -> Uses:
+        """The shards that the slots ``low .. high`` of this set's part of the batch need, and when."""
+        with self._lock:
+            shards, ends = self._sequence(epoch)
+        found: list[tuple[Ints, Ints, Ints]] = []
+        for lane in np.unique(self._lane[low:high]):
+            width, length = int(self._width[lane]), int(self._length[lane])
+            # The rest of a lane's range, less than a sample a batch, is not visited in this epoch.
+            visited = self.steps_per_epoch * width
+            begin = np.concatenate([[0], np.arange(self._phase[lane], visited, self._block)])
+            end = np.minimum(np.concatenate([self._phase[lane : lane + 1], begin[1:] + self._block]), length)
+            first = np.searchsorted(ends, self._start[lane] + begin, side="right")
+            count = np.searchsorted(ends, self._start[lane] + end - 1, side="right") - first + 1
+            of = np.repeat(np.arange(len(begin)), count)
+            index = first[of] + np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)
+            found.append((shards[index], begin[of] // width, (np.minimum(end, visited)[of] - 1) // width))
+        shard, start, stop = (np.concatenate(part) for part in zip(*found, strict=True))
+        kept = self.counts[shard] > 0
+        return Uses(shard[kept], start[kept], stop[kept])
 
 
 @dataclass(frozen=True)
@@ -166,6 +203,16 @@ class Mixture:
         """
         source = np.concatenate([np.full(order.batch, i, dtype=np.int64) for i, order in enumerate(self.sets)])
         return source, np.concatenate([order.take(step) for order in self.sets])
+
+    def slots(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        """What the slots ``low .. high`` of the batch are in each set: (set, low, high), sets without any left out."""
+        found, begin = [], 0
+        for i, order in enumerate(self.sets):
+            first, last = max(low - begin, 0), min(high - begin, order.batch)
+            if first < last:
+                found.append((i, first, last))
+            begin += order.batch
+        return found
 
     def epoch(self, step: int) -> int:
         """Epoch of the first set that batch ``step`` (from 0) belongs to."""

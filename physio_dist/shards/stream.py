@@ -6,28 +6,37 @@ event loop stays in one place. Signals stay int16; scaling is left to the device
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
-from collections import deque
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from physio_dist.errors import UserError
+from physio_dist import storage
+from physio_dist.errors import DataError, UserError
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.index import SPLITS, ShardSet, Sidecar, SignalInfo, open_set, read_sidecar
-from physio_dist.shards.order import Ints, Mixture, mixture, rank_slice
+from physio_dist.shards.order import Ints, Mixture, mixture, permutation, rank_slice
+from physio_dist.shards.schedule import Schedule
 
 T = TypeVar("T")
+log = logging.getLogger("physio_dist")
 
-# Batches made ahead of the training step, and steps whose shards are fetched ahead of that.
+# Batches made ahead of the training step.
 _BATCHES_AHEAD = 3
-_STEPS_AHEAD = 16
-_FETCHERS = 8
+# Shards that are fetched at once, and those that have been asked for and are not there yet.
+_FETCHERS = 4
+_ASKED_AHEAD = 16
+# Steps ahead for which files of a local set are verified.
+_STEPS_AHEAD = 64
+# Samples that are read one by one at the same time.
+_SINGLE_READS = 16
 
 
 @dataclass(frozen=True)
@@ -111,42 +120,89 @@ class Source:
                 keys[place] = key
         return keys
 
-    def shards_of(self, sources: Ints, ids: Ints) -> set[tuple[int, int]]:
-        """The (set, shard) pairs that samples lie in."""
-        found: set[tuple[int, int]] = set()
-        for i, starts in enumerate(self._starts):
-            mine = ids[sources == i]
-            found |= {(i, int(s)) for s in np.unique(np.searchsorted(starts, mine, side="right") - 1)}
-        return found
-
-    def gather(self, step: int, sources: Ints, ids: Ints, positions: Ints, size: int) -> Batch:
+    def gather(
+        self, step: int, sources: Ints, ids: Ints, positions: Ints, size: int, fetching: bool = True
+    ) -> Batch:  # fmt: skip
         """Read samples into a batch of ``size``, padded at its end.
+
+        Args:
+            step: the batch's number.
+            sources, ids, positions: set, sample and place in the run of each sample.
+            size: of the batch.
+            fetching: whether shards are fetched whole; otherwise only those at hand are used, and what is missing is
+                read sample by sample.
 
         Raises:
             DataError: a shard disagrees with the index.
         """
         info = self.info
-        count, nbytes = len(ids), info.nbytes
-        signal = np.zeros((size, len(info.channels), info.samples), dtype=np.int16)
-        flat = signal.reshape(size, -1).view(np.uint8)
+        count = len(ids)
+        signal = np.empty((size, len(info.channels), info.samples), dtype=np.int16)
+        signal[count:] = 0
         scale = np.ones(size, dtype=np.float32)
         valid = np.ones((size, len(info.channels)), dtype=np.bool_)
+        singles: list[tuple[int, int, int, int]] = []
+        out = signal.reshape(-1).view(np.uint8).data
         for i, sidecar in enumerate(self.sidecars):
             rows = np.flatnonzero(sources == i)
             if not len(rows):
                 continue
             mine = ids[rows]
-            shard = np.searchsorted(self._starts[i], mine, side="right") - 1
-            offset = sidecar.offset[self.signal][mine]
             scale[rows] = self.sets[i].signals[self.signal].uv_per_bit
             valid[rows] = sidecar.valid[self.signal][mine]
-            for number in np.unique(shard):
-                data = self.cache.open(self.sets[i], int(number))
-                for row, start in zip(rows[shard == number], offset[shard == number], strict=True):
-                    flat[row] = data[start : start + nbytes]
+            shard = np.searchsorted(self._starts[i], mine, side="right") - 1
+            # One visit to each shard.
+            by_shard = np.argsort(shard, kind="stable")
+            borders = np.flatnonzero(np.diff(shard[by_shard])) + 1
+            for group in np.split(by_shard, borders):
+                number = int(shard[group[0]])
+                if not self._read(i, number, rows[group], mine[group], out, fetching):
+                    pairs = zip(rows[group].tolist(), mine[group].tolist(), strict=True)
+                    singles += [(i, number, row, sample) for row, sample in pairs]
+        if singles:
+            with ThreadPoolExecutor(min(_SINGLE_READS, len(singles)), thread_name_prefix="single") as pool:
+                for _ in pool.map(lambda one: self._read_single(one, out), singles):
+                    pass
         weight = np.zeros(size, dtype=np.float32)
         weight[:count] = 1
         return Batch(step, signal, scale, valid, weight, _padded(positions, size), (sources, ids))
+
+    def _read(self, i: int, shard: int, rows: Ints, ids: Ints, out: memoryview, fetching: bool) -> bool:
+        """Read samples of a shard into rows of a batch; False where they have to be read one by one."""
+        shards, nbytes = self.sets[i], self.info.nbytes
+        if not fetching and not self.cache.held(shards, shard):
+            return False
+        places = list(zip(rows.tolist(), self.sidecars[i].offset[self.signal][ids].tolist(), strict=True))
+        for _ in range(3):
+            opened = self.cache.open(shards, shard)
+            if opened is None:
+                return False
+            whole = all(opened.read(start, out[row * nbytes : (row + 1) * nbytes]) for row, start in places)
+            # What was cut short or altered under our hands is verified again, and fetched again, when it is opened.
+            if whole and opened.intact():
+                return True
+        raise DataError(f"shard {shards.shard_url(shard)} keeps changing while it is read")
+
+    def _read_single(self, which: tuple[int, int, int, int], out: memoryview) -> None:
+        i, shard, row, sample = which
+        shards, sidecar, nbytes = self.sets[i], self.sidecars[i], self.info.nbytes
+        url, start = shards.shard_url(shard), int(sidecar.offset[self.signal][sample])
+        for attempt in range(2):
+            try:
+                data = storage.read_bytes(url, start, start + nbytes)
+            except storage.NotFoundError:
+                raise DataError(f"shard {url} is in the index but not in storage") from None
+            if len(data) == nbytes and zlib.crc32(data) == sidecar.check[self.signal][sample]:
+                out[row * nbytes : (row + 1) * nbytes] = data
+                return
+            if attempt == 0:
+                log.warning("shard %s disagrees with its index; reading sample %s again", url, self._key(i, sample))
+        raise DataError(
+            f"shard {url} disagrees with its index in sample {self._key(i, sample)}, also when read again"
+        )
+
+    def _key(self, i: int, sample: int) -> str:
+        return self.sidecars[i].keys(np.array([sample]))[0]
 
 
 def _padded(positions: Ints, size: int) -> Ints:
@@ -170,12 +226,47 @@ def rank_batch(
     """What a rank trains on in global batch ``step``: (set, sample, position in the run) of each sample."""
     low, high = rank_slice(order.batch, rank, world)
     sets, ordinals = order.take(step)
-    sets, ordinals = sets[low:high], ordinals[low:high]
+    # A batch is in the order of the lanes, which is that of neighbouring shards; within a rank's slice it need not be.
+    mine = low + permutation(high - low, order.sets[0].seed, "slice", step)
+    sets, ordinals = sets[mine], ordinals[mine]
     ids = np.empty(high - low, dtype=np.int64)
     for i, samples in enumerate(members):
-        mine = sets == i
-        ids[mine] = samples[ordinals[mine]]
-    return sets, ids, np.arange(low, high, dtype=np.int64) + step * order.batch
+        of_set = sets == i
+        ids[of_set] = samples[ordinals[of_set]]
+    return sets, ids, mine + step * order.batch
+
+
+class _Ahead:
+    """Has shards opened before they are needed, in the order of need, as far ahead as the cache has room."""
+
+    def __init__(
+        self, source: Source, schedule: Schedule, steps: range, budget: float, pool: ThreadPoolExecutor
+    ) -> None:  # fmt: skip
+        self._source, self._budget, self._pool = source, budget, pool
+        self._stop = steps.stop
+        self._coming = schedule.coming(steps.start)
+        self._next = next(self._coming)
+        # (set, shard) -> last step of need, bytes.
+        self._asked: dict[tuple[int, int], tuple[int, int]] = {}
+        self._under_way: list[Future[object]] = []
+
+    def look(self, step: int) -> None:
+        """Ask for what ``step`` and those after it need."""
+        self._asked = {key: use for key, use in self._asked.items() if use[0] >= step}
+        self._under_way = [future for future in self._under_way if not future.done()]
+        taken = sum(size for _, size in self._asked.values())
+        while (use := self._next).first < self._stop and len(self._under_way) < _ASKED_AHEAD:
+            shards, key = self._source.sets[use.set], (use.set, use.shard)
+            size, local = shards.shards[use.shard].filesize, storage.is_local(shards.url)
+            if use.first > step + _STEPS_AHEAD if local else taken + size > self._budget:
+                break
+            last, _ = self._asked.get(key, (-1, 0))
+            if last < 0:
+                # An error of a fetch ahead of need is raised when the shard is needed.
+                self._under_way.append(self._pool.submit(self._source.cache.open, shards, use.shard, True))
+                taken += size
+            self._asked[key] = max(last, use.last), size
+            self._next = next(self._coming)
 
 
 class Feed(Generic[T]):
@@ -188,17 +279,25 @@ class Feed(Generic[T]):
         size: samples in each batch, padding included.
         prepare: applied to every batch in the reading thread.
         start, stop: steps, half-open, from 0.
+        node: the ranks that share this one's cache, half-open; by default this one alone.
 
     Errors of the reading thread are raised by the iteration.
     """
 
     def __init__(
         self, source: Source, order: Mixture, split: str, rank: int, world: int, size: int,
-        prepare: Callable[[Batch], T], start: int, stop: int,
+        prepare: Callable[[Batch], T], start: int, stop: int, node: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         self._source, self._order, self._members = source, order, source.members(split)
         self._rank, self._world, self._size, self._prepare = rank, world, size, prepare
         self._range = range(start, stop)
+        low, high = node or (rank, rank + 1)
+        batch = order.batch
+        self._mine = Schedule(order, *rank_slice(batch, rank, world))
+        self._node = Schedule(order, rank_slice(batch, low, world)[0], rank_slice(batch, high - 1, world)[1])
+        # What this rank may fill with shards that are not needed yet.
+        self._budget = source.cache.limit_bytes / (high - low)
+        self._step = start
         self._queue: queue.Queue[T | BaseException] = queue.Queue(_BATCHES_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="feed", daemon=True)
@@ -218,28 +317,30 @@ class Feed(Generic[T]):
                 raise item
             yield item
 
-    def _mine(self, step: int) -> tuple[Ints, Ints, Ints]:
-        return rank_batch(self._source, self._order, self._members, step, self._rank, self._world)
+    def _next_use(self) -> tuple[int, dict[str, int]]:
+        step, sets = self._step, self._source.sets
+        uses = self._node.next_use(step)
+        return step, {sets[i].shards[shard].sha256: first for (i, shard), first in uses.items()}
 
     def _produce(self) -> None:
+        source = self._source
+        source.cache.next_use = self._next_use
         with ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch") as pool:
             try:
-                coming: deque[tuple[tuple[Ints, Ints, Ints], set[tuple[int, int]]]] = deque()
+                ahead = _Ahead(source, self._mine, self._range, self._budget, pool)
                 for step in self._range:
-                    for ahead in range(step + len(coming), min(step + _STEPS_AHEAD, self._range.stop)):
-                        mine = self._mine(ahead)
-                        shards = self._source.shards_of(mine[0], mine[1])
-                        for where in sorted(shards.difference(*(asked for _, asked in coming))):
-                            # An error of a fetch ahead of need is raised when the shard is needed.
-                            pool.submit(self._source.cache.open, self._source.sets[where[0]], where[1])
-                        coming.append((mine, shards))
-                    (sets, ids, positions), _ = coming.popleft()
-                    self._put(self._prepare(self._source.gather(step, sets, ids, positions, self._size)))
+                    self._step = step
+                    ahead.look(step)
+                    sets, ids, positions = rank_batch(
+                        source, self._order, self._members, step, self._rank, self._world
+                    )
+                    self._put(self._prepare(source.gather(step, sets, ids, positions, self._size)))
                     if self._closed.is_set():
                         break
             except BaseException as error:
                 self._put(error)
             finally:
+                source.cache.next_use = None
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _put(self, item: T | BaseException) -> None:

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -20,6 +21,9 @@ import numpy.typing as npt
 from physio_dist.errors import DataError
 
 BLOCK = 512
+
+# For each signal of a sample: where its first value stands in the tar, and the check (CRC-32) of its values.
+Places = dict[str, tuple[int, int]]
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Member:
     facts: dict[str, Any] | None = None
 
 
-def write(samples: Iterable[Sample], out: BinaryIO) -> list[dict[str, int]]:
+def write(samples: Iterable[Sample], out: BinaryIO) -> list[Places]:
     """Write a tar.
 
     Args:
@@ -50,22 +54,23 @@ def write(samples: Iterable[Sample], out: BinaryIO) -> list[dict[str, int]]:
         out: a seekable file, positioned at 0.
 
     Returns:
-        For each sample, for each signal, the offset of its first value in the tar.
+        For each sample, for each signal, the offset of its first value in the tar and the check of its values.
     """
-    offsets = []
+    placed: list[Places] = []
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            places = {}
+            places: Places = {}
             for name in sorted(sample.signals):
                 buffer = io.BytesIO()
-                np.lib.format.write_array(buffer, np.ascontiguousarray(sample.signals[name]), allow_pickle=False)
+                values = np.ascontiguousarray(sample.signals[name])
+                np.lib.format.write_array(buffer, values, allow_pickle=False)
                 data = buffer.getvalue()
-                places[name] = out.tell() + BLOCK + len(data) - sample.signals[name].nbytes
+                places[name] = out.tell() + BLOCK + len(data) - values.nbytes, zlib.crc32(values.data)
                 _add(tar, f"{sample.key}.{name}.npy", data)
             facts = json.dumps(sample.facts, sort_keys=True, ensure_ascii=True, allow_nan=False).encode()
             _add(tar, f"{sample.key}.json", facts)
-            offsets.append(places)
-    return offsets
+            placed.append(places)
+    return placed
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,9 +64,10 @@ def verify(url: str) -> Iterator[str]:
 def _shard_faults(
     info: ShardInfo, data: bytes, shards: ShardSet, sidecar: Sidecar, keys: list[str], rows: slice
 ) -> Iterator[str]:
+    as_told = False
     if len(data) != info.filesize:
         yield f"{info.url}: {len(data)} bytes, the index says {info.filesize}"
-    elif hashlib.sha256(data).hexdigest() != info.sha256:
+    elif not (as_told := hashlib.sha256(data).hexdigest() == info.sha256):
         yield f"{info.url}: its sha256 disagrees with the index"
     try:
         members = tar.scan(io.BytesIO(data), info.url)
@@ -90,6 +92,10 @@ def _shard_faults(
             elif member.offset[name] != sidecar.offset[name][rows.start + i]:
                 yield f"{info.url}: sample {member.key} stands elsewhere than the sidecar says"
             else:
+                start = member.offset[name]
+                check = zlib.crc32(memoryview(data)[start : start + signal.nbytes])
+                if as_told and check != sidecar.check[name][rows.start + i]:
+                    yield f"{info.url}: sample {member.key} {name} disagrees with its check in the sidecar"
                 yield from _range_faults(info, data, member, name, signal, sidecar.valid[name][rows.start + i])
 
 
@@ -172,6 +178,7 @@ class _Adopted:
     simulated: bool = False
     infos: list[ShardInfo] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    checks: list[int] = field(default_factory=list)
     people: list[str | None] = field(default_factory=list)
     valid: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
@@ -215,7 +222,9 @@ def _adopt_shard(name: str, data: bytes, channels: tuple[str, ...], options: Ind
         flat, railed = _dead(data, member.offset[found.kind], (shape[0], shape[1]))
         facts: dict[str, Any] = member.facts or {}
         person = facts.get(options.person or "person")
-        found.offsets.append(member.offset[found.kind])
+        start = member.offset[found.kind]
+        found.offsets.append(start)
+        found.checks.append(zlib.crc32(memoryview(data)[start : start + found.signal.nbytes]))
         found.keys.append(member.key)
         found.valid.append(~(flat | railed))
         found.people.append(None if person is None else str(person))
@@ -230,7 +239,9 @@ def _publish_adopted(url: str, options: IndexOptions, signal: SignalInfo, found:
     ]
     split = [split_of(person, options.val, options.test) for person in people]
     sidecar = Sidecar(
-        offset={kind: np.array(found.offsets, dtype=np.int64)}, valid={kind: np.stack(found.valid)},
+        offset={kind: np.array(found.offsets, dtype=np.int64)},
+        check={kind: np.array(found.checks, dtype=np.uint32)},
+        valid={kind: np.stack(found.valid)},
         split=np.array(split, dtype=np.uint8), person=np.array(people, dtype=np.uint64),
         waveform=np.zeros(len(people), dtype=np.uint64), key=key_table(found.keys),
     )  # fmt: skip

@@ -43,6 +43,7 @@ from physio_dist.shards.index import (
 )  # fmt: skip
 from physio_dist.shards.labels import read_labels
 from physio_dist.shards.progress import Progress
+from physio_dist.shards.tar import Places
 from physio_dist.shards.workers import as_they_come, worker_pool
 from physio_dist.signals.readers import reader as reader_named
 
@@ -258,13 +259,13 @@ def _nothing_kept(source: str, records: int, rejects: Sequence[dict[str, Any]]) 
 
 def _make_shards(
     job: Job, kept: Sequence[Kept], spool: Path, out: str, digest: str, per_shard: int, pool: ProcessPoolExecutor
-) -> tuple[list[ShardInfo], list[dict[str, int]]]:
+) -> tuple[list[ShardInfo], list[Places]]:
     prefix = "-".join(signals_of(spool, kept[0].part))
     groups = [kept[i : i + per_shard] for i in range(0, len(kept), per_shard)]
     tasks = [
         (job.source, group, str(spool), out, f"{prefix}-{n:06d}.tar", digest) for n, group in enumerate(groups)
     ]  # fmt: skip
-    made: dict[int, tuple[ShardInfo, list[dict[str, int]]]] = {}
+    made: dict[int, tuple[ShardInfo, list[Places]]] = {}
     with Progress(len(groups), "shards", "writing") as bar:
         for n, result in as_they_come(pool, make_shard, tasks):
             made[n] = result
@@ -274,7 +275,7 @@ def _make_shards(
 
 def _finish(
     job: Job, out: str, digest: str, options: ShardConfig, kept: Sequence[Kept], infos: list[ShardInfo],
-    offsets: list[dict[str, int]], rejects: list[dict[str, Any]], spool: Path,
+    places: list[Places], rejects: list[dict[str, Any]], spool: Path,
 ) -> ShardSet:  # fmt: skip
     signals = signals_of(spool, kept[0].part)
     valid: dict[str, list[Any]] = {name: [] for name in signals}
@@ -288,7 +289,8 @@ def _finish(
     split = [split_of(item.facts.person, options.split.val, options.split.test) for item in kept]
     person = np.array([item.facts.person for item in kept], dtype=np.uint64)
     sidecar = Sidecar(
-        offset={name: np.array([place[name] for place in offsets], dtype=np.int64) for name in signals},
+        offset={name: np.array([place[name][0] for place in places], dtype=np.int64) for name in signals},
+        check={name: np.array([place[name][1] for place in places], dtype=np.uint32) for name in signals},
         valid={name: np.concatenate(valid[name]) for name in signals},
         split=np.array(split, dtype=np.uint8),
         person=person,

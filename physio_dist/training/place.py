@@ -15,7 +15,14 @@ class Place:
 
     rank: int
     world: int
+    local_rank: int
     local_world: int
+
+    @property
+    def node(self) -> tuple[int, int]:
+        """The ranks of this node, half-open; launchers number a node's ranks one after the other."""
+        first = self.rank - self.local_rank
+        return first, first + self.local_world
 
 
 def join_ranks() -> Place:
@@ -29,7 +36,7 @@ def join_ranks() -> Place:
     world = int(os.environ["WORLD_SIZE"])
     # torchrun and the DeepSpeed launcher name it differently.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
-    return Place(int(os.environ["RANK"]), world, local)
+    return Place(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", 0)), local)
 
 
 def choose_accelerator() -> None:

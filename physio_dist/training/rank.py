@@ -235,7 +235,9 @@ class _Rank:
             show=self._show if self.first else _nothing,
         )
         share = Share(place.rank, place.world, micro, passes, flops)
-        with Feed(source, order, "train", place.rank, place.world, micro * passes, ready, start, opts.steps) as feed:
+        with Feed(
+            source, order, "train", place.rank, place.world, micro * passes, ready, start, opts.steps, place.node
+        ) as feed:
             nothing = numpy.zeros(0, dtype=numpy.int64)
             empty = source.gather(0, nothing, nothing, nothing, size=micro)
             dry = to_device(ready(empty), slice(None), self.engine.device)

@@ -56,7 +56,9 @@ class Validation:
 
     def _load(self, number: int) -> Prepared:
         rows = slice(number * self._size, (number + 1) * self._size)
-        batch = self._source.gather(0, self._sets[rows], self._ids[rows], self._positions[rows], self._size)
+        batch = self._source.gather(
+            0, self._sets[rows], self._ids[rows], self._positions[rows], self._size, fetching=False
+        )
         return prepare(batch, self._mask, self._groups, self._seed, "val")
 
     @torch.no_grad()

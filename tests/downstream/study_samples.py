@@ -52,20 +52,21 @@ def publish_set(
     shard: int = 5,
 ) -> ShardSet:
     """Publish windows at 200 Hz: ``signals`` are values, channel names, microvolts a bit; people from ``facts``."""
-    n, infos, offsets = len(facts), [], []
+    n, infos, places = len(facts), [], []
     keys = [f"k-{i:04d}" for i in range(n)]
     for number, start in enumerate(range(0, n, shard)):
         rows = range(start, min(start + shard, n))
         samples = [tar.Sample(keys[i], {name: v[0][i] for name, v in signals.items()}, dict(facts[i])) for i in rows]
         file = io.BytesIO()
-        offsets += tar.write(samples, file)
+        places += tar.write(samples, file)
         data, name = file.getvalue(), f"paired-{number:06d}.tar"
         storage.write_bytes(storage.join(url, name), data)
         infos.append(ShardInfo(name, len(rows), len(data), hashlib.sha256(data).hexdigest()))
     codes = np.array(split if split is not None else [0] * n, dtype=np.uint8)
     people = np.array([pseudonym("built", str(one.get("person"))) for one in facts], dtype=np.uint64)
     sidecar = Sidecar(
-        offset={name: np.array([place[name] for place in offsets], dtype=np.int64) for name in signals},
+        offset={name: np.array([place[name][0] for place in places], dtype=np.int64) for name in signals},
+        check={name: np.array([place[name][1] for place in places], dtype=np.uint32) for name in signals},
         valid={name: (valid or {}).get(name, np.ones((n, len(v[1])), dtype=bool)) for name, v in signals.items()},
         split=codes, person=people, waveform=np.zeros(n, dtype=np.uint64), key=key_table(keys),
     )  # fmt: skip

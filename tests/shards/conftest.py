@@ -36,14 +36,14 @@ def signal_of(sample: int, channels: int = 2, length: int = 64, seed: int = 0) -
 def build(url: str, sizes: tuple[int, ...] = (5, 3, 4), seed: int = 0, length: int = 64, every: int = 4) -> ShardSet:
     """Publish a set: shards of these sizes, two channels, one sample in ``every`` held out, channel 1 of each third
     sample invalid."""
-    n, shards, offsets, start = sum(sizes), [], [], 0
+    n, shards, places, start = sum(sizes), [], [], 0
     for number, size in enumerate(sizes):
         file = io.BytesIO()
         samples = [
             tar.Sample(f"s{seed}-{i:04d}", {"ecg": signal_of(i, length=length, seed=seed)}, {"labels": {"n": i % 2}})
             for i in range(start, start + size)
         ]
-        offsets += tar.write(samples, file)
+        places += tar.write(samples, file)
         data = file.getvalue()
         name = f"ecg-{number:06d}.tar"
         storage.write_bytes(storage.join(url, name), data)
@@ -51,7 +51,8 @@ def build(url: str, sizes: tuple[int, ...] = (5, 3, 4), seed: int = 0, length: i
         start += size
     split = np.array([i % every == every - 1 for i in range(n)], dtype=np.uint8)
     sidecar = Sidecar(
-        offset={"ecg": np.array([place["ecg"] for place in offsets], dtype=np.int64)},
+        offset={"ecg": np.array([place["ecg"][0] for place in places], dtype=np.int64)},
+        check={"ecg": np.array([place["ecg"][1] for place in places], dtype=np.uint32)},
         valid={"ecg": np.array([[True, i % 3 > 0] for i in range(n)])},
         split=split,
         person=np.arange(n, dtype=np.uint64) // 2,

@@ -66,7 +66,9 @@ def test_the_index_is_a_wids_document(make_set: Callable[..., ShardSet], tmp_pat
     [
         (lambda d: d.update(__kind__="other"), UserError, "is not a wids-shard-index-v1 document"),
         (lambda d: d.pop("physio_dist"), UserError, "lacks what training needs; `physio-dist index"),
-        (lambda d: d["physio_dist"].update(format=2), UserError, "has format 2, this version .* reads format 1; upgr"),
+        (lambda d: d["physio_dist"].update(format=3), UserError, "has format 3, this version .* reads format 2; upgr"),
+        (lambda d: d["physio_dist"].update(format="x"), UserError, "has format 'x', .* reads format 2; upgrade"),
+        (lambda d: d["physio_dist"].update(format=1), UserError, "format 1, .* reads format 2; convert the recordings"),
         (lambda d: d["physio_dist"].pop("rate"), DataError, "is damaged: KeyError 'rate'"),
         (lambda d: d["shardlist"][0].pop("sha256"), DataError, "is damaged"),
         (lambda d: d["shardlist"][0].update(nsamples="many"), DataError, "is damaged"),

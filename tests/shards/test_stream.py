@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from physio_dist import storage
 from physio_dist.errors import DataError, UserError
-from physio_dist.shards import stream
+from physio_dist.shards import order
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.index import ShardSet
 from physio_dist.shards.stream import Batch, Feed, Source, rank_batch
@@ -78,9 +79,12 @@ def test_ranks_together_get_the_global_batch_with_positions_in_the_run(
         rank_batch(source, source.order("train", 7, 1), source.members("train"), 4, rank, world)
         for rank in range(world)
     ]
-    for i in range(3):
-        np.testing.assert_array_equal(np.concatenate([part[i] for part in parts]), whole[i])
-    assert whole[2].tolist() == list(range(28, 35))
+    # Within its slice a rank has them in an order of its own.
+    together = sorted(zip(*(np.concatenate([part[i] for part in parts]).tolist() for i in (2, 0, 1)), strict=True))
+    assert together == sorted(zip(*(whole[i].tolist() for i in (2, 0, 1)), strict=True))
+    assert [position for position, _, _ in together] == list(range(28, 35))
+    for rank, part in enumerate(parts):
+        assert sorted(part[2].tolist()) == list(range(28 + rank * 7 // world, 28 + (rank + 1) * 7 // world))
 
 
 def test_the_order_is_the_same_wherever_the_set_lies(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
@@ -166,24 +170,83 @@ def test_a_feed_left_early_ends_its_threads(make_set: Make, tmp_path: Path) -> N
     assert threads() == set()
 
 
-def test_shards_are_asked_for_ahead_again_in_every_epoch(
-    make_set: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(shard, thread) of every fetch from now on."""
+    told: list[tuple[str, str]] = []
+    fetch = storage.fetch
+
+    def note(url: str, target: Path, nbytes: int) -> str:
+        told.append((url[-6:-4], threading.current_thread().name.split("_")[0]))
+        return fetch(url, target, nbytes)
+
+    monkeypatch.setattr(storage, "fetch", note)
+    return told
+
+
+def contents(source: Source, batch: int, steps: int) -> list[np.ndarray]:
+    with feed(source, batch, 0, steps) as batches:
+        return [batch.signal for batch in batches]
+
+
+def test_a_shard_is_fetched_once_where_the_cache_holds_the_set(
+    make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_STEPS_AHEAD", 2)
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(8,) * 6, every=100).url)
-    asked: list[int] = []
-    opened = source.cache.open
+    source = source_of(tmp_path, make_set(s3_here.bucket, sizes=(8,) * 6, every=100).url)
+    told = fetches(monkeypatch)
+    contents(source, 2, 3 * 24)
+    assert sorted(shard for shard, _ in told) == [f"{n:02d}" for n in range(6)]
+    assert "fetch" in {thread for _, thread in told}
 
-    def note(shards: ShardSet, shard: int) -> np.ndarray:
-        if threading.current_thread().name.startswith("fetch"):
-            asked.append(shard)
-        return opened(shards, shard)
 
-    monkeypatch.setattr(source.cache, "open", note)
-    with feed(source, 1, 0, 3 * 48) as batches:
-        list(batches)
-    # One lane walks six shards an epoch in a shuffled window; none is forgotten for having been asked for once.
-    assert min(asked.count(shard) for shard in range(6)) >= 3
+def test_a_shard_that_had_to_go_is_fetched_once_an_epoch(
+    make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One lane that shuffles over two shards' worth, in a cache of four: what is done with goes, what is needed stays.
+    monkeypatch.setattr(order, "WINDOW", 16)
+    shards = make_set(s3_here.bucket, sizes=(8,) * 12, every=1000)
+    whole = contents(source_of(tmp_path, shards.url), 1, 3 * 96)
+    cache = ShardCache(str(tmp_path / "small"), 4.5 * shards.shards[0].filesize)
+    told = fetches(monkeypatch)
+    again = contents(Source([(shards.url, 1.0)], "ecg", cache), 1, 3 * 96)
+    for ours, theirs in zip(again, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    counts = [sum(shard == f"{n:02d}" for shard, _ in told) for n in range(12)]
+    assert max(counts) <= 3
+    assert sum(counts) >= 12 + 2 * (12 - 5)
+
+
+def test_samples_are_read_one_by_one_where_the_cache_has_no_room(
+    make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = make_set(s3_here.bucket, sizes=(8,) * 6, every=100)
+    whole = contents(source_of(tmp_path, shards.url), 5, 20)
+    cache = ShardCache(str(tmp_path / "small"), 2.5 * shards.shards[0].filesize)
+    told = fetches(monkeypatch)
+    again = contents(Source([(shards.url, 1.0)], "ecg", cache), 5, 20)
+    for ours, theirs in zip(again, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # All shards are in use all the time, so none takes the place of another.
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("size", [0.5, 1e6])
+def test_a_sample_that_disagrees_with_its_check_is_named(
+    make_set: Make, s3_here: S3, tmp_path: Path, flip_bit: Callable[[Path, int], None], size: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shards = make_set(s3_here.bucket, sizes=(8,))
+    cache = ShardCache(str(tmp_path / "small"), size * shards.shards[0].filesize)
+    source = Source([(shards.url, 1.0)], "ecg", cache)
+    nothing, third = np.zeros(1, np.int64), np.array([3])
+    flip_bit(s3_here.folder / "ecg-000000.tar", int(source.sidecars[0].offset["ecg"][3]) + 9)
+    disagrees = pytest.raises(DataError, match=r"ecg-000000\.tar disagrees .*s0-0003")
+    with caplog.at_level("WARNING", "physio_dist"), disagrees:
+        source.gather(0, nothing, third, third, 1, fetching=size < 1)
+    assert "reading sample s0-0003 again" in caplog.text
+    np.testing.assert_array_equal(
+        source.gather(0, nothing, third - 1, third, 1, fetching=size < 1).signal[0], signal_of(2)
+    )
+    assert not cache.held(shards, 0)
 
 
 def test_a_split_too_small_for_a_batch_is_named_by_its_url(make_set: Make, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ SAMPLES = [
 ]
 
 
-def written(samples: list[tar.Sample] = SAMPLES) -> tuple[bytes, list[dict[str, int]]]:
+def written(samples: list[tar.Sample] = SAMPLES) -> tuple[bytes, list[tar.Places]]:
     file = io.BytesIO()
-    offsets = tar.write(samples, file)
-    return file.getvalue(), offsets
+    places = tar.write(samples, file)
+    return file.getvalue(), places
 
 
 def npy(array: np.ndarray, **options: Any) -> bytes:
@@ -50,24 +51,25 @@ GOOD = npy(np.zeros((2, 3), np.int16))
 
 
 def test_offsets_point_at_the_values_and_numpy_reads_the_members() -> None:
-    data, offsets = written()
+    data, places = written()
     with tarfile.open(fileobj=io.BytesIO(data)) as file:
         assert file.getnames() == [f"rec-{i}.{end}" for i in range(3) for end in ("ecg.npy", "json")]
-        for i, place in enumerate(offsets):
+        for i, place in enumerate(places):
             member = file.extractfile(f"rec-{i}.ecg.npy")
             facts = file.extractfile(f"rec-{i}.json")
             assert member is not None
             assert facts is not None
             array = np.load(io.BytesIO(member.read()), allow_pickle=False)
             np.testing.assert_array_equal(array, SAMPLES[i].signals["ecg"])
-            np.testing.assert_array_equal(np.frombuffer(data, "<i2", 24, place["ecg"]).reshape(2, 12), array)
+            np.testing.assert_array_equal(np.frombuffer(data, "<i2", 24, place["ecg"][0]).reshape(2, 12), array)
+            assert place["ecg"][1] == zlib.crc32(array.tobytes())
             assert json.loads(facts.read()) == SAMPLES[i].facts
 
 
 def test_scan_finds_what_write_wrote() -> None:
-    data, offsets = written()
+    data, places = written()
     members = tar.scan(io.BytesIO(data), "x.tar")
-    assert [member.offset for member in members] == offsets
+    assert [member.offset for member in members] == [{"ecg": place["ecg"][0]} for place in places]
     assert [member.key for member in members] == ["rec-0", "rec-1", "rec-2"]
     assert {member.shape["ecg"] for member in members} == {(2, 12)}
     assert {member.dtype["ecg"] for member in members} == {np.dtype(np.int16)}
@@ -88,11 +90,11 @@ def test_long_keys_fit() -> None:
 
 def test_two_signals_of_a_sample_are_told_apart() -> None:
     both = tar.Sample("a", {"eeg": np.ones((3, 5), np.int16), "ecg": np.zeros((2, 5), np.int16)}, {})
-    data, offsets = written([both])
+    data, places = written([both])
     (member,) = tar.scan(io.BytesIO(data), "x.tar")
-    assert member.offset == offsets[0]
+    assert member.offset == {name: start for name, (start, _) in places[0].items()}
     assert member.shape == {"ecg": (2, 5), "eeg": (3, 5)}
-    assert np.frombuffer(data, "<i2", 15, offsets[0]["eeg"]).tolist() == [1] * 15
+    assert np.frombuffer(data, "<i2", 15, places[0]["eeg"][0]).tolist() == [1] * 15
 
 
 def test_not_a_number_in_the_facts_is_refused_rather_than_written_as_no_json() -> None:

@@ -96,10 +96,10 @@ def test_no_set_and_one_of_the_future_have_status_2(make_set: Make, tmp_path: Pa
     assert cli("verify", tmp_path / "nothing").returncode == 2
     make_set(str(tmp_path))
     where = tmp_path / "index.json"
-    where.write_text(where.read_text().replace('"format": 1', '"format": 99'))
+    where.write_text(where.read_text().replace('"format": 2', '"format": 99'))
     done = cli("verify", tmp_path)
     assert done.returncode == 2
-    assert "has format 99, this version of physio-dist reads format 1; upgrade it" in done.stderr
+    assert "has format 99, this version of physio-dist reads format 2; upgrade physio-dist" in done.stderr
 
 
 def put(name: str, data: bytes) -> Callable[[int, dict[str, bytes]], object]:
@@ -316,3 +316,13 @@ def test_odd_labels_of_adopted_sets_do_not_stop_inspect(tmp_path: Path) -> None:
     told = "\n".join(inspect.describe(str(tmp_path)))
     assert "a: 1 x 1" in told
     assert '{"y": 2} x 1' in told
+
+
+def test_a_sidecar_made_for_other_values_is_named(make_set: Make, tmp_path: Path) -> None:
+    shards = make_set(str(tmp_path / "set"))
+    sidecar = read_sidecar(shards)
+    sidecar.check["ecg"][5] ^= 1
+    digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    fingerprint = fingerprint_of(shards.shards, shards.signals, shards.rate, digest)
+    publish(dataclasses.replace(shards, sidecar_sha256=digest, fingerprint=fingerprint), sidecar)
+    assert list(verify(shards.url)) == ["ecg-000001.tar: sample s0-0005 ecg disagrees with its check in the sidecar"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -55,6 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--data", required=True, metavar="URL", help="a shard set")
     embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
     embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
+
+    plan = verbs.add_parser("plan", help="what a pretraining run would need before anybody pays for it")
+    plan.add_argument("--config", required=True, metavar="FILE", help="the run's configuration")
+    plan.add_argument("--nodes", required=True, type=int, metavar="N")
+    plan.add_argument("--gpus-per-node", required=True, type=int, metavar="M")
+    plan.add_argument("--samples-per-s", type=float, metavar="S", help="speed of all GPUs together, if measured")
+    plan.add_argument("--gpu", default="H100", metavar="NAME", help="whose peak the speed is worked out from (H100)")
+    plan.add_argument("--gpu-memory-gb", type=float, default=80.0, metavar="GB", help="memory of each (80)")
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    plan.add_argument("options", nargs="*", metavar="key=value", help="override the configuration")
 
     report = verbs.add_parser("report", help="report.html of a pretraining run or a sweep, self-contained")
     report.add_argument(
@@ -128,6 +139,18 @@ def _embed(given: argparse.Namespace) -> None:
     features.embed(backbones.open_backbone(given.encoder, given.signal), given.data, given.out, print)
 
 
+def _plan(given: argparse.Namespace) -> None:
+    from physio_dist.training import plan
+
+    options = config.load(config.PretrainConfig, given.config, given.options, config.check_pretrain)
+    speed = given.samples_per_s
+    if (speed is not None and not 0 < speed < float("inf")) or not given.gpu_memory_gb > 0:
+        raise UserError("--samples-per-s and --gpu-memory-gb must be positive numbers")
+    cluster = plan.Cluster(given.nodes, given.gpus_per_node, given.gpu, given.gpu_memory_gb, speed)
+    told = plan.plan(options, cluster)
+    print(json.dumps(told) if given.json else "\n".join(plan.tell(told)))
+
+
 def _report(given: argparse.Namespace) -> None:
     from physio_dist.report.page import render
 
@@ -152,7 +175,7 @@ def _report(given: argparse.Namespace) -> None:
 
 _VERBS = {
     "shard": _shard, "index": _index, "verify": _verify, "inspect": _inspect, "export": _export, "embed": _embed,
-    "report": _report,
+    "plan": _plan, "report": _report,
 }  # fmt: skip
 
 
@@ -182,6 +205,7 @@ def _given(words: list[str]) -> argparse.Namespace:
 
 _OPTIONS = {
     "shard": ("--out",), "inspect": ("--plot",), "embed": ("--encoder", "--data", "--out", "--signal"),
+    "plan": ("--config", "--nodes", "--gpus-per-node", "--samples-per-s", "--gpu", "--gpu-memory-gb", "--json"),
 }  # fmt: skip
 
 

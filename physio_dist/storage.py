@@ -46,7 +46,7 @@ OUTAGE_S = float(os.environ.get("PHYSIO_DIST_STORAGE_OUTAGE_S", "300"))
 _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 30
 # A shard is fetched in pieces of this size, so many at a time: one connection to an object store is slow.
-_PIECE = 4 << 20
+PIECE = 4 << 20
 _AT_ONCE = 4
 
 # Protocols (web servers) whose endpoint has answered; a process that starts others passes it on.
@@ -228,7 +228,7 @@ def fetch(url: str, target: Path, nbytes: int) -> str:
     doing, digest = f"fetch to {target} from", hashlib.sha256()
 
     def piece(start: int) -> bytes:
-        end = min(start + _PIECE, nbytes)
+        end = min(start + PIECE, nbytes)
         try:
             data: bytes = _patiently(url, doing, lambda: fs.cat_file(path, start=start, end=end))
         except StorageError as error:
@@ -244,7 +244,7 @@ def fetch(url: str, target: Path, nbytes: int) -> str:
             with _where_supported():
                 os.posix_fallocate(file.fileno(), 0, nbytes)
         coming: deque[Future[bytes]] = deque()
-        starts = iter(range(0, nbytes, _PIECE))
+        starts = iter(range(0, nbytes, PIECE))
         try:
             while True:
                 for start in starts:

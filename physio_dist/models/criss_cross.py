@@ -88,6 +88,8 @@ PRESETS: dict[str, EncoderConfig] = {
 }
 """``base`` is CBraMod's shape. The larger ones are ours; their heads are 40 wide, a multiple of 8, which
 keeps tensor cores and fused attention kernels from padding."""
+# Presets whose activations are computed again in the backward pass instead of being kept.
+CHECKPOINTED = ("large", "xl")
 
 
 def preset(name: str, dropout: float = 0.1) -> EncoderConfig:

@@ -23,12 +23,13 @@ from filelock import FileLock
 
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
-from physio_dist.shards.index import ShardInfo, ShardSet
+from physio_dist.shards.index import SIDECAR, ShardInfo, ShardSet
 
 log = logging.getLogger("physio_dist")
 
 # A single rank has several shards of each lane in hand, some hundreds in a large set.
 _MOST_OPEN = 8192
+_KINDS = (".tar", Path(SIDECAR).suffix)
 # How long a use of a shard may go unnoted on disk, where other ranks look for the least recently used.
 _TOUCH_S = 60.0
 # Shards that this run does not need, but somebody used within this time, are not the first to go.
@@ -99,7 +100,7 @@ class ShardCache:
     def held(self, shards: ShardSet, shard: int) -> bool:
         """Whether :meth:`open` would find the shard without fetching it."""
         info = shards.shards[shard]
-        return info.sha256 in self._opened or storage.is_local(shards.url) or self._path(info.sha256).exists()
+        return info.sha256 in self._opened or storage.is_local(shards.url) or self._path(info).exists()
 
     def open(self, shards: ShardSet, shard: int, ahead: bool = False) -> Opened | None:
         """A shard, fetched and verified first where needed; None where the cache has no room for it.
@@ -112,7 +113,9 @@ class ShardCache:
             DataError: the shard disagrees with the index, also when fetched again.
             StorageError: it cannot be read, or the cache cannot be written.
         """
-        info = shards.shards[shard]
+        return self._open(shards.shard_url(shard), shards.shards[shard], ahead)
+
+    def _open(self, url: str, info: ShardInfo, ahead: bool) -> Opened | None:
         with self._lock:
             if (found := self._ready(info.sha256)) is not None:
                 return found
@@ -123,7 +126,6 @@ class ShardCache:
                     return found
                 if time.monotonic() < self._refused.get(info.sha256, 0.0):
                     return None
-            url = shards.shard_url(shard)
             opened = self._local(url, info.sha256) if storage.is_local(url) else self._remote(url, info)
             with self._lock:
                 if opened is None:
@@ -145,17 +147,24 @@ class ShardCache:
             DataError: it disagrees with the index.
             StorageError: it cannot be read.
         """
-        info = shards.shards[shard]
+        return self._content(shards.shard_url(shard), shards.shards[shard])
+
+    def sidecar(self, shards: ShardSet) -> bytearray:
+        """All bytes of a set's sidecar, which a node fetches once like a shard. Raises as :meth:`content` does."""
+        url = storage.join(shards.url, SIDECAR)
+        return self._content(url, ShardInfo(SIDECAR, 0, storage.size(url), shards.sidecar_sha256))
+
+    def _content(self, url: str, info: ShardInfo) -> bytearray:
         data = bytearray(info.filesize)
         for _ in range(2):
-            opened = self.open(shards, shard)
+            opened = self._open(url, info, ahead=False)
             if opened is None:
-                data = bytearray(storage.read_bytes(shards.shard_url(shard)))
+                data = bytearray(storage.read_bytes(url))
                 if hashlib.sha256(data).hexdigest() == info.sha256:
                     return data
             elif opened.read(0, memoryview(data)) and opened.intact():
                 return data
-        raise DataError(f"shard {shards.shard_url(shard)} disagrees with its index (sha256)")
+        raise DataError(f"{url} disagrees with its index (sha256)")
 
     def _ready(self, sha256: str) -> Opened | None:
         found = self._opened.get(sha256)
@@ -168,15 +177,15 @@ class ShardCache:
         self._touch(sha256)
         return found
 
-    def _path(self, sha256: str) -> Path:
-        return self.folder / f"{sha256}.tar"
+    def _path(self, info: ShardInfo) -> Path:
+        return self.folder / f"{info.sha256}{Path(info.url).suffix}"
 
     def _touch(self, sha256: str) -> None:
         """Note on disk, now and then, that a cached file is in use."""
         now = time.monotonic()
         if sha256 in self._fetched and now - self._touched.get(sha256, -_TOUCH_S) >= _TOUCH_S:
             self._touched[sha256] = now
-            path = self._path(sha256)
+            path = self.folder / f"{sha256}.tar"
             with contextlib.suppress(OSError):
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
@@ -208,7 +217,7 @@ class ShardCache:
         raise DataError(f"shard {url} disagrees with its index (sha256): it was truncated or altered")
 
     def _remote(self, url: str, info: ShardInfo) -> Opened | None:
-        path = self._path(info.sha256)
+        path = self._path(info)
         try:
             with FileLock(path.with_suffix(".lock")):
                 with contextlib.suppress(FileNotFoundError):
@@ -267,7 +276,7 @@ class ShardCache:
                     path.unlink()
                 elif path.suffix == ".part":
                     arriving += facts.st_size
-                elif path.suffix == ".tar":
+                elif path.suffix in _KINDS:
                     entries.append((facts.st_atime, facts.st_size, path))
         return entries, arriving
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,14 +94,14 @@ class Sidecar:
         return save_safetensors({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
 
     @staticmethod
-    def from_bytes(data: bytes, name: str) -> Sidecar:
+    def from_bytes(data: bytes | bytearray, name: str) -> Sidecar:
         """Parse a sidecar file.
 
         Raises:
             DataError: it is damaged.
         """
         try:
-            tensors = load_safetensors(data)
+            tensors = load_safetensors(bytes(data))
             return Sidecar(
                 offset={k.removeprefix("offset."): v for k, v in tensors.items() if k.startswith("offset.")},
                 check={k.removeprefix("check."): v for k, v in tensors.items() if k.startswith("check.")},
@@ -255,15 +255,19 @@ def open_set(url: str) -> ShardSet:
     return opened
 
 
-def read_sidecar(shards: ShardSet) -> Sidecar:
+def read_sidecar(shards: ShardSet, read: Callable[[str], bytes | bytearray] = storage.read_bytes) -> Sidecar:
     """Read and check the sidecar of a set.
+
+    Args:
+        shards: the set.
+        read: gives the bytes at a URL.
 
     Raises:
         DataError: it is not there, or disagrees with the index.
     """
     where = storage.join(shards.url, SIDECAR)
     try:
-        data = storage.read_bytes(where)
+        data = read(where)
     except storage.NotFoundError:
         raise DataError(f"{where} is missing; make the set again or fetch it again") from None
     if hashlib.sha256(data).hexdigest() != shards.sidecar_sha256:

@@ -66,11 +66,14 @@ class Uses:
     Attributes:
         shard: int64 ``[n]``; a shard stands here once for each block of each lane that it has samples in.
         first, last: int64 ``[n]``, steps of the epoch (from 0) between which it may be needed, both included.
+        samples: float64 ``[n]``, samples that are needed of it meanwhile: whole lanes exactly, of a lane that others
+            share the expected number.
     """
 
     shard: Ints
     first: Ints
     last: Ints
+    samples: npt.NDArray[np.float64]
 
 
 class SetOrder:
@@ -163,8 +166,9 @@ class SetOrder:
         """The shards that the slots ``low .. high`` of this set's part of the batch need, and when."""
         with self._lock:
             shards, ends = self._sequence(epoch)
-        found: list[tuple[Ints, Ints, Ints]] = []
-        for lane in np.unique(self._lane[low:high]):
+        found: list[tuple[Ints, Ints, Ints, npt.NDArray[np.float64]]] = []
+        lanes, slots = np.unique(self._lane[low:high], return_counts=True)
+        for lane, mine in zip(lanes.tolist(), slots.tolist(), strict=True):
             width, length = int(self._width[lane]), int(self._length[lane])
             # The rest of a lane's range, less than a sample a batch, is not visited in this epoch.
             visited = self.steps_per_epoch * width
@@ -174,10 +178,15 @@ class SetOrder:
             count = np.searchsorted(ends, self._start[lane] + end - 1, side="right") - first + 1
             of = np.repeat(np.arange(len(begin)), count)
             index = first[of] + np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)
-            found.append((shards[index], begin[of] // width, (np.minimum(end, visited)[of] - 1) // width))
-        shard, start, stop = (np.concatenate(part) for part in zip(*found, strict=True))
+            shard, origin = shards[index], int(self._start[lane])
+            inside = np.minimum(ends[index], origin + end[of]) - np.maximum(
+                ends[index] - self.counts[shard], origin + begin[of]
+            )
+            share = inside * (np.minimum(end, visited) - begin)[of] / (end - begin)[of] * mine / width
+            found.append((shard, begin[of] // width, (np.minimum(end, visited)[of] - 1) // width, share))
+        shard, start, stop, samples = (np.concatenate(part) for part in zip(*found, strict=True))
         kept = self.counts[shard] > 0
-        return Uses(shard[kept], start[kept], stop[kept])
+        return Uses(shard[kept], start[kept], stop[kept], samples[kept])
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from physio_dist.shards.order import Mixture, Uses
 
 @dataclass(frozen=True, order=True)
 class Use:
-    """A shard that is needed between two steps of the run (from 0, both included)."""
+    """A shard of which so many samples are needed between two steps of the run (from 0, both included)."""
 
     first: int
     last: int
     set: int
     shard: int
+    samples: float
 
 
 class Schedule:
@@ -70,5 +71,5 @@ class Schedule:
             for at in np.lexsort((uses.shard, uses.first)):
                 last = begin + int(uses.last[at])
                 if last >= step:
-                    yield Use(begin + int(uses.first[at]), last, i, int(uses.shard[at]))
+                    yield Use(begin + int(uses.first[at]), last, i, int(uses.shard[at]), float(uses.samples[at]))
             epoch += 1

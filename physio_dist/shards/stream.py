@@ -84,7 +84,7 @@ class Source:
             if signal not in shards.signals:
                 raise UserError(f"{shards.url} holds no {signal} signal; it has: {', '.join(shards.signals)}")
             _agree(self.sets[0], shards, signal)
-        self.sidecars: list[Sidecar] = [read_sidecar(shards) for shards in self.sets]
+        self.sidecars: list[Sidecar] = [_sidecar(shards, cache) for shards in self.sets]
         self._starts = [shards.shard_starts() for shards in self.sets]
 
     @property
@@ -203,6 +203,12 @@ class Source:
 
     def _key(self, i: int, sample: int) -> str:
         return self.sidecars[i].keys(np.array([sample]))[0]
+
+
+def _sidecar(shards: ShardSet, cache: ShardCache) -> Sidecar:
+    if storage.is_local(shards.url):
+        return read_sidecar(shards)
+    return read_sidecar(shards, lambda _: cache.sidecar(shards))
 
 
 def _padded(positions: Ints, size: int) -> Ints:

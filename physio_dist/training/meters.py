@@ -9,7 +9,7 @@ import time
 import torch
 
 # Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets).
-_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12}
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12}
 
 
 def device_peak(device: torch.device) -> float | None:
@@ -17,7 +17,7 @@ def device_peak(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from physio_dist import __version__, lifeline, storage
 from physio_dist.config import PretrainConfig, mixture
 from physio_dist.errors import EXIT_FAULT, PhysioError, UserError
-from physio_dist.models.criss_cross import PATCH, UNIT_UV, MaskedModel, count_flops, preset
+from physio_dist.models.criss_cross import CHECKPOINTED, PATCH, UNIT_UV, MaskedModel, count_flops, preset
 from physio_dist.models.masking import MaskConfig, draw_masks
 from physio_dist.models.weights import PEOPLE_FILE
 from physio_dist.shards.cache import ShardCache
@@ -82,7 +82,7 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
         run_dir.begin(attempt)
         found = _agree_on_checkpoint(run_dir, options, place, say)
         torch.manual_seed(options.run.seed)
-        model = MaskedModel(encoder, checkpoint_activations=options.model.preset in ("large", "xl"))
+        model = MaskedModel(encoder, checkpoint_activations=options.model.preset in CHECKPOINTED)
         start = 0
         if found is not None:
             _check_fits(found, source, encoder.to_dict(), _order_of(options, source))

@@ -176,7 +176,8 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     fetch = storage.fetch
 
     def note(url: str, target: Path, nbytes: int) -> str:
-        told.append((url[-6:-4], threading.current_thread().name.split("_")[0]))
+        if url.endswith(".tar"):
+            told.append((url[-6:-4], threading.current_thread().name.split("_")[0]))
         return fetch(url, target, nbytes)
 
     monkeypatch.setattr(storage, "fetch", note)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ _FETCHERS = 4
 _ASKED_AHEAD = 16
 # Steps ahead for which files of a local set are verified.
 _STEPS_AHEAD = 64
+# Batches whose memory is kept: those made ahead, the one in training, and one being made.
+_BUFFERS = _BATCHES_AHEAD + 2
 # Samples that are read one by one at the same time.
 _SINGLE_READS = 16
 
@@ -62,6 +65,24 @@ class Batch:
     samples: tuple[Ints, Ints]
 
 
+class _Buffers:
+    """Memory of batches that nobody refers to any more, used again: fresh pages cost as much as reading into them."""
+
+    def __init__(self) -> None:
+        self._held: list[npt.NDArray[np.int16]] = []
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, int, int]) -> npt.NDArray[np.int16]:
+        with self._lock:
+            for i in range(len(self._held)):
+                # Views, tensors and memory views of an array refer to it; here are the list and the call itself.
+                if self._held[i].shape == shape and sys.getrefcount(self._held[i]) == 2:
+                    return self._held[i]
+            fresh = np.empty(shape, dtype=np.int16)
+            self._held = [*self._held[1 - _BUFFERS :], fresh]
+            return fresh
+
+
 class Source:
     """One or several opened shard sets with the same channels, rate and length.
 
@@ -86,6 +107,7 @@ class Source:
             _agree(self.sets[0], shards, signal)
         self.sidecars: list[Sidecar] = [_sidecar(shards, cache) for shards in self.sets]
         self._starts = [shards.shard_starts() for shards in self.sets]
+        self._buffers = _Buffers()
 
     @property
     def info(self) -> SignalInfo:
@@ -137,7 +159,7 @@ class Source:
         """
         info = self.info
         count = len(ids)
-        signal = np.empty((size, len(info.channels), info.samples), dtype=np.int16)
+        signal = self._buffers.take((size, len(info.channels), info.samples))
         signal[count:] = 0
         scale = np.ones(size, dtype=np.float32)
         valid = np.ones((size, len(info.channels)), dtype=np.bool_)

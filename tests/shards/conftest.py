@@ -33,14 +33,16 @@ def signal_of(sample: int, channels: int = 2, length: int = 64, seed: int = 0) -
     return rng.integers(-3000, 3000, (channels, length)).astype(np.int16)
 
 
-def build(url: str, sizes: tuple[int, ...] = (5, 3, 4), seed: int = 0, length: int = 64, every: int = 4) -> ShardSet:
-    """Publish a set: shards of these sizes, two channels, one sample in ``every`` held out, channel 1 of each third
-    sample invalid."""
+def build(
+    url: str, sizes: tuple[int, ...] = (5, 3, 4), seed: int = 0, length: int = 64, every: int = 4, channels: int = 2
+) -> ShardSet:
+    """Publish a set: shards of these sizes, two channels or more, one sample in ``every`` held out, channel 1 of
+    each third sample invalid."""
     n, shards, places, start = sum(sizes), [], [], 0
     for number, size in enumerate(sizes):
         file = io.BytesIO()
         samples = [
-            tar.Sample(f"s{seed}-{i:04d}", {"ecg": signal_of(i, length=length, seed=seed)}, {"labels": {"n": i % 2}})
+            tar.Sample(f"s{seed}-{i:04d}", {"ecg": signal_of(i, channels, length, seed)}, {"labels": {"n": i % 2}})
             for i in range(start, start + size)
         ]
         places += tar.write(samples, file)
@@ -53,13 +55,13 @@ def build(url: str, sizes: tuple[int, ...] = (5, 3, 4), seed: int = 0, length: i
     sidecar = Sidecar(
         offset={"ecg": np.array([place["ecg"][0] for place in places], dtype=np.int64)},
         check={"ecg": np.array([place["ecg"][1] for place in places], dtype=np.uint32)},
-        valid={"ecg": np.array([[True, i % 3 > 0] for i in range(n)])},
+        valid={"ecg": np.array([[True, i % 3 > 0] + [True] * (channels - 2) for i in range(n)])},
         split=split,
         person=np.arange(n, dtype=np.uint64) // 2,
         waveform=np.arange(1, n + 1, dtype=np.uint64),
         key=key_table([f"s{seed}-{i:04d}" for i in range(n)]),
     )
-    signals = {"ecg": SignalInfo(("I", "II"), length, 2.0)}
+    signals = {"ecg": SignalInfo(ECG_12[:channels], length, 2.0)}
     digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
     publish(
         ShardSet(

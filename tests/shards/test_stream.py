@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
-from physio_dist.shards import order
+from physio_dist.shards import order, stream
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.index import ShardSet
 from physio_dist.shards.stream import Batch, Feed, Source, rank_batch
@@ -270,3 +271,23 @@ def test_a_signal_that_a_set_lacks_is_named(make_set: Make, tmp_path: Path) -> N
     make_set(str(tmp_path / "a"))
     with pytest.raises(UserError, match="holds no eeg signal; it has: ecg"):
         Source([(str(tmp_path / "a"), 1.0)], "eeg", ShardCache(str(tmp_path / "cache"), 1e9))
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it(make_set: Make, tmp_path: Path) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(9,)).url)
+
+    def gathered(sample: int) -> np.ndarray:
+        ids = np.array([sample])
+        return source.gather(0, ids * 0, ids, ids, 1).signal
+
+    first = gathered(0)
+    place = first.ctypes.data
+    rows, tensor, view = gathered(1)[0], torch.from_numpy(gathered(2)), gathered(3).reshape(-1).data
+    held = [gathered(sample) for sample in range(9)]
+    for sample, values in ((0, first), (1, rows), (2, tensor.numpy()), (3, np.asarray(view))):
+        np.testing.assert_array_equal(np.asarray(values).reshape(2, 64), signal_of(sample))
+    assert len({one.ctypes.data for one in held}) == 9
+    kept = [one.ctypes.data for one in held[-stream._BUFFERS :]]
+    del first, rows, tensor, view, held
+    assert place not in kept
+    assert gathered(5).ctypes.data in kept

@@ -6,6 +6,7 @@ faults where rules say so.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import math
 import re
@@ -144,6 +145,10 @@ def _handler(proxy: Proxy) -> Callable[..., BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):
+                super().handle()
 
         def _pass_on(self) -> None:
             path = self.path.partition("?")[0]

@@ -177,8 +177,10 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
     assert os.geteuid() == 0, "this test mounts a small disk: run it as root"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture()

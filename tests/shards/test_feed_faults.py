@@ -49,7 +49,14 @@ def feed(url: str, cache: Path, steps: int = EPOCH, rank: int = 0, world: int = 
 def content(batches: Iterable[Batch]) -> list[tuple[Any, ...]]:
     """What each batch holds, its signal as a hash."""
     return [
-        (b.step, hashlib.sha256(b.signal).hexdigest(), b.scale.tolist(), b.valid.tolist(), b.weight.tolist(), b.positions.tolist())
+        (
+            b.step,
+            hashlib.sha256(b.signal).hexdigest(),
+            b.scale.tolist(),
+            b.valid.tolist(),
+            b.weight.tolist(),
+            b.positions.tolist(),
+        )
         for b in batches
     ]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from physio_dist import storage
+from tests.proxy import Proxy
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would everything that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -125,13 +126,49 @@ def s3(s3_server: S3, request: pytest.FixtureRequest) -> Iterator[S3]:
 @pytest.fixture()
 def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """The same for this process: its S3 client reads the environment once, so it is made anew before and after."""
-    for name, value in s3.env.items():
+    with _client_of(s3.env, monkeypatch):
+        yield s3
+
+
+@contextlib.contextmanager
+def _client_of(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in env.items():
         monkeypatch.setenv(name, value)
     storage._filesystem.cache_clear()
     storage.contacted.discard("s3")
-    yield s3
+    yield
     storage._filesystem.cache_clear()
     storage.contacted.discard("s3")
+
+
+class Proxied:
+    """The S3 server behind a proxy that can make faults.
+
+    Attributes:
+        server: the server itself, which can be stopped and started.
+        proxy: takes the faults and knows the requests.
+        env, folder, bucket: as of the server, but ``env`` names the proxy.
+    """
+
+    def __init__(self, server: S3) -> None:
+        self.server, self.proxy = server, Proxy(server.port)
+        self.folder, self.bucket = server.folder, server.bucket
+        self.env = {**server.env, "AWS_ENDPOINT_URL": self.proxy.url}
+
+
+@pytest.fixture()
+def proxied(s3: S3) -> Iterator[Proxied]:
+    """The S3 server of `s3` behind a proxy, for processes that get its ``env``."""
+    made = Proxied(s3)
+    yield made
+    made.proxy.stop()
+
+
+@pytest.fixture()
+def proxied_here(proxied: Proxied, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxied]:
+    """The same for this process."""
+    with _client_of(proxied.env, monkeypatch):
+        yield proxied
 
 
 @contextlib.contextmanager
@@ -140,8 +177,10 @@ def disk_of(size: str, folder: Path) -> Iterator[Path]:
     assert os.geteuid() == 0, "this test mounts a small disk: run it as root"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import disk_of
+from tests.shards.test_bad_sets import publish_empty
+from tests.shards.test_tar import BOMB, packed
 from tests.system.launching import CONFIG, Run, end_session, free_port, physio
 
 Make = Callable[..., Run]
@@ -153,6 +155,27 @@ def test_a_damaged_shard_stops_the_run_and_is_named(simulated: str, new_run: Mak
     done = physio("verify", str(copy))
     assert done.returncode == 3
     assert "ecg-000001.tar" in done.stdout
+
+
+@pytest.mark.parametrize("fault", ["pickled", "future", "empty"])
+def test_a_set_that_no_release_of_ours_writes(simulated: str, new_run: Make, tmp_path: Path, fault: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(simulated, copy)
+    index = copy / "index.json"
+    if fault == "pickled":
+        (copy / "ecg-000001.tar").write_bytes(packed(("a.ecg.npy", BOMB)))
+    elif fault == "future":
+        index.write_text(index.read_text().replace('"format": 1', '"format": 99'))
+    else:
+        shutil.rmtree(copy)
+        publish_empty(copy)
+    run = new_run(f"data.index={copy}")
+    status = {"pickled": 3, "future": 2, "empty": 2}[fault]
+    assert run(1, "python") == status, run.said()
+    words = {"pickled": "ecg-000001.tar", "future": "index.json has format 99", "empty": "holds 0 samples, fewer than"}
+    told(run, status, words[fault])
+    assert "unpickled" not in run.said()
+    assert not list(run.path.glob("checkpoints/*"))
 
 
 def test_an_unreachable_endpoint(new_run: Make) -> None:

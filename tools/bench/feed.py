@@ -6,6 +6,7 @@ docs/benchmarks.md says what is measured and how. The table and, as the last lin
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -73,8 +74,8 @@ def check(name: str, delivered: Sequence[int], stored: Sequence[int]) -> None:
     """
     if sorted(delivered) != sorted(stored):
         raise BenchError(f"{name} delivered {len(delivered)} samples that are not the {len(stored)} that were stored")
-    after = dict(zip(stored, stored[1:], strict=False))
-    kept = sum(after.get(a) == b for a, b in zip(delivered, delivered[1:], strict=False))
+    after = dict(itertools.pairwise(stored))
+    kept = sum(after.get(a) == b for a, b in itertools.pairwise(delivered))
     if kept > len(stored) / 10:
         raise BenchError(f"{name} did not shuffle: {kept} of {len(stored)} samples came right after their neighbour")
 
@@ -115,10 +116,11 @@ def warm(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def cold(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """From an S3 server of this machine with nothing in the cache, the same from the cache, and a bare download.
+    """From an S3 server of this machine with nothing in the cache, then from the cache, and bare downloads.
 
     Returns:
-        ``ours`` and ``bare`` in bytes/s; ``second``, the epoch after it, and ``local``, a set on the disk, in samples/s.
+        Bytes/s: ``ours``, ``client``, ``http`` (see ``peers/bare.py``). Samples/s: ``second``, the epoch after ``ours``
+        from the cache, and ``local``, an epoch of the same set on the disk.
     """
     served = folder / "served"
     with s3_server(served, folder / "rclone.log") as server, ExitStack() as stack:
@@ -127,14 +129,16 @@ def cold(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
         ours = stack.enter_context(Child("ours-cold", words, env, folder))
         words = [sys.executable, HERE / "bare.py", url, folder / "bare", CONNECTIONS]
         bare = stack.enter_context(Child("bare", words, env, folder))
-        say("cold: warms up")
         measures = {
             "ours": rate(ours, "cold", "bytes"), "second": rate(ours, "second"), "local": rate(ours, "epoch"),
-            "bare": rate(bare, "bare", "bytes"),
+            "client": rate(bare, "client", "bytes"), "http": rate(bare, "http", "bytes"),
         }  # fmt: skip
+        say("cold: warms up")
         # Neither connections nor the server's page cache are to be new in one of them only.
         for measure in measures.values():
             measure()
+        if wrong := bare.ask("check")["wrong"]:
+            raise BenchError(f"a bare download is not whole: {', '.join(wrong)}")
         return interleave(options.repeats, measures)
 
 
@@ -154,19 +158,24 @@ def run(folder: Path, options: argparse.Namespace) -> str:
         ours, peers = medians.pop("ours"), medians
     if options.only != "warm":
         found = cold(folder, options)
-        print(table("Cold, from S3 on this machine", "bytes/s", {name: found[name] for name in ("ours", "bare")}))
-        print(table("After it, from the cache", "samples/s", {name: found[name] for name in ("second", "local")}))
+        for title, unit, names in (
+            ("Cold, from S3 on this machine", "bytes/s", ("ours", "client", "http")),
+            ("The epoch after it, from the cache", "samples/s", ("second", "local")),
+        ):
+            print(table(title, unit, {name: found[name] for name in names}))
         also = {
-            "cold": versus("bytes/s", found, "ours", "bare"),
+            "cold": versus("bytes/s", found, "ours", "client", "http"),
             "second_epoch": versus("samples/s", found, "second", "local"),
         }
     return last_line("feed", "samples/s", options.repeats, ours, peers, also)
 
 
-def versus(unit: str, found: Mapping[str, Sequence[float]], one: str, other: str) -> dict[str, Any]:
-    """Two medians and their ratio."""
-    a, b = statistics.median(found[one]), statistics.median(found[other])
-    return {"ours": rounded(a), other: rounded(b), "unit": unit, "ratio": round(a / b, 3)}
+def versus(unit: str, found: Mapping[str, Sequence[float]], one: str, *others: str) -> dict[str, Any]:
+    """The median of one measure and its ratio to each of some others."""
+    ours = statistics.median(found[one])
+    medians = {name: statistics.median(found[name]) for name in others}
+    ratios = {f"ratio_to_{name}": round(ours / value, 3) for name, value in medians.items()}
+    return {"ours": rounded(ours), **{name: rounded(value) for name, value in medians.items()}, "unit": unit, **ratios}
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -79,8 +80,16 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        # Its input ends, and so should it: killed, some libraries leave shared memory behind.
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
 
     def ask(self, command: str) -> dict[str, Any]:
         """Have one command done.
@@ -89,11 +98,9 @@ class Child:
             BenchError: the process ended instead, or took so long that it was ended.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
         timer = threading.Timer(_LIMIT_S, self._process.kill)
         timer.start()
         line = self._process.stdout.readline()

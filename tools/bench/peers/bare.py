@@ -30,6 +30,8 @@ from physio_dist.shards.index import ShardSet, open_set
 PIECE = 8 << 20
 # Name of a shard, half-open range.
 Ranges = Iterator[tuple[str, int, int]]
+# Fetches ranges of shards with these keys into these open files.
+Fetch = Callable[[Ranges, dict[str, str], dict[str, int]], None]
 
 
 class Client:
@@ -94,7 +96,7 @@ class Http:
             thread.join()
 
 
-def download(shards: ShardSet, folder: Path, fetch: Callable[[Ranges, dict[str, str], dict[str, int]], None]) -> float:
+def download(shards: ShardSet, folder: Path, fetch: Fetch) -> float:
     """Fetch every shard into an empty folder.
 
     Returns:
@@ -123,7 +125,7 @@ def main() -> None:
     """Answer until stdin ends."""
     url, folder, connections = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     shards, bucket = open_set(url), url.removeprefix("s3://").partition("/")[0]
-    fetches = {"client": Client(bucket, connections), "http": Http(bucket, connections)}
+    fetches: dict[str, Fetch] = {"client": Client(bucket, connections), "http": Http(bucket, connections)}
 
     def command(name: str) -> Callable[[], dict[str, Any]]:
         size = sum(info.filesize for info in shards.shards)

@@ -70,7 +70,7 @@ def _tell_once(message: str, status: int) -> None:
         print(f"physio-dist: {word}: {message} (exit status {status})", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         # The launcher ends the other ranks when it sees one go; the one that speaks needs to be heard first.
-        time.sleep(1.0 if held is not None else 2.0)
+        time.sleep(2.0 if held is not None else 3.0)
 
 
 _holds: list[socket.socket] = []

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import fsspec
-from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential, wait_random
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential, wait_random
 
 from physio_dist.faults import NotFoundError as NotFoundError
 from physio_dist.faults import StorageError as StorageError
-from physio_dist.faults import answer, of_client
+from physio_dist.faults import answer as answer_of
 from physio_dist.faults import explain as explain
 from physio_dist.faults import is_transient as is_transient
+from physio_dist.faults import of_client
 from physio_dist.urls import WEB, protocol
 from physio_dist.urls import absolute as absolute
 from physio_dist.urls import endpoint as endpoint
@@ -49,6 +50,18 @@ _READ_TIMEOUT_S = 30
 PIECE = 4 << 20
 _AT_ONCE = 4
 
+_CLIENT_OPTIONS: dict[str, Any] = {
+    "connect_timeout": _CONNECT_TIMEOUT_S,
+    "read_timeout": _READ_TIMEOUT_S,
+    "max_pool_connections": 64,
+    # One place counts the tries: `_patiently`.
+    "retries": {"total_max_attempts": 1},
+    # Servers that send a whole object's checksum with a part of it would fail every ranged read; shards and checkpoints
+    # carry hashes of our own.
+    "response_checksum_validation": "when_required",
+    "request_checksum_calculation": "when_required",
+}
+
 # Protocols (web servers) whose endpoint has answered; a process that starts others passes it on.
 contacted: set[str] = set()
 
@@ -63,19 +76,7 @@ def _filesystem(scheme: str, pid: int) -> Any:
         return fsspec.filesystem("file")
     if scheme in ("s3", "s3a"):
         fs = fsspec.filesystem(
-            "s3",
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            config_kwargs={
-                "connect_timeout": _CONNECT_TIMEOUT_S,
-                "read_timeout": _READ_TIMEOUT_S,
-                "max_pool_connections": 64,
-                "retries": {"total_max_attempts": 1},
-                # Servers that send a whole object's checksum with a part of it would fail every ranged read;
-                # shards and checkpoints carry hashes of our own.
-                "response_checksum_validation": "when_required",
-                "request_checksum_calculation": "when_required",
-            },
+            "s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=_CLIENT_OPTIONS
         )
         # One place counts the tries: `_patiently`.
         fs.retries = 1
@@ -91,6 +92,40 @@ def _filesystem(scheme: str, pid: int) -> Any:
         return fsspec.filesystem(scheme)
     except (ValueError, ImportError) as error:
         raise StorageError(f"no way to open {scheme}:// URLs: {error}") from None
+
+
+def forget_clients() -> None:
+    """Make clients anew at their next use, with what the environment says by then."""
+    _filesystem.cache_clear()
+    _ranges_client.cache_clear()
+
+
+@functools.lru_cache(maxsize=2)
+def _ranges_client(pid: int) -> Any:
+    """A plain S3 client for large reads by threads: fsspec's sends every byte through one event loop."""
+    import botocore.session
+    from botocore.config import Config
+
+    return botocore.session.get_session().create_client("s3", config=Config(**_CLIENT_OPTIONS))
+
+
+def _read_range(fs: Any, path: str, start: int, end: int) -> bytes:
+    """A half-open range of an object, shorter where the object ends."""
+    if "s3" not in fs.protocol:
+        data: bytes = fs.cat_file(path, start=start, end=end)
+        return data
+    bucket, _, key = path.partition("/")
+    try:
+        answer = _ranges_client(os.getpid()).get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
+    except Exception as error:
+        # What fsspec's client calls it.
+        if answer_of(error)[1] in ("NoSuchKey", "404"):
+            raise FileNotFoundError(path) from error
+        raise
+    with contextlib.closing(answer["Body"]) as body:
+        # Whole, and checked against the promised length, an answer that ends early being an error that may pass.
+        whole: bytes = body.read()
+    return whole
 
 
 def _resolve(url: str) -> tuple[Any, str]:
@@ -113,15 +148,21 @@ def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
     # The web is many servers: that one has answered says nothing of another.
     peer = "/".join(url.split("/", 3)[:3]) if scheme in WEB else scheme
     budget = OUTAGE_S if peer in contacted else FIRST_CONTACT_S
+    backoff = wait_exponential(multiplier=0.2, max=10.0) + wait_random(0, 1)
+
+    def wait(state: RetryCallState) -> float:
+        # The last try is when the budget ends, so that ranks that wait for the same server give up at the same time.
+        return min(backoff(state), max(budget - (state.seconds_since_start or 0.0), 0.0))
+
     try:
         result = Retrying(
             retry=retry_if_exception(is_transient),
-            wait=wait_exponential(multiplier=0.2, max=10.0) + wait_random(0, 1),
-            stop=stop_before_delay(budget),
+            wait=wait,
+            stop=stop_after_delay(budget),
             reraise=True,
         )(action)
     except Exception as error:
-        if answer(error)[0] is not None or isinstance(error, FileNotFoundError):
+        if answer_of(error)[0] is not None or isinstance(error, FileNotFoundError):
             contacted.add(peer)
         # The client calls a malformed endpoint a ValueError.
         if isinstance(error, OSError) or of_client(error) or (isinstance(error, ValueError) and not is_local(url)):
@@ -230,13 +271,12 @@ def fetch(url: str, target: Path, nbytes: int) -> str:
     def piece(start: int) -> bytes:
         end = min(start + PIECE, nbytes)
         try:
-            data: bytes = _patiently(url, doing, lambda: fs.cat_file(path, start=start, end=end))
+            return _patiently(url, doing, lambda: _read_range(fs, path, start, end))
         except StorageError as error:
             # The object ends before the range begins.
-            if answer(error.__cause__ or error)[0] == 416:
+            if answer_of(error.__cause__ or error)[0] == 416:
                 return b""
             raise
-        return data
 
     with target.open("wb") as file, ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="range") as pool:
         if nbytes:
@@ -296,7 +336,7 @@ def names(url: str) -> list[str]:
         try:
             entries = [str(entry).rstrip("/") for entry in fs.ls(path, detail=False)]
         except (FileNotFoundError, NotADirectoryError) as error:
-            if answer(error)[1] == "NoSuchBucket":
+            if answer_of(error)[1] == "NoSuchBucket":
                 raise
             return []
         # A file lists itself, and so does a folder that is an empty object.

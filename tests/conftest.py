@@ -134,10 +134,10 @@ def s3_here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 def _client_of(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    storage._filesystem.cache_clear()
+    storage.forget_clients()
     storage.contacted.discard("s3")
     yield
-    storage._filesystem.cache_clear()
+    storage.forget_clients()
     storage.contacted.discard("s3")
 
 

@@ -236,7 +236,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new(place: str, req
 def test_wrong_and_missing_credentials_are_named(s3_here: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("AWS_SECRET_ACCESS_KEY", "wrong"), ("AWS_ACCESS_KEY_ID", "WRONGWRONGWRONG")):
         monkeypatch.setenv(name, value)
-        storage._filesystem.cache_clear()
+        storage.forget_clients()
         for act in (storage.read_bytes, storage.names, storage.exists, lambda url: storage.write_bytes(url, b"")):
             with pytest.raises(
                 StorageError, match=r"access denied .*check the credentials .AWS_ACCESS_KEY_ID"
@@ -248,7 +248,7 @@ def test_wrong_and_missing_credentials_are_named(s3_here: S3, monkeypatch: pytes
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", "/nonexistent")
-    storage._filesystem.cache_clear()
+    storage.forget_clients()
     with pytest.raises(StorageError, match="check the credentials"):
         storage.read_bytes(s3_here.bucket + "/x")
 

@@ -211,6 +211,8 @@ def _adopt_shard(name: str, data: bytes, channels: tuple[str, ...], options: Ind
         if shape is None or len(shape) != 2 or member.dtype[found.kind] != np.dtype("<i2"):
             there = f"{member.dtype.get(found.kind)} {shape}" if shape is not None else "missing"
             raise UserError(f"{name}: sample {member.key}: {found.kind}.npy is {there}, not int16 [channel, time]")
+        if 0 in shape:
+            raise UserError(f"{name}: sample {member.key}: {found.kind}.npy holds no values (shape {list(shape)})")
         found.signal = found.signal or SignalInfo(channels, shape[1], options.uv_per_bit)
         if shape != (len(channels), found.signal.samples):
             raise UserError(

@@ -116,7 +116,8 @@ def publish_empty(folder: Path) -> str:
     (folder / "a.tar").write_bytes(data)
     nothing = np.zeros(0, np.uint64)
     leads, offset = {"ecg": np.zeros((0, len(ECG_12)), np.bool_)}, {"ecg": np.zeros(0, np.int64)}
-    sidecar = Sidecar(offset, leads, np.zeros(0, np.uint8), nothing, nothing, np.zeros((0, 1), np.uint8))
+    check = {"ecg": np.zeros(0, np.uint32)}
+    sidecar = Sidecar(offset, check, leads, np.zeros(0, np.uint8), nothing, nothing, np.zeros((0, 1), np.uint8))
     shards = (ShardInfo("a.tar", 0, len(data), hashlib.sha256(data).hexdigest()),)
     signals = {"ecg": SignalInfo(ECG_12, 2000, 1.0)}
     digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()

@@ -36,7 +36,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, outage_s: float = 300.0, read_timeou
     """How long this process waits for an endpoint that has answered, and for its next byte."""
     monkeypatch.setattr(storage, "OUTAGE_S", outage_s)
     monkeypatch.setattr(storage, "_READ_TIMEOUT_S", read_timeout_s)
-    storage._filesystem.cache_clear()
+    storage.forget_clients()
 
 
 def feed(url: str, cache: Path, steps: int = EPOCH, rank: int = 0, world: int = 1, limit: float = 1e9) -> Feed[Batch]:

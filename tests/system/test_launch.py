@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -43,6 +44,9 @@ def own_cluster() -> Iterator[dict[str, str]]:
     # Ray puts sockets there, whose paths must be short.
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     yield {"RAY_ADDRESS": "local", "RAY_TMPDIR": folder, **mark}
+    # Those that were told to end take their time on a busy machine.
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not marked(mark[MARK]), "the cluster to end", 20)
     left = marked(mark[MARK])
     for process in left:
         process.kill()

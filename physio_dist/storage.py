@@ -15,6 +15,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections import deque
@@ -39,6 +40,8 @@ from physio_dist.urls import is_local as is_local
 from physio_dist.urls import join as join
 from physio_dist.urls import local_path as local_path
 from physio_dist.urls import without_secrets as without_secrets
+
+log = logging.getLogger("physio_dist")
 
 # Until an endpoint has answered once, silence means a wrong address, and a person is waiting at the screen.
 FIRST_CONTACT_S = float(os.environ.get("PHYSIO_DIST_STORAGE_FIRST_CONTACT_S", "15"))
@@ -142,6 +145,13 @@ def _resolve(url: str) -> tuple[Any, str]:
 resolve = _resolve
 
 
+def _told(url: str, doing: str, budget: float, state: RetryCallState) -> None:
+    """Say that there is an outage, once the first tries have not mended it."""
+    if state.attempt_number == 4 and state.outcome is not None:
+        why = explain(url, doing, state.outcome.exception() or OSError())
+        log.warning("%s; trying again for up to %.0f s", why, budget)
+
+
 def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
     """Run ``action``, trying again while faults are transient and the budget lasts."""
     scheme = protocol(url)
@@ -157,6 +167,7 @@ def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
     try:
         result = Retrying(
             retry=retry_if_exception(is_transient),
+            before_sleep=lambda state: _told(url, doing, budget, state),
             wait=wait,
             stop=stop_after_delay(budget),
             reraise=True,
@@ -252,7 +263,7 @@ def get_file(url: str, target: Path) -> None:
 def fetch(url: str, target: Path, nbytes: int) -> str:
     """Fetch an object of ``nbytes`` bytes into a local file in ranges, several at a time.
 
-    The file is not written atomically: give a temporary name.
+    The file is not written atomically: give a temporary name. What it holds already is written over.
 
     Returns:
         sha256 (hex) of what came. An object of another length gives another hash, not an error.
@@ -278,7 +289,8 @@ def fetch(url: str, target: Path, nbytes: int) -> str:
                 return b""
             raise
 
-    with target.open("wb") as file, ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="range") as pool:
+    opened = os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
+    with open(opened, "wb") as file, ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="range") as pool:
         if nbytes:
             # A full disk is met before the download, not at its end.
             with _where_supported():

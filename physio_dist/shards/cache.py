@@ -180,6 +180,9 @@ class ShardCache:
     def _path(self, info: ShardInfo) -> Path:
         return self.folder / f"{info.sha256}{Path(info.url).suffix}"
 
+    def _part(self, info: ShardInfo) -> Path:
+        return self.folder / f"{info.sha256}.{os.getpid()}.part"
+
     def _touch(self, sha256: str) -> None:
         """Note on disk, now and then, that a cached file is in use."""
         now = time.monotonic()
@@ -247,7 +250,7 @@ class ShardCache:
 
     def _fetch(self, url: str, path: Path, info: ShardInfo) -> Opened | None:
         """Fetch and publish a shard; None where what came has another hash."""
-        temporary = path.with_suffix(f".{os.getpid()}.part")
+        temporary = self._part(info)
         try:
             if storage.fetch(url, temporary, info.filesize) != info.sha256:
                 return None
@@ -306,6 +309,9 @@ class ShardCache:
                     kept.discard(path.stem)
                     if total + needed <= self.limit_bytes:
                         break
+            # Before others look, the room is taken: what arrives counts by its size.
+            with self._part(info).open("wb") as file:
+                file.truncate(needed)
         with self._lock:
             for sha256 in [sha256 for sha256 in self._opened if sha256 in self._fetched and sha256 not in kept]:
                 del self._opened[sha256]

@@ -306,8 +306,11 @@ def _contradictions(shards: ShardSet, sidecar: Sidecar) -> list[str]:
         wrong.append("people")
     for name, info in shards.signals.items():
         offset = sidecar.offset[name]
-        if ((offset < 0) | (offset + info.nbytes > ends)).any():
-            wrong.append(f"offset.{name}")
+        outside = np.flatnonzero((offset < 0) | (offset + info.nbytes > ends))
+        if len(outside):
+            shard = int(np.searchsorted(shards.shard_starts(), outside[0], side="right")) - 1
+            key = sidecar.keys(outside[:1])[0]
+            wrong.append(f"offset.{name} (sample {key} does not lie within {shards.shards[shard].url})")
     return wrong
 
 

@@ -53,6 +53,8 @@ def describe(url: str) -> list[str]:
             f"  {name}: {len(signal.channels)} channels x {signal.samples} samples at {shards.rate:g} Hz "
             f"({signal.samples / shards.rate:g} s), {signal.uv_per_bit:g} uV per bit"
         )
+        if not shards.nsamples:
+            continue
         shares = (f"{c} {share:.1%}" for c, share in zip(signal.channels, valid.mean(axis=0), strict=True))
         lines.append(f"    valid: {', '.join(shares)}")
     return lines + _labels(shards)
@@ -86,6 +88,8 @@ def some_windows(url: str, count: int) -> tuple[ShardSet, dict[str, Windows]]:
     if count < 1:
         raise UserError(f"--plot {count}: at least 1 window")
     shards = open_set(url)
+    if not shards.nsamples:
+        raise UserError(f"{url} holds no windows: there is nothing to draw")
     sidecar = read_sidecar(shards)
     chosen = np.unique(np.linspace(0, shards.nsamples - 1, min(count, shards.nsamples)).astype(np.int64))
     starts = shards.shard_starts()

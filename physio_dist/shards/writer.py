@@ -178,8 +178,6 @@ def _of_bytes(options: ShardConfig) -> dict[str, Any]:
     return {name: flat[name] for name in ("quality", "split.val", "split.test", "samples_per_shard")}
 
 
-
-
 def _claim(out: str, digest: str) -> ShardSet | None:
     """Mark ``out`` as being written by this job; the finished set where it already did.
 
@@ -245,7 +243,7 @@ def _make_parts(job: Job, spool: str, pool: Pool) -> tuple[list[Part], float | N
     tasks = [(job.part(number), url, url.rsplit("/", 1)[-1] in there) for number, url in enumerate(urls)]
     work: Callable[..., tuple[str, bool]] = make_part
     if pool.elsewhere:
-        work = functools.partial(on_sight, _seen(job, spool), make_part)
+        work = functools.update_wrapper(functools.partial(on_sight, _seen(job, spool), make_part), make_part)
     began, records = time.monotonic(), 0
     with Progress(len(job.records), "records", "reading") as bar:
         for number, (facts, read) in pool.as_they_come(work, tasks):

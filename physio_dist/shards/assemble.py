@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from safetensors.numpy import load as load_safetensors
 
@@ -41,7 +42,24 @@ def part_url(spool: str, number: int) -> str:
     return storage.join(spool, f"part-{number:06d}.safetensors")
 
 
-def make_shard(source: str, group: Sequence[Kept], spool: str, out: str, name: str, digest: str) -> Made:
+def note_url(spool: str, name: str, digest: str) -> str:
+    """Where it stands that a shard is made."""
+    return storage.join(spool, f"{name}-{digest[:8]}.json")
+
+
+def read_note(url: str) -> Made:
+    """The shard that a note tells of.
+
+    Raises:
+        StorageError: there is none, or it cannot be read.
+    """
+    told = storage.read_json(url)
+    return Made(ShardInfo(**told["info"]), told["offsets"], told["valid"])
+
+
+def make_shard(
+    source: str, group: Sequence[Kept], spool: str, out: str, name: str, digest: str, tell: bool = False
+) -> Made | None:
     """Write one shard from spooled parts and publish it; a shard that an earlier try published is not sent again.
 
     Args:
@@ -51,14 +69,16 @@ def make_shard(source: str, group: Sequence[Kept], spool: str, out: str, name: s
         out: URL of the shard set.
         name: of the shard.
         digest: of the conversion.
+        tell: whether to give back what was made; otherwise the note tells it.
 
     Raises:
         StorageError: a part cannot be read, the shard not be written.
     """
-    note = storage.join(spool, f"{name}-{digest[:8]}.json")
-    url = storage.join(out, name)
-    if (told := _told(note)) and storage.exists(url) and storage.size(url) == told["info"]["filesize"]:
-        return Made(ShardInfo(**told["info"]), told["offsets"], told["valid"])
+    note, url = note_url(spool, name, digest), storage.join(out, name)
+    with contextlib.suppress(storage.NotFoundError):
+        made = read_note(note)
+        if storage.size(url) == made.info.filesize:
+            return made if tell else None
     local = storage.local_path(spool) if storage.is_local(spool) else Path(tempfile.gettempdir())
     valid: list[dict[str, list[bool]]] = []
     try:
@@ -73,15 +93,7 @@ def make_shard(source: str, group: Sequence[Kept], spool: str, out: str, name: s
         raise storage.explain(str(local / name), "write", error) from error
     made = Made(info, offsets, valid)
     storage.write_json(note, asdict(made))
-    return made
-
-
-def _told(note: str) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = storage.read_json(note)
-    except storage.NotFoundError:
-        return None
-    return found
+    return made if tell else None
 
 
 def sha256_of(path: Path) -> str:

@@ -108,22 +108,23 @@ def record_keys(records: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def make_part(job: Job, url: str, there: bool = False) -> tuple[str, bool]:
+def make_part(job: Job, url: str, there: bool = False, tell: bool = False) -> tuple[int, str | None]:
     """Convert the records of a part (:meth:`Job.part`) and publish them at ``url``.
 
     Args:
         job: of the part alone.
         url: in the spool.
         there: whether an earlier try seems to have made it: where that is whole, nothing is converted.
+        tell: whether its facts are to be given back; otherwise :func:`spooled` finds them.
 
     Returns:
-        What :func:`part_of` takes, and whether records were read for it.
+        How many records were read, and the facts, as :func:`part_of` takes them.
 
     Raises:
         StorageError: the input's disk fails, or the spool cannot be written, a full disk among the reasons.
     """
     if there and (found := spooled(url)) is not None:
-        return found, False
+        return 0, found if tell else None
     part = Part()
     windows: list[Window] = []
     reader = reader_named(job.reader)
@@ -164,7 +165,7 @@ def make_part(job: Job, url: str, there: bool = False) -> tuple[str, bool]:
         windows += cut
     facts = json.dumps(asdict(part), sort_keys=True)
     storage.write_bytes(url, _pack(facts, windows))
-    return facts, True
+    return part.records, facts if tell else None
 
 
 def hide_person(text: str, source: str, person: str | None) -> str:

@@ -42,7 +42,11 @@ class Pool(Protocol):
 
 
 class Here:
-    """Processes of this machine."""
+    """Processes of this machine.
+
+    What tasks give back has to be short (4 kB): where a process is killed while it sends more, the receiver waits for
+    the rest of it for ever.
+    """
 
     elsewhere = False
 

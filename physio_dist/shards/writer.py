@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 
 from physio_dist import __version__, storage
 from physio_dist.config import ShardConfig, flatten
-from physio_dist.errors import UserError
-from physio_dist.shards.assemble import Kept, Made, make_shard, part_url
+from physio_dist.errors import DataError, UserError
+from physio_dist.shards.assemble import Kept, Made, make_shard, note_url, part_url, read_note
 from physio_dist.shards.channels import spec_of, with_found, words
-from physio_dist.shards.convert import Job, Part, make_part, part_of, record_keys
+from physio_dist.shards.convert import Job, Part, make_part, part_of, record_keys, spooled
 from physio_dist.shards.index import (
     INDEX,
     SPLITS,
@@ -240,15 +240,18 @@ def _make_parts(job: Job, spool: str, pool: Pool) -> tuple[list[Part], float | N
     parts: dict[int, Part] = {}
     there = set(storage.names(spool))
     urls = [part_url(spool, number) for number in range(job.parts())]
-    tasks = [(job.part(number), url, url.rsplit("/", 1)[-1] in there) for number, url in enumerate(urls)]
-    work: Callable[..., tuple[str, bool]] = make_part
+    tasks = [(job.part(i), url, url.rsplit("/", 1)[-1] in there, pool.elsewhere) for i, url in enumerate(urls)]
+    work: Callable[..., tuple[int, str | None]] = make_part
     if pool.elsewhere:
         work = functools.update_wrapper(functools.partial(on_sight, _seen(job, spool), make_part), make_part)
     began, records = time.monotonic(), 0
     with Progress(len(job.records), "records", "reading") as bar:
-        for number, (facts, read) in pool.as_they_come(work, tasks):
+        for number, (read, told) in pool.as_they_come(work, tasks):
+            facts = told or spooled(urls[number])
+            if facts is None:
+                raise DataError(f"the spooled part {urls[number]} cannot be read back")
             parts[number] = part_of(facts)
-            records += parts[number].records if read else 0
+            records += read
             bar.update(parts[number].records)
     speed = records / (time.monotonic() - began) if records else None
     return [parts[number] for number in range(job.parts())], speed
@@ -294,11 +297,15 @@ def _make_shards(
 ) -> list[Made]:
     prefix = "-".join(sorted(job.spec.signals))
     groups = [kept[i : i + per_shard] for i in range(0, len(kept), per_shard)]
-    tasks = [(job.source, group, spool, out, f"{prefix}-{n:06d}.tar", digest) for n, group in enumerate(groups)]
+    names = [f"{prefix}-{n:06d}.tar" for n in range(len(groups))]
+    tasks = [
+        (job.source, group, spool, out, name, digest, pool.elsewhere)
+        for name, group in zip(names, groups, strict=True)
+    ]  # fmt: skip
     made: dict[int, Made] = {}
     with Progress(len(groups), "shards", "writing") as bar:
         for n, result in pool.as_they_come(make_shard, tasks):
-            made[n] = result
+            made[n] = result or read_note(note_url(spool, names[n], digest))
             bar.update()
     return [made[n] for n in range(len(groups))]
 

@@ -109,13 +109,13 @@ def convert(reader: str, source: str, out: str, options: ShardConfig, pool: Pool
     decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in known]]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     beside, private = _spools(out, f"{job.digest()} {job.input}")
-    # The first contact with the target comes before hours of work.
+    # The first contact with the target comes before hours of work. What was begun beside the shards goes on there.
+    begun = beside.rsplit("/", 1)[-1] in storage.names(out)
+    spool = beside if begun or (pool is not None and pool.elsewhere) else private
     if there := _claim(out, digest):
         if MARKER in storage.names(out):  # killed between its last write and this
             _tidy(out, beside, private)
         return Summary(out, len(job.records), Counter(), there, already=True)
-    # Once begun beside the shards, it goes on there.
-    spool = beside if (pool is not None and pool.elsewhere) or storage.names(beside) else private
     with _alone(storage.local_path(private), out):
         with contextlib.nullcontext(pool) if pool is not None else worker_pool(options.workers) as workers:
             parts, speed = _make_parts(job, spool, workers)

@@ -1,4 +1,4 @@
-"""A Ray cluster as ``launch.py``, ``tune.py`` and ``spread.py`` meet it: which one, whether it is large enough, where to look.
+"""A Ray cluster as its drivers meet it: which one, whether it is large enough, where to look.
 
 Tokens, certificates and credentials come from the environment of the nodes; nothing here writes them anywhere.
 """

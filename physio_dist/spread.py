@@ -39,37 +39,30 @@ class Nodes:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._running: dict[Any, int] = {}
         self._limit, self._looked = 0, -_LOOK_S
 
     def as_they_come(
         self, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
     ) -> Iterator[tuple[int, R]]:  # fmt: skip
         """As :class:`physio_dist.shards.workers.Pool` has it; Ray does again what was lost with a worker or node."""
-        waiting = iter(enumerate(tasks))
+        waiting, running = iter(enumerate(tasks)), dict[Any, int]()
         task_of = ray.remote(num_cpus=1, max_retries=_TRIES, runtime_env={"env_vars": ONE_THREAD})(_do)
         # The dashboard shows it.
         task_of = task_of.options(name=work.__name__)
         heard = time.monotonic()
         while True:
-            for number, task in islice(waiting, max(0, self._most() - len(self._running))):
-                self._running[task_of.remote(work, __version__, storage.contacted, task)] = number
-            if not self._running:
+            for number, task in islice(waiting, max(0, self._most() - len(running))):
+                running[task_of.remote(work, __version__, storage.contacted, task)] = number
+            if not running:
                 return
-            # A second at a time, so that signals are heard whatever Ray waits for.
-            done, _ = ray.wait(list(self._running), timeout=1.0)
+            done, _ = ray.wait(list(running), timeout=1.0)
             if done:
                 heard = time.monotonic()
             elif time.monotonic() - heard > _TELL_S:
                 heard = time.monotonic()
-                say(f"nothing has come back for {_TELL_S:g} s: {cluster.shortage(1, 0, len(self._running))}")
+                say(f"nothing has come back for {_TELL_S:g} s: {cluster.shortage(1, 0, len(running))}")
             for reference in done:
-                yield self._running.pop(reference), _result(reference)
-
-    def cancel(self) -> None:
-        """End what runs."""
-        for reference in self._running:
-            ray.cancel(reference, force=True)
+                yield running.pop(reference), _result(reference)
 
     def _most(self) -> int:
         if not self._workers and time.monotonic() - self._looked >= _LOOK_S:
@@ -92,17 +85,13 @@ def on_cluster(address: str, workers: int) -> Iterator[Nodes]:
     option = "RAY_ADDRESS"
     if address != "auto" or not os.environ.get(option):
         os.environ[option], option = address, "ray"
-    pool = Nodes(workers)
     try:
         cluster.connect(say, hear_workers=False, option=option)
         exits.interrupt_on_sigterm()
         cluster.require(1.0, 0.0, 1, 0.0, say)
-        yield pool
-    except BaseException:
-        if ray.is_initialized():
-            pool.cancel()
-        raise
+        yield Nodes(workers)
     finally:
+        # This ends the tasks too. To cancel them makes Ray 2.60 abort where one of them has just come to its end.
         ray.shutdown()
 
 

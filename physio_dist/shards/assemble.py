@@ -75,7 +75,8 @@ def make_shard(
         StorageError: a part cannot be read, the shard not be written.
     """
     note, url = note_url(spool, name, digest), storage.join(out, name)
-    with contextlib.suppress(storage.NotFoundError):
+    # What another version noted may say less.
+    with contextlib.suppress(storage.NotFoundError, KeyError, TypeError):
         made = read_note(note)
         if storage.size(url) == made.info.filesize:
             return made if tell else None

@@ -131,24 +131,27 @@ def convert(reader: str, source: str, out: str, options: ShardConfig, pool: Pool
 
 
 @contextlib.contextmanager
-def _alone(spool: Path, out: str) -> Iterator[None]:
-    """Hold the lock of the spool, which is made if need be.
+def _alone(folder: Path, out: str) -> Iterator[None]:
+    """Hold the lock in a folder, which is made if need be.
 
     Raises:
-        UserError: another conversion holds it, or the spool cannot be written.
+        UserError: another conversion holds it, or the folder cannot be written.
     """
-    lock = FileLock(spool / "lock", timeout=0)
+    lock = FileLock(folder / "lock", timeout=0)
     try:
-        spool.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise UserError(f"another conversion is writing {out} right now; wait for it to end") from None
     except OSError as error:
-        raise storage.explain(str(spool), "write", error) from error
+        raise storage.explain(str(folder), "write", error) from error
     try:
         yield
     finally:
         lock.release()
+        # NFS keeps the folder while a file in it is open, as the lock was.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _tidy(out: str, beside: str, private: str) -> None:

@@ -78,7 +78,16 @@ def _shard(given: argparse.Namespace) -> None:
     from physio_dist.shards import writer
 
     options = config.load(config.ShardConfig, None, given.options, config.check_shard)
-    writer.tell(writer.convert(given.reader, given.input, given.out, options), print)
+    if not options.ray:
+        writer.tell(writer.convert(given.reader, given.input, given.out, options), print)
+        return
+    # Ray takes seconds to import.
+    from physio_dist import cluster, spread
+
+    out = cluster.durable(given.out, "--out")
+    source = given.input if readers.reader(given.reader).simulated else cluster.durable(given.input, "INPUT")
+    with spread.on_cluster(options.ray, options.workers) as pool:
+        writer.tell(writer.convert(given.reader, source, out, options, pool), print)
 
 
 def _index(given: argparse.Namespace) -> None:

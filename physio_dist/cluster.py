@@ -1,4 +1,4 @@
-"""A Ray cluster as ``launch.py`` and ``tune.py`` meet it: which one, whether it is large enough, where to look.
+"""A Ray cluster as its drivers meet it: which one, whether it is large enough, where to look.
 
 Tokens, certificates and credentials come from the environment of the nodes; nothing here writes them anywhere.
 """
@@ -55,23 +55,24 @@ def durable(url: str, option: str) -> str:
     return storage.absolute(url)
 
 
-def connect(say: Say, hear_workers: bool = True) -> None:
+def connect(say: Say, hear_workers: bool = True, option: str = "RAY_ADDRESS") -> None:
     """Connect to the cluster that ``RAY_ADDRESS`` names, else to one that runs on this machine, else start one here.
 
     Args:
         say: told which cluster it is.
         hear_workers: whether what workers print is repeated here; it is in the dashboard in any case.
+        option: where the address came from, for messages.
 
     Raises:
         UserError: there is no cluster at the address, it refuses this client, or it runs other versions.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address not in ("", "auto", "local"):
-        _probe(address)
+        _probe(address, option)
         # It answers, so that Ray need not try for 20 s what a wrong token will not change.
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")
     # What speaks HTTP/2 and is no cluster is asked by Ray for minutes, in a call that nothing interrupts.
-    limit = threading.Timer(_CONNECT_S, _give_up, (address,))
+    limit = threading.Timer(_CONNECT_S, _give_up, (address, option))
     limit.daemon = True
     if address not in ("", "local"):
         limit.start()
@@ -88,7 +89,7 @@ def connect(say: Say, hear_workers: bool = True) -> None:
             ) from None
         raise UserError(
             f"there is no Ray cluster{_at(address)} ({_first_line(error)}): start one with `ray start --head`, correct "
-            "RAY_ADDRESS, or set it to local to use this machine alone"
+            f"{option}, or set it to local to use this machine alone"
         ) from None
     except (RuntimeError, ValueError) as error:
         # Ray has no class of its own for a cluster of another version.
@@ -177,17 +178,17 @@ def shortage(cpus: float, gpus: float, workers: int) -> str:
     )
 
 
-def _probe(address: str) -> None:
+def _probe(address: str, option: str) -> None:
     """Ask the address for a sign of life, because Ray itself asks for two minutes."""
     if "://" in address:
         raise UserError(
-            f"RAY_ADDRESS={storage.without_secrets(address)} is an address for `ray job submit` or for Ray Client; a "
+            f"{option}={storage.without_secrets(address)} is an address for `ray job submit` or for Ray Client; a "
             "driver needs the cluster's own, HOST:6379 by default (`ray start` prints it). Or submit it as a job: "
             "ray job submit --working-dir . -- python -m physio_dist.launch ..."
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"RAY_ADDRESS={address} is not of the form HOST:PORT")
+        raise UserError(f"{option}={address} is not of the form HOST:PORT")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S) as link:
             answer = b"\0\0\0\4"
@@ -197,16 +198,16 @@ def _probe(address: str) -> None:
     except OSError as error:
         why = error.strerror or str(error) or type(error).__name__
         raise UserError(
-            f"no Ray cluster answers at {address} ({why}): start one with `ray start --head`, correct RAY_ADDRESS, or "
+            f"no Ray cluster answers at {address} ({why}): start one with `ray start --head`, correct {option}, or "
             "set it to local to use this machine alone"
         ) from None
     if len(answer) < 4 or answer[3] != _SETTINGS:
-        raise UserError(f"what answers at {address} is no Ray cluster: RAY_ADDRESS takes the cluster's HOST:PORT")
+        raise UserError(f"what answers at {address} is no Ray cluster: {option} takes the cluster's HOST:PORT")
 
 
-def _give_up(address: str) -> None:
+def _give_up(address: str, option: str) -> None:
     def tell() -> None:
-        raise UserError(f"what answers at {address} is no Ray cluster: RAY_ADDRESS takes the cluster's HOST:PORT")
+        raise UserError(f"what answers at {address} is no Ray cluster: {option} takes the cluster's HOST:PORT")
 
     os._exit(exits.status_of(tell))
 

@@ -221,6 +221,8 @@ class ShardConfig:
     samples_per_shard: int = 1000
     # Worker processes; 0 takes every core.
     workers: int = 0
+    # Address of a Ray cluster that does the work, or auto; empty for processes of this machine.
+    ray: str = ""
 
 
 def check_pretrain(options: PretrainConfig) -> None:

@@ -290,7 +290,7 @@ def fetch(url: str, target: Path, nbytes: int) -> str:
             raise
 
     opened = os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
-    with open(opened, "wb") as file, ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="range") as pool:
+    with os.fdopen(opened, "wb") as file, ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="range") as pool:
         if nbytes:
             # A full disk is met before the download, not at its end.
             with _where_supported():

@@ -24,6 +24,7 @@ MAY_KNOW = {
     "config": {"errors", "options"},
     "options": {"errors", "storage"},
     "cluster": {"errors", "config", "storage", "exits"},
+    "spread": {"cluster", "shards", "storage", "errors", "exits", ""},
     "sweep": {"downstream", "training", "shards", "storage", "config", "errors"},
     "board": set(),
     "errors": set(),
@@ -32,7 +33,7 @@ MAY_KNOW = {
 }
 HOMES = {
     "deepspeed": {"training/engine.py", "training/rank.py"},
-    "ray": {"cluster.py", "foldwise.py", "launch.py", "tune.py"},
+    "ray": {"cluster.py", "foldwise.py", "launch.py", "spread.py", "tune.py"},
     "sklearn": {f"downstream/{name}.py" for name in ("handmade", "metrics", "splits", "study")} | {"report/heldout.py"},
     "wfdb": {"signals/readers/wfdb_records.py", "downstream/handmade.py"},
     "h5py": {"signals/readers/code15.py"},

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import itertools
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
 
-from safetensors import safe_open
+from safetensors.numpy import load as load_safetensors
 
 from physio_dist import storage
 from physio_dist.shards import tar
@@ -26,38 +28,73 @@ class Kept:
     facts: WindowFacts
 
 
-def part_path(spool: Path, number: int) -> Path:
+@dataclass(frozen=True)
+class Made:
+    """A published shard; of each of its samples where the signals stand and, for each, which channels count."""
+
+    info: ShardInfo
+    places: list[tar.Places]
+    valid: list[dict[str, list[bool]]]
+
+
+def part_url(spool: str, number: int) -> str:
     """Where a part is spooled."""
-    return spool / f"part-{number:06d}.safetensors"
+    return storage.join(spool, f"part-{number:06d}.safetensors")
 
 
-def signals_of(spool: Path, part: int) -> list[str]:
-    """Names of the signals in a spooled part."""
-    with safe_open(part_path(spool, part), framework="numpy") as file:
-        return sorted(name for name in file.keys() if "." not in name)  # noqa: SIM118 (safe_open is no mapping)
+def note_url(spool: str, name: str, digest: str) -> str:
+    """Where it stands that a shard is made."""
+    return storage.join(spool, f"{name}-{digest[:8]}.json")
+
+
+def read_note(url: str) -> Made:
+    """The shard that a note tells of.
+
+    Raises:
+        StorageError: there is none, or it cannot be read.
+    """
+    told = storage.read_json(url)
+    return Made(ShardInfo(**told["info"]), told["places"], told["valid"])
 
 
 def make_shard(
-    source: str, group: Sequence[Kept], spool: str, out: str, name: str, digest: str
-) -> tuple[ShardInfo, list[tar.Places]]:
-    """Write one shard from spooled parts and publish it; a shard that an earlier try published is not sent again."""
-    note = Path(spool) / f"{name}-{digest[:8]}.json"
-    url = storage.join(out, name)
-    if note.is_file():
-        told = json.loads(note.read_text())
-        if storage.exists(url) and storage.size(url) == told["info"]["filesize"]:
-            return ShardInfo(**told["info"]), told["offsets"]
-    local = Path(spool) / name
+    source: str, group: Sequence[Kept], spool: str, out: str, name: str, digest: str, tell: bool = False
+) -> Made | None:
+    """Write one shard from spooled parts and publish it; a shard that an earlier try published is not sent again.
+
+    Args:
+        source: name of the corpus.
+        group: windows of the shard, those of a part one after the other.
+        spool: URL of the folder of the parts.
+        out: URL of the shard set.
+        name: of the shard.
+        digest: of the conversion.
+        tell: whether to give back what was made; otherwise the note tells it.
+
+    Raises:
+        StorageError: a part cannot be read, the shard not be written.
+    """
+    note, url = note_url(spool, name, digest), storage.join(out, name)
+    # What another version noted may say less.
+    with contextlib.suppress(storage.NotFoundError, KeyError, TypeError):
+        made = read_note(note)
+        if storage.size(url) == made.info.filesize:
+            return made if tell else None
+    local = storage.local_path(spool) if storage.is_local(spool) else Path(tempfile.gettempdir())
+    valid: list[dict[str, list[bool]]] = []
     try:
-        with local.open("wb") as file:
-            offsets = tar.write(_samples(source, group, Path(spool)), file)
+        # A name of its own: a worker that was given up for lost may still be writing the same shard.
+        with tempfile.NamedTemporaryFile(dir=local, prefix=f"{name[:-4]}-", suffix=".tar") as file:
+            places = tar.write(_samples(source, group, spool, valid), cast(BinaryIO, file))
+            file.flush()
+            whole = Path(file.name)
+            info = ShardInfo(name, len(group), whole.stat().st_size, sha256_of(whole))
+            storage.put_file(whole, url)
     except OSError as error:
-        raise storage.explain(str(local), "write", error) from error
-    info = ShardInfo(name, len(group), local.stat().st_size, sha256_of(local))
-    storage.put_file(local, url)
-    storage.write_json(str(note), {"info": asdict(info), "offsets": offsets})
-    local.unlink()
-    return info, offsets
+        raise storage.explain(str(local / name), "write", error) from error
+    made = Made(info, places, valid)
+    storage.write_json(note, asdict(made))
+    return made if tell else None
 
 
 def sha256_of(path: Path) -> str:
@@ -69,25 +106,27 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _samples(source: str, group: Sequence[Kept], spool: Path) -> Iterator[tar.Sample]:
-    opened: tuple[int, dict[str, Any]] | None = None
-    for item in group:
-        if opened is None or opened[0] != item.part:
-            with safe_open(part_path(spool, item.part), framework="numpy") as file:
-                opened = (item.part, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        tensors, facts = opened[1], item.facts
+def _samples(
+    source: str, group: Sequence[Kept], spool: str, valid: list[dict[str, list[bool]]]
+) -> Iterator[tar.Sample]:
+    """The samples of a shard; which of their channels count is put into ``valid``."""
+    for part, items in itertools.groupby(group, key=lambda item: item.part):
+        tensors = load_safetensors(storage.read_bytes(part_url(spool, part)))
         signals = [name for name in tensors if "." not in name]
-        yield tar.Sample(
-            key=facts.key,
-            signals={name: tensors[name][item.row] for name in signals},
-            facts={
-                "record": facts.record,
-                "person": f"{facts.person:016x}",
-                "source": source,
-                "start_s": facts.start_s,
-                "labels": facts.labels,
-                "quality": {"fit": facts.fit, "reasons": facts.reasons},
-                "valid": {name: tensors[f"valid.{name}"][item.row].tolist() for name in signals},
-                "simulated": bool(facts.labels.get("simulated", False)),
-            },
-        )
+        for item in items:
+            facts = item.facts
+            valid.append({name: tensors[f"valid.{name}"][item.row].tolist() for name in signals})
+            yield tar.Sample(
+                key=facts.key,
+                signals={name: tensors[name][item.row] for name in signals},
+                facts={
+                    "record": facts.record,
+                    "person": f"{facts.person:016x}",
+                    "source": source,
+                    "start_s": facts.start_s,
+                    "labels": facts.labels,
+                    "quality": {"fit": facts.fit, "reasons": facts.reasons},
+                    "valid": valid[-1],
+                    "simulated": bool(facts.labels.get("simulated", False)),
+                },
+            )

@@ -12,11 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_safetensors
 
 from physio_dist import storage
@@ -110,12 +108,23 @@ def record_keys(records: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def make_part(job: Job, path: str) -> None:
-    """Convert the records of a part (:meth:`Job.part`) and publish them at ``path``.
+def make_part(job: Job, url: str, there: bool = False, tell: bool = False) -> tuple[int, str | None]:
+    """Convert the records of a part (:meth:`Job.part`) and publish them at ``url``.
+
+    Args:
+        job: of the part alone.
+        url: in the spool.
+        there: whether an earlier try seems to have made it: where that is whole, nothing is converted.
+        tell: whether its facts are to be given back; otherwise :func:`spooled` finds them.
+
+    Returns:
+        How many records were read, and the facts, as :func:`part_of` takes them.
 
     Raises:
         StorageError: the input's disk fails, or the spool cannot be written, a full disk among the reasons.
     """
+    if there and (found := spooled(url)) is not None:
+        return 0, found if tell else None
     part = Part()
     windows: list[Window] = []
     reader = reader_named(job.reader)
@@ -154,7 +163,9 @@ def make_part(job: Job, path: str) -> None:
                 )
             )  # fmt: skip
         windows += cut
-    storage.write_bytes(path, _pack(part, windows))
+    facts = json.dumps(asdict(part), sort_keys=True)
+    storage.write_bytes(url, _pack(facts, windows))
+    return part.records, facts if tell else None
 
 
 def hide_person(text: str, source: str, person: str | None) -> str:
@@ -177,21 +188,38 @@ def without_person(name: str, source: str, person: str | None) -> str:
     return f"{pseudonym(source, person):016x}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
-def _pack(part: Part, windows: Sequence[Window]) -> bytes:
+def _pack(facts: str, windows: Sequence[Window]) -> bytes:
     tensors = {}
     for signal in sorted(windows[0].data) if windows else []:
         tensors[signal] = np.stack([window.data[signal] for window in windows])
         tensors[f"valid.{signal}"] = np.stack([window.valid[signal] for window in windows])
-    return save_safetensors(tensors, {"part": json.dumps(asdict(part), sort_keys=True)})
+    return save_safetensors(tensors, {"part": facts})
 
 
-def read_part(path: Path) -> Part | None:
-    """The facts of a spooled part; None where it is missing or damaged, so that it is made again."""
+def spooled(url: str) -> str | None:
+    """The facts of a spooled part, of which only the head is read; None where it is missing or damaged.
+
+    Raises:
+        StorageError: the spool cannot be read.
+    """
     try:
-        with safe_open(path, framework="numpy") as file:
-            content = json.loads(file.metadata()["part"])
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+        size = storage.size(url)
+        # The format of safetensors: the length of a JSON header in 8 bytes, the header, the values.
+        head = storage.read_bytes(url, 0, 8) if size > 8 else b""
+        start = 8 + int.from_bytes(head, "little")
+        if not 8 < start <= size:
+            return None
+        header = json.loads(storage.read_bytes(url, 8, start))
+        facts: str = header.pop("__metadata__")["part"]
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (storage.NotFoundError, KeyError, TypeError, ValueError):
         return None
+    return facts if start + end == size else None
+
+
+def part_of(facts: str) -> Part:
+    """The part with those facts."""
+    content = json.loads(facts)
     return Part(
         windows=[WindowFacts(**window) for window in content["windows"]],
         rejects=content["rejects"],

@@ -9,29 +9,76 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from physio_dist import lifeline, storage
+from physio_dist.errors import UserError
 
+# Sums over several threads depend on their number, and the cores are taken by the processes.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _HELD = (signal.SIGINT, signal.SIGTERM)
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 R = TypeVar("R")
 
 
+class Pool(Protocol):
+    """Processes that do the tasks of a conversion, each of which may be done more than once."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether some of them are on other machines, and see of this one's disks only what all share."""
+
+    def as_they_come(
+        self, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, R]]:  # fmt: skip
+        """(number of the task, result) in the order in which they are done.
+
+        Raises:
+            UserError: a process was lost, as often as the pool bears.
+        """
+
+
+class Here:
+    """Processes of this machine.
+
+    What tasks give back has to be short (4 kB): where a process is killed while it sends more, the receiver waits for
+    the rest of it for ever.
+    """
+
+    elsewhere = False
+
+    def __init__(self, processes: ProcessPoolExecutor) -> None:
+        self._processes = processes
+
+    def as_they_come(
+        self, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, R]]:  # fmt: skip
+        """As :class:`Pool` has it; no loss is borne."""
+        try:
+            with _undisturbed():
+                futures = {self._processes.submit(work, *task): number for number, task in enumerate(tasks)}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a conversion process was killed (out of memory, or by hand); run the same command again to go on, "
+                "with workers=N to use less memory"
+            ) from None
+
+
 @contextlib.contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(workers: int) -> Iterator[Here]:
     """Processes that end with this one; where the block ends badly they are killed, for all they do is resumable.
 
     Args:
         workers: how many; 0 takes every core.
     """
     before = set(multiprocessing.active_children())
-    inherited = {name: os.environ.get(name) for name in _THREADS}
-    # Sums over several threads depend on their number, and the cores are taken by the processes.
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    inherited = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
     # Spawned, not forked: the S3 client does not survive a fork.
     pool = ProcessPoolExecutor(
         workers or lifeline.cores(),
@@ -40,7 +87,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         initargs=(storage.contacted,),
     )
     try:
-        yield pool
+        yield Here(pool)
     except BaseException:
         for worker in set(multiprocessing.active_children()) - before:
             worker.kill()
@@ -53,14 +100,20 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def as_they_come(
-    pool: ProcessPoolExecutor, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
-) -> Iterator[tuple[int, R]]:
-    """(number of the task, result) in the order in which they are done."""
-    with _undisturbed():
-        futures = {pool.submit(work, *task): number for number, task in enumerate(tasks)}
-    for future in as_completed(futures):
-        yield futures[future], future.result()
+def on_sight(seen: dict[str, str], work: Callable[..., R], *task: Any) -> R:
+    """Do the task, if this process sees the files that show that it shares file systems with who gave it.
+
+    Args:
+        seen: for each path what it means if it is not there.
+        work, task: what is done.
+
+    Raises:
+        UserError: one is not there.
+    """
+    for path, meaning in seen.items():
+        if not os.path.lexists(path):
+            raise UserError(f"{meaning}: {path} is not there")
+    return work(*task)
 
 
 @contextlib.contextmanager

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import safe_open
 
 from physio_dist import __version__, storage
 from physio_dist.config import ShardConfig, flatten
 from physio_dist.errors import DataError, UserError
-from physio_dist.shards.assemble import Kept, make_shard, part_path, signals_of
+from physio_dist.shards.assemble import Kept, Made, make_shard, note_url, part_url, read_note
 from physio_dist.shards.channels import spec_of, with_found, words
-from physio_dist.shards.convert import Job, Part, make_part, read_part, record_keys
+from physio_dist.shards.convert import Job, Part, make_part, part_of, record_keys, spooled
 from physio_dist.shards.index import (
     INDEX,
     SPLITS,
-    ShardInfo,
     ShardSet,
     Sidecar,
     SignalInfo,
@@ -43,23 +42,29 @@ from physio_dist.shards.index import (
 )  # fmt: skip
 from physio_dist.shards.labels import read_labels
 from physio_dist.shards.progress import Progress
-from physio_dist.shards.tar import Places
-from physio_dist.shards.workers import as_they_come, worker_pool
+from physio_dist.shards.workers import Pool, on_sight, worker_pool
 from physio_dist.signals.readers import reader as reader_named
 
 REJECTS = "rejects.jsonl"
 MARKER = "_writing.json"
+# Names in the folder of recordings by which another machine is seen to have the same.
+_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion came to."""
+    """What a conversion came to.
+
+    Attributes:
+        records_per_s: that this try read; None where it read none.
+    """
 
     url: str
     records: int
     rejected: Counter[str]
     shard_set: ShardSet
     already: bool
+    records_per_s: float | None = None
 
 
 def plan_job(reader: str, source: str, options: ShardConfig) -> Job:
@@ -75,15 +80,25 @@ def plan_job(reader: str, source: str, options: ShardConfig) -> Job:
     name = options.source or ("" if reads.simulated else Path(os.path.abspath(source)).name) or reader  # noqa: PTH100
     labels, people = read_labels(options.labels, options.person, records) if options.labels else ({}, {})
     return Job(
-        reader=reader, input=source, source=name, spec=spec, records=tuple(records),
+        # Whoever reads it may have been started in another folder.
+        reader=reader, input=source if reads.simulated else os.path.abspath(source), source=name,  # noqa: PTH100
+        spec=spec, records=tuple(records),
         keys=tuple(record_keys(records)), labels=labels, people=people,
     )  # fmt: skip
 
 
-def convert(reader: str, source: str, out: str, options: ShardConfig) -> Summary:
+def convert(reader: str, source: str, out: str, options: ShardConfig, pool: Pool | None = None) -> Summary:
     """Convert recordings to a shard set at ``out``.
 
-    Killed at any moment and started again with the same options it goes on, and ends with the same bytes.
+    Killed at any moment and started again with the same options it goes on, and ends with the same bytes, whichever
+    processes do the work.
+
+    Args:
+        reader: name of the format.
+        source: where the recordings are.
+        out: URL of the shard set.
+        options: of the conversion.
+        pool: the processes that do the work; ``options.workers`` of this machine, where none is given.
 
     Raises:
         UserError: nothing to convert, nothing kept, a folder in use by other data or another conversion.
@@ -93,59 +108,61 @@ def convert(reader: str, source: str, out: str, options: ShardConfig) -> Summary
     known = [open_set(url) for url in words(options.known)]
     decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in known]]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    spool = _spool(out, f"{job.digest()} {storage.absolute(job.input)}")
-    # The first contact with the target comes before hours of work.
+    beside, private = _spools(out, f"{job.digest()} {job.input}")
+    # The first contact with the target comes before hours of work. What was begun beside the shards goes on there.
+    begun = beside.rsplit("/", 1)[-1] in storage.names(out)
+    spool = beside if begun or (pool is not None and pool.elsewhere) else private
     if there := _claim(out, digest):
         if MARKER in storage.names(out):  # killed between its last write and this
-            _tidy(out, spool)
+            _tidy(out, beside, private)
         return Summary(out, len(job.records), Counter(), there, already=True)
-    try:
-        with _alone(spool, out):
-            with worker_pool(options.workers) as pool:
-                parts = _make_parts(job, spool, pool)
-                kept, rejects = _choose(parts, options.quality, _hashes(known))
-                if not kept:
-                    _tidy(out, spool)
-                    raise UserError(_nothing_kept(source, len(job.records), rejects))
-                made = _make_shards(job, kept, spool, out, digest, options.samples_per_shard, pool)
-            finished = _finish(job, out, digest, options, kept, *made, rejects, spool)
-            _tidy(out, spool)
-    except BrokenProcessPool:
-        raise UserError(
-            "a conversion process was killed (out of memory, or by hand); run the same command again to go on, with "
-            "workers=N to use less memory"
-        ) from None
+    with _alone(storage.local_path(private), out):
+        with contextlib.nullcontext(pool) if pool is not None else worker_pool(options.workers) as workers:
+            parts, speed = _make_parts(job, spool, workers)
+            kept, rejects = _choose(parts, options.quality, _hashes(known))
+            if not kept:
+                _tidy(out, beside, private)
+                raise UserError(_nothing_kept(source, len(job.records), rejects))
+            made = _make_shards(job, kept, spool, out, digest, options.samples_per_shard, workers)
+        finished = _finish(job, out, digest, options, kept, made, rejects)
+        _tidy(out, beside, private)
     reasons = Counter(_kind(str(reject["reason"])) for reject in rejects)
-    return Summary(out, len(job.records), reasons, finished, already=False)
+    return Summary(out, len(job.records), reasons, finished, already=False, records_per_s=speed)
 
 
 @contextlib.contextmanager
-def _alone(spool: Path, out: str) -> Iterator[None]:
-    """Hold the lock of the spool, which is made if need be.
+def _alone(folder: Path, out: str) -> Iterator[None]:
+    """Hold the lock in a folder, which is made if need be.
 
     Raises:
-        UserError: another conversion holds it, or the spool cannot be written.
+        UserError: another conversion holds it, or the folder cannot be written.
     """
-    lock = FileLock(spool / "lock", timeout=0)
+    lock = FileLock(folder / "lock", timeout=0)
     try:
-        spool.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise UserError(f"another conversion is writing {out} right now; wait for it to end") from None
     except OSError as error:
-        raise storage.explain(str(spool), "write", error) from error
+        raise storage.explain(str(folder), "write", error) from error
     try:
         yield
     finally:
         lock.release()
+        # NFS keeps the folder while a file in it is open, as the lock was.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
-def _tidy(out: str, spool: Path) -> None:
+def _tidy(out: str, beside: str, private: str) -> None:
     """Remove what is only there while a conversion runs, also what a killed one left."""
     for name in storage.names(out):
         if name.startswith(".") and name.endswith(".tmp"):
             storage.remove(storage.join(out, name))
-    shutil.rmtree(spool, ignore_errors=True)
+    if not storage.is_local(beside):
+        with ThreadPoolExecutor(16) as several:  # a request each, for up to tens of thousands
+            list(several.map(storage.remove, [storage.join(beside, name) for name in storage.names(beside)]))
+    shutil.rmtree(private, ignore_errors=True)
     # Last, because it is what tells the next run that there may be something to tidy.
     storage.remove(storage.join(out, MARKER))
 
@@ -162,8 +179,6 @@ def _of_bytes(options: ShardConfig) -> dict[str, Any]:
     """The options that decide the shards' bytes beside the job and the content of the ``known`` sets."""
     flat = flatten(options)
     return {name: flat[name] for name in ("quality", "split.val", "split.test", "samples_per_shard")}
-
-
 
 
 def _claim(out: str, digest: str) -> ShardSet | None:
@@ -194,32 +209,55 @@ def _claim(out: str, digest: str) -> ShardSet | None:
     return None
 
 
-def _spool(out: str, what: str) -> Path:
+def _spools(out: str, what: str) -> tuple[str, str]:
+    """Where parts are spooled until the shards are made: beside the shards, and where only this machine sees them.
+
+    Both are the same for a local set. The second is also where the lock is.
+    """
     digest = hashlib.sha256(what.encode()).hexdigest()
+    beside = storage.join(out, f".work-{digest[:16]}")
     if storage.is_local(out):
-        return storage.local_path(out) / f".work-{digest[:16]}"
+        return beside, beside
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     where = hashlib.sha256(out.encode()).hexdigest()[:8]
-    return cache / "physio-dist" / "convert" / f"{digest[:16]}-{where}"
+    return beside, str(cache / "physio-dist" / "convert" / f"{digest[:16]}-{where}")
 
 
-def _make_parts(job: Job, spool: Path, pool: ProcessPoolExecutor) -> list[Part]:
+def _seen(job: Job, spool: str) -> dict[str, str]:
+    """Paths that are there for every process that shares the file systems of this one, and what it means if not."""
+    seen = {}
+    if not reader_named(job.reader).simulated:
+        meaning = f"{job.input} is not the folder that it is where the command was started; all nodes have to share it"
+        # Some of its names, because a folder without them may be the place where nothing is mounted.
+        paths = sorted(str(path) for path in Path(job.input).iterdir())
+        seen = dict.fromkeys(paths[:: len(paths) // _LOOKED_AT + 1], meaning)
+    if storage.is_local(spool):
+        mark = storage.join(spool, f"seen-{uuid.uuid4().hex}")
+        storage.write_bytes(mark, b"")
+        seen[mark] = "--out is not on a file system that all nodes share; give one that is, or an s3:// URL"
+    return seen
+
+
+def _make_parts(job: Job, spool: str, pool: Pool) -> tuple[list[Part], float | None]:
+    """The parts, and the records read for it a second."""
     parts: dict[int, Part] = {}
+    there = set(storage.names(spool))
+    urls = [part_url(spool, number) for number in range(job.parts())]
+    tasks = [(job.part(i), url, url.rsplit("/", 1)[-1] in there, pool.elsewhere) for i, url in enumerate(urls)]
+    work: Callable[..., tuple[int, str | None]] = make_part
+    if pool.elsewhere:
+        work = functools.update_wrapper(functools.partial(on_sight, _seen(job, spool), make_part), make_part)
+    began, records = time.monotonic(), 0
     with Progress(len(job.records), "records", "reading") as bar:
-        for number in range(job.parts()):
-            if part := read_part(part_path(spool, number)):
-                parts[number] = part
-                bar.update(part.records)
-        missing = [number for number in range(job.parts()) if number not in parts]
-        tasks = [(job.part(number), str(part_path(spool, number))) for number in missing]
-        for i, _ in as_they_come(pool, make_part, tasks):
-            number = missing[i]
-            made = read_part(part_path(spool, number))
-            if made is None:
-                raise DataError(f"the spooled part {part_path(spool, number)} cannot be read back")
-            parts[number] = made
-            bar.update(made.records)
-    return [parts[number] for number in range(job.parts())]
+        for number, (read, told) in pool.as_they_come(work, tasks):
+            facts = told or spooled(urls[number])
+            if facts is None:
+                raise DataError(f"the spooled part {urls[number]} cannot be read back")
+            parts[number] = part_of(facts)
+            records += read
+            bar.update(parts[number].records)
+    speed = records / (time.monotonic() - began) if records else None
+    return [parts[number] for number in range(job.parts())], speed
 
 
 def _choose(parts: Sequence[Part], quality: str, known: dict[str, set[int]]) -> tuple[list[Kept], list[dict[str, Any]]]:
@@ -258,47 +296,43 @@ def _nothing_kept(source: str, records: int, rejects: Sequence[dict[str, Any]]) 
 
 
 def _make_shards(
-    job: Job, kept: Sequence[Kept], spool: Path, out: str, digest: str, per_shard: int, pool: ProcessPoolExecutor
-) -> tuple[list[ShardInfo], list[Places]]:
-    prefix = "-".join(signals_of(spool, kept[0].part))
+    job: Job, kept: Sequence[Kept], spool: str, out: str, digest: str, per_shard: int, pool: Pool
+) -> list[Made]:
+    prefix = "-".join(sorted(job.spec.signals))
     groups = [kept[i : i + per_shard] for i in range(0, len(kept), per_shard)]
+    names = [f"{prefix}-{n:06d}.tar" for n in range(len(groups))]
     tasks = [
-        (job.source, group, str(spool), out, f"{prefix}-{n:06d}.tar", digest) for n, group in enumerate(groups)
+        (job.source, group, spool, out, name, digest, pool.elsewhere)
+        for name, group in zip(names, groups, strict=True)
     ]  # fmt: skip
-    made: dict[int, tuple[ShardInfo, list[Places]]] = {}
+    made: dict[int, Made] = {}
     with Progress(len(groups), "shards", "writing") as bar:
-        for n, result in as_they_come(pool, make_shard, tasks):
-            made[n] = result
+        for n, result in pool.as_they_come(make_shard, tasks):
+            made[n] = result or read_note(note_url(spool, names[n], digest))
             bar.update()
-    return [made[n][0] for n in range(len(groups))], [place for n in range(len(groups)) for place in made[n][1]]
+    return [made[n] for n in range(len(groups))]
 
 
 def _finish(
-    job: Job, out: str, digest: str, options: ShardConfig, kept: Sequence[Kept], infos: list[ShardInfo],
-    places: list[Places], rejects: list[dict[str, Any]], spool: Path,
+    job: Job, out: str, digest: str, options: ShardConfig, kept: Sequence[Kept], made: Sequence[Made],
+    rejects: list[dict[str, Any]],
 ) -> ShardSet:  # fmt: skip
-    signals = signals_of(spool, kept[0].part)
-    valid: dict[str, list[Any]] = {name: [] for name in signals}
-    samples: dict[str, int] = {}
-    for number, items in itertools.groupby(kept, key=lambda item: item.part):
-        rows = [item.row for item in items]
-        with safe_open(part_path(spool, number), framework="numpy") as file:
-            for name in signals:
-                valid[name].append(file.get_tensor(f"valid.{name}")[rows])
-                samples[name] = int(file.get_slice(name).get_shape()[2])
+    signals, infos = sorted(job.spec.signals), [one.info for one in made]
+    places = [place for one in made for place in one.places]
+    valid = [flags for one in made for flags in one.valid]
     split = [split_of(item.facts.person, options.split.val, options.split.test) for item in kept]
     person = np.array([item.facts.person for item in kept], dtype=np.uint64)
     sidecar = Sidecar(
         offset={name: np.array([place[name][0] for place in places], dtype=np.int64) for name in signals},
         check={name: np.array([place[name][1] for place in places], dtype=np.uint32) for name in signals},
-        valid={name: np.concatenate(valid[name]) for name in signals},
+        valid={name: np.array([flags[name] for flags in valid], dtype=np.bool_) for name in signals},
         split=np.array(split, dtype=np.uint8),
         person=person,
         waveform=np.array([item.facts.waveform for item in kept], dtype=np.uint64),
         key=key_table([item.facts.key for item in kept]),
     )
     spec = job.spec
-    infos_of = {name: SignalInfo(spec.channels_of(name), samples[name], spec.uv_per_bit_of(name)) for name in signals}
+    infos_of = {name: SignalInfo(spec.channels_of(name), spec.samples, spec.uv_per_bit_of(name)) for name in signals}
     sidecar_sha256 = hashlib.sha256(sidecar.to_bytes()).hexdigest()
     shard_set = ShardSet(
         url=out, shards=tuple(infos), signals=infos_of, rate=float(job.spec.rate),
@@ -307,7 +341,7 @@ def _finish(
         sidecar_sha256=sidecar_sha256, fingerprint=fingerprint_of(infos, infos_of, job.spec.rate, sidecar_sha256),
         made_by={
             "job": digest, "physio_dist": __version__, "reader": job.reader,
-            "options": {k: v for k, v in flatten(options).items() if k not in ("workers", "labels", "known")},
+            "options": {k: v for k, v in flatten(options).items() if k not in ("workers", "ray", "labels", "known")},
         },
     )  # fmt: skip
     lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
@@ -332,6 +366,8 @@ def tell(summary: Summary, say: Callable[[str], None]) -> None:
     )
     if not made.simulated and made.people == len(np.unique(read_sidecar(made).waveform)) > 1:
         say("  each record counts as a person: where they share people, tell them apart (docs/data.md) before a split")
+    if summary.records_per_s is not None:
+        say(f"  {summary.records_per_s:.1f} records/s")
     for reason, count in summary.rejected.most_common():
         say(f"  left out: {count} x {reason}")
     if summary.rejected:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from physio_dist.config import ShardConfig
 from physio_dist.errors import UserError
 from physio_dist.shards.channels import spec_of
-from physio_dist.shards.convert import PART_RECORDS, Job, make_part, read_part, record_keys, without_person
+from physio_dist.shards.convert import PART_RECORDS, Job, make_part, part_of, record_keys, spooled, without_person
 from physio_dist.shards.index import KEY_PATTERN, pseudonym
 from physio_dist.shards.writer import plan_job
 from physio_dist.storage import StorageError
@@ -71,9 +71,11 @@ def test_a_part_holds_samples_facts_and_rejects(tmp_path: Path, write_wfdb: Call
     write_wfdb(folder, "good", 0, comments=("Age: 50", "Name: Ann Smith"))
     write_wfdb(folder, "few", 1, leads=("I", "II", "V1"))
     job = job_of(folder)
-    make_part(job.part(0), str(tmp_path / "part"))
-    part = read_part(tmp_path / "part")
-    assert part is not None
+    read, facts = make_part(job.part(0), str(tmp_path / "part"), tell=True)
+    assert read == 2
+    assert facts is not None
+    assert spooled(str(tmp_path / "part")) == facts
+    part = part_of(facts)
     assert part.records == 2
     assert [reject["record"] for reject in part.rejects] == ["few"]
     assert part.rejects[0]["reason"].startswith("lead V2, V3, ")
@@ -90,12 +92,19 @@ def test_a_part_holds_samples_facts_and_rejects(tmp_path: Path, write_wfdb: Call
 def test_a_damaged_or_missing_part_is_none(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
     write_wfdb(tmp_path / "in", "good", 0)
     where = tmp_path / "part"
-    assert read_part(where) is None
-    make_part(job_of(tmp_path / "in").part(0), str(where))
+    assert spooled(str(where)) is None
+    job = job_of(tmp_path / "in").part(0)
+    _, facts = make_part(job, str(where), tell=True)
     whole = where.read_bytes()
-    for length in (0, 5, 200, len(whole) - 1):
-        where.write_bytes(whole[:length])
-        assert read_part(where) is None
+    head = 8 + int.from_bytes(whole[:8], "little")
+    for damaged in (*(whole[:n] for n in (0, 5, 8, 200, head, len(whole) - 1)), whole + b"1", b"\xff" * 900):
+        where.write_bytes(damaged)
+        assert spooled(str(where)) is None
+        assert make_part(job, str(where), there=True, tell=True) == (1, facts)
+        assert where.read_bytes() == whole
+    where.write_bytes(whole[:-1] + b"?")
+    assert make_part(job, str(where), there=True, tell=True) == (0, facts)
+    assert make_part(job, str(where), there=True) == (0, None)
 
 
 def test_parts_cover_all_records_and_carry_only_their_own(tmp_path: Path) -> None:
@@ -138,9 +147,7 @@ def test_a_record_over_which_a_library_trips_is_rejected_and_the_others_go_on(
         write_wfdb(tmp_path / "in", name, i)
     header = tmp_path / "in" / "a.hea"
     header.write_text(header.read_text().replace("a.dat", "Zacharias" * 40))
-    make_part(job_of(tmp_path / "in").part(0), str(tmp_path / "part"))
-    part = read_part(tmp_path / "part")
-    assert part is not None
+    part = part_of(make_part(job_of(tmp_path / "in").part(0), str(tmp_path / "part"), tell=True)[1] or "")
     assert part.rejects == [{"record": "a", "reason": "cannot be read (OSError)"}]
     assert [window.record for window in part.windows] == ["b"]
 

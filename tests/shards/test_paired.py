@@ -18,7 +18,7 @@ from physio_dist import config
 from physio_dist.errors import UserError
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.channels import spec_of
-from physio_dist.shards.convert import make_part, read_part
+from physio_dist.shards.convert import make_part, part_of, spooled
 from physio_dist.shards.index import open_set, pseudonym, read_sidecar, split_of
 from physio_dist.shards.stream import Source
 from physio_dist.shards.verify import verify
@@ -220,14 +220,10 @@ def test_simulated_ecg_pays_for_no_eeg_and_is_the_same_with_it(tmp_path: Path, m
     assert set(after) == {"ecg", "valid.ecg"}
     for name, tensor in after.items():
         assert before[name].tobytes() == tensor.tobytes()
-    first, second = read_part(paired), read_part(alone)
-    assert first is not None
-    assert second is not None
+    first, second = (part_of(spooled(str(path)) or "") for path in (paired, alone))
     assert len(second.windows) == 12
     assert len({window.person for window in second.windows}) == 3
     for a, b in zip(first.windows, second.windows, strict=True):
         assert (a.key, a.labels, a.waveform) == (b.key, b.labels, b.waveform)
-    assert part("again", "signals=ecg,eeg").exists()
-    spoiled = read_part(tmp_path / "again")
-    assert spoiled is not None
+    spoiled = part_of(spooled(str(part("again", "signals=ecg,eeg"))) or "")
     assert [reject["reason"] for reject in spoiled.rejects] == ["cannot be read (AssertionError)"] * 6

@@ -64,11 +64,11 @@ class Cluster:
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._start("--head", *ports, *client)
 
-    def add_node(self) -> None:
-        """Start a further node."""
-        self.nodes.append(self._start("--address", self.address))
+    def add_node(self, hidden: Path | None = None) -> None:
+        """Start a further node, for which the folder ``hidden`` is empty."""
+        self.nodes.append(self._start("--address", self.address, hidden=hidden))
 
-    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+    def _start(self, *words: str, hidden: Path | None = None) -> subprocess.Popen[bytes]:
         number = len(list(self.folder.glob("*.log")))
         log = self.folder / f"{number}.log"
         command = [
@@ -76,6 +76,10 @@ class Cluster:
             "--temp-dir", str(self.folder / str(number)),
             "--object-store-memory", str(80 * 2**20), "--dashboard-agent-listen-port", str(free_port()),
         ]  # fmt: skip
+        if hidden is not None:
+            assert os.geteuid() == 0, "this test mounts a disk for one node alone: run it as root"
+            mount = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", mount, str(hidden), *command]
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command, env=self._node_env, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True

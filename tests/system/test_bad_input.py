@@ -165,7 +165,7 @@ def test_a_set_that_no_release_of_ours_writes(simulated: str, new_run: Make, tmp
     if fault == "pickled":
         (copy / "ecg-000001.tar").write_bytes(packed(("a.ecg.npy", BOMB)))
     elif fault == "future":
-        index.write_text(index.read_text().replace('"format": 1', '"format": 99'))
+        index.write_text(index.read_text().replace('"format": 2', '"format": 99'))
     else:
         shutil.rmtree(copy)
         publish_empty(copy)

@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -24,11 +25,13 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 WORDS = ["shard", "simulate", "people=100,windows=2,seed=6", "quality=label", "samples_per_shard=40", "workers=2"]
 
 
-def start(out: str | Path, *more: str, env: dict[str, str] | None = None, group: bool = False) -> subprocess.Popen[str]:
+def start(
+    out: str | Path, *more: str, env: dict[str, str] | None = None, group: bool = False, words: Sequence[str] = WORDS
+) -> subprocess.Popen[str]:
     """The conversion in a process of its own."""
-    words = [sys.executable, "-m", "physio_dist.cli", *WORDS, "--out", str(out), *more]
     return subprocess.Popen(
-        words, env={**os.environ, **(env or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "physio_dist.cli", *words, "--out", str(out), *more],
+        env={**os.environ, **(env or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=group,
     )  # fmt: skip
 
@@ -104,9 +107,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
-def finish(out: Path, undisturbed: dict[str, bytes]) -> None:
+def finish(out: Path, undisturbed: dict[str, bytes], words: Sequence[str] = WORDS) -> None:
     """Run the same command to its end: the set is the undisturbed one and nothing else lies there."""
-    process = start(out)
+    process = start(out, words=words)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 0, told
     assert content(out) == undisturbed
@@ -297,15 +300,47 @@ def test_ctrl_c_during_an_outage_does_not_wait_for_its_end(tmp_path: Path, s3: S
     assert all_gone(children)
 
 
-def test_real_recordings_convert_and_verify(data_dir: Path, tmp_path: Path, cli: Cli) -> None:
-    labels = f"labels={data_dir / 'cinc2011-set-a' / 'labels.csv'}"
-    out = tmp_path / "set"
-    done = cli("shard", "wfdb", data_dir / "cinc2011-set-a", "--out", out, "quality=label", labels, "workers=2")
+@pytest.fixture(scope="module")
+def real_words(data_dir: Path) -> list[str]:
+    """A conversion of real recordings in 30 parts and three shards."""
+    folder = data_dir / "cinc2011-set-a"
+    words = ["quality=label", f"labels={folder / 'labels.csv'}", "samples_per_shard=400"]
+    return ["shard", "wfdb", str(folder), *words]
+
+
+@pytest.fixture(scope="module")
+def real(real_words: list[str], tmp_path_factory: pytest.TempPathFactory, cli: Cli) -> Path:
+    """The set that nothing disturbed."""
+    out = tmp_path_factory.mktemp("real") / "set"
+    done = cli(*real_words, "--out", out, "workers=2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("941 windows of 941 people from 941 records in 1 shards")
-    assert "SIMULATED" not in done.stdout
-    assert cli("verify", out).returncode == 0
-    told = cli("inspect", out).stdout
+    first, people, speed, index = done.stdout.splitlines()
+    assert first.startswith("941 windows of 941 people from 941 records in 3 shards")
+    assert "SIMULATED" not in first
+    assert people.startswith("  each record counts as a person")
+    assert re.fullmatch(r"  \d+\.\d records/s", speed)
+    assert index == f"{out}/index.json"
+    return out
+
+
+def test_real_recordings_convert_and_verify(real: Path, cli: Cli) -> None:
+    assert cli("verify", real).returncode == 0
+    told = cli("inspect", real).stdout
     assert "acceptable: 1 x 773, 0 x 1" in told
-    index = json.loads((out / "index.json").read_text())
+    index = json.loads((real / "index.json").read_text())
     assert index["physio_dist"]["simulated"] is False
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_real_recordings_killed_at_random_moments_give_the_same_bytes(
+    tmp_path: Path, real: Path, real_words: list[str], processes: int
+) -> None:
+    out, rng, words = tmp_path / "set", random.Random(processes), [*real_words, f"workers={processes}"]
+    for so_far in range(3):
+        process = start(out, words=words)
+        # Past the imports, and past what the tries before it had come to.
+        wait_for(lambda least=so_far: parts(out) > least, process)
+        time.sleep(rng.uniform(0, 2))
+        assert process.poll() is None
+        kill(process)
+    finish(out, content(real), words)

@@ -1,8 +1,8 @@
 """The node cache: shards of a remote set on the local disk, fetched once, visible only when verified.
 
 Ranks of a node share the folder and later runs do too, because files are named by their content's hash. A shard of a
-local set is read where it lies. Both are read by position and not through a memory map: a file that is cut short while
-a job runs then gives a short read, which can be mended, where a map would end the process with SIGBUS.
+local set is read where it lies. Both are read through memory maps, and the file's size and times are looked at before
+and after each read: what was cut short or altered under a running job is verified and fetched again.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import contextlib
 import errno
 import hashlib
 import logging
+import mmap
 import os
 import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from filelock import FileLock
 
 from physio_dist import storage
@@ -47,15 +50,23 @@ class Opened:
 
     def __init__(self, fd: int, identity: _Identity) -> None:
         self._fd, self._identity = fd, identity
+        # A plain view, because slices of a `memmap` cost several times as much.
+        mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ) if identity[0] else b""
+        self._bytes = np.frombuffer(mapped, np.uint8)
 
-    def read(self, start: int, out: memoryview) -> bool:
-        """Fill ``out`` from ``start`` on; whether there was that much."""
-        done = 0
-        while done < len(out):
-            if (got := os.preadv(self._fd, [out[done:]], start + done)) == 0:
-                return False
-            done += got
-        return True
+    def read(self, starts: Sequence[int], rows: Sequence[int], out: npt.NDArray[np.uint8]) -> bool:
+        """Copy bytes into rows of ``out``, uint8 ``[row, n]``: ``n`` from each start on, into the row beside it.
+
+        Returns:
+            Whether the file was the verified one all the while; otherwise the rows hold anything.
+        """
+        # Before, because reading what was cut off would end the process with SIGBUS.
+        if not self.intact():
+            return False
+        width = out.shape[1]
+        for start, row in zip(starts, rows, strict=True):
+            out[row] = self._bytes[start : start + width]
+        return self.intact()
 
     def intact(self) -> bool:
         """Whether the file is still the one that was verified, by its size and times."""
@@ -162,7 +173,7 @@ class ShardCache:
                 data = bytearray(storage.read_bytes(url))
                 if hashlib.sha256(data).hexdigest() == info.sha256:
                     return data
-            elif opened.read(0, memoryview(data)) and opened.intact():
+            elif opened.read([0], [0], np.frombuffer(data, np.uint8)[None]):
                 return data
         raise DataError(f"{url} disagrees with its index (sha256)")
 

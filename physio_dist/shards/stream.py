@@ -6,6 +6,7 @@ event loop stays in one place. Signals stay int16; scaling is left to the device
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import sys
@@ -63,6 +64,17 @@ class Batch:
     weight: npt.NDArray[np.float32]
     positions: Ints
     samples: tuple[Ints, Ints]
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """Samples of a batch that lie in the same shard; of equal length, ``shards`` all the same."""
+
+    set: int
+    shards: list[int]
+    rows: list[int]
+    samples: list[int]
+    offsets: list[int]
 
 
 class _Buffers:
@@ -163,8 +175,8 @@ class Source:
         signal[count:] = 0
         scale = np.ones(size, dtype=np.float32)
         valid = np.ones((size, len(info.channels)), dtype=np.bool_)
-        singles: list[tuple[int, int, int, int]] = []
-        out = signal.reshape(-1).view(np.uint8).data
+        visits: list[_Visit] = []
+        out = signal.reshape(size, -1).view(np.uint8)
         for i, sidecar in enumerate(self.sidecars):
             rows = np.flatnonzero(sources == i)
             if not len(rows):
@@ -175,12 +187,15 @@ class Source:
             shard = np.searchsorted(self._starts[i], mine, side="right") - 1
             # One visit to each shard.
             by_shard = np.argsort(shard, kind="stable")
-            borders = np.flatnonzero(np.diff(shard[by_shard])) + 1
-            for group in np.split(by_shard, borders):
-                number = int(shard[group[0]])
-                if not self._read(i, number, rows[group], mine[group], out, fetching):
-                    pairs = zip(rows[group].tolist(), mine[group].tolist(), strict=True)
-                    singles += [(i, number, row, sample) for row, sample in pairs]
+            borders = [0, *(np.flatnonzero(np.diff(shard[by_shard])) + 1).tolist(), len(mine)]
+            offset = sidecar.offset[self.signal][mine]
+            wanted = [column[by_shard].tolist() for column in (shard, rows, mine, offset)]
+            visits += [_Visit(i, *(column[a:b] for column in wanted)) for a, b in itertools.pairwise(borders)]
+        singles = [
+            (visit.set, visit.shards[0], row, sample)
+            for visit in visits if not self._read(visit, out, fetching)
+            for row, sample in zip(visit.rows, visit.samples, strict=True)
+        ]  # fmt: skip
         if singles:
             with ThreadPoolExecutor(min(_SINGLE_READS, len(singles)), thread_name_prefix="single") as pool:
                 for _ in pool.map(lambda one: self._read_single(one, out), singles):
@@ -189,23 +204,21 @@ class Source:
         weight[:count] = 1
         return Batch(step, signal, scale, valid, weight, _padded(positions, size), (sources, ids))
 
-    def _read(self, i: int, shard: int, rows: Ints, ids: Ints, out: memoryview, fetching: bool) -> bool:
+    def _read(self, visit: _Visit, out: npt.NDArray[np.uint8], fetching: bool) -> bool:
         """Read samples of a shard into rows of a batch; False where they have to be read one by one."""
-        shards, nbytes = self.sets[i], self.info.nbytes
+        shards, shard = self.sets[visit.set], visit.shards[0]
         if not fetching and not self.cache.held(shards, shard):
             return False
-        places = list(zip(rows.tolist(), self.sidecars[i].offset[self.signal][ids].tolist(), strict=True))
         for _ in range(3):
             opened = self.cache.open(shards, shard)
             if opened is None:
                 return False
-            whole = all(opened.read(start, out[row * nbytes : (row + 1) * nbytes]) for row, start in places)
             # What was cut short or altered under our hands is verified again, and fetched again, when it is opened.
-            if whole and opened.intact():
+            if opened.read(visit.offsets, visit.rows, out):
                 return True
         raise DataError(f"shard {shards.shard_url(shard)} keeps changing while it is read")
 
-    def _read_single(self, which: tuple[int, int, int, int], out: memoryview) -> None:
+    def _read_single(self, which: tuple[int, int, int, int], out: npt.NDArray[np.uint8]) -> None:
         i, shard, row, sample = which
         shards, sidecar, nbytes = self.sets[i], self.sidecars[i], self.info.nbytes
         url, start = shards.shard_url(shard), int(sidecar.offset[self.signal][sample])
@@ -215,7 +228,7 @@ class Source:
             except storage.NotFoundError:
                 raise DataError(f"shard {url} is in the index but not in storage") from None
             if len(data) == nbytes and zlib.crc32(data) == sidecar.check[self.signal][sample]:
-                out[row * nbytes : (row + 1) * nbytes] = data
+                out[row] = np.frombuffer(data, np.uint8)
                 return
             if attempt == 0:
                 log.warning("shard %s disagrees with its index; reading sample %s again", url, self._key(i, sample))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from physio_dist import storage
@@ -29,8 +30,8 @@ def cached(folder: Path) -> list[Path]:
 
 def good(opened: Opened | None, shards: ShardSet, number: int = 0) -> bool:
     assert opened is not None
-    data = bytearray(shards.shards[number].filesize)
-    whole = opened.read(0, memoryview(data))
+    data = np.zeros((1, shards.shards[number].filesize), np.uint8)
+    whole = opened.read([0], [0], data)
     return whole and hashlib.sha256(data).hexdigest() == shards.shards[number].sha256
 
 
@@ -275,7 +276,7 @@ def test_an_open_shard_that_is_altered_is_noticed_and_fetched_again(
         os.truncate(copy, 700)
     assert opened is not None
     assert not opened.intact()
-    assert opened.read(600, memoryview(bytearray(200))) == (fault == "flipped")
+    assert not opened.read([600], [0], np.zeros((1, 200), np.uint8))
     assert good(cache.open(shards, 0), shards)
 
 

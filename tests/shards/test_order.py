@@ -11,8 +11,8 @@ from physio_dist.errors import UserError
 from physio_dist.shards import order
 from physio_dist.shards.order import Mixture, SetOrder, mixture, permutation, rank_slice, shares
 
-WORLDS = (1, 2, 3, 4, 7, 8, 64)
-BATCHES = (1, 2, 7, 8, 13, 64, 97, 128, 131, 300)
+WORLDS = (1, 2, 3, 4, 7, 8, 64, 1016, 1024)
+BATCHES = (1, 2, 7, 8, 13, 64, 97, 128, 131, 300, 1024, 2048, 4103)
 
 counts_of = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda counts: sum(counts) > 0)
 
@@ -96,6 +96,60 @@ def test_windows_within_a_lane_do_not_depend_on_where_one_begins(monkeypatch: py
     assert len(np.unique(flat)) == len(flat)
     for step in (40, 3, 31, 33, 5, 4, 60):
         np.testing.assert_array_equal(one(counts, 11, 3).take(step)[1], sequence[step])
+
+
+@pytest.mark.parametrize("batch", [64, 128, 1000, 1024, 2050])
+def test_every_world_trains_on_the_same_batches_and_an_epoch_is_a_permutation(batch: int) -> None:
+    counts = np.random.default_rng(batch).integers(20, 300, 60)
+    steps = int(counts.sum()) // batch
+    told = one(counts.tolist(), batch, 7)
+    epoch = [told.take(step)[1] for step in range(2 * steps)]
+    for first in (0, steps):
+        visited = np.concatenate(epoch[first : first + steps])
+        assert len(np.unique(visited)) == len(visited) == steps * batch
+    for world in (world for world in WORLDS if world <= batch):
+        # Each rank asks for its own slice, and only from some step on, as after a resume.
+        ranks = sorted({0, 1, world // 3, world - 2, world - 1} & set(range(world)))
+        for rank in ranks:
+            low, high = rank_slice(batch, rank, world)
+            mine = one(counts.tolist(), batch, 7)
+            for step in (steps // 2, steps - 1, steps, 2 * steps - 1):
+                np.testing.assert_array_equal(mine.take(step)[1][low:high], epoch[step][low:high])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2000), st.data())
+def test_an_interrupted_run_goes_on_in_any_world_with_nothing_twice(batch: int, data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(1, 200), min_size=1, max_size=20).filter(lambda c: sum(c) >= batch))
+    worlds = [world for world in WORLDS if world <= batch]
+    steps = 2 * (sum(counts) // batch)
+    stops = sorted(data.draw(st.lists(st.integers(0, steps), max_size=3)))
+    told = [one(counts, batch, 5).take(step)[1].tolist() for step in range(steps)]
+    trained: list[list[int]] = []
+    for first, last in zip([0, *stops], [*stops, steps], strict=True):
+        world = data.draw(st.sampled_from(worlds))
+        walked = one(counts, batch, 5)
+        for step in range(first, last):
+            whole = walked.take(step)[1]
+            slices = [whole[slice(*rank_slice(batch, rank, world))].tolist() for rank in range(world)]
+            trained.append([sample for part in slices for sample in part])
+    assert trained == told
+
+
+@pytest.mark.parametrize("batch", [32, 128, 256, 1000, 4096])
+def test_a_hundred_shards_are_shuffled_nearly_as_by_a_full_permutation(batch: int) -> None:
+    # What a single rank trains on, in its order.
+    walked = one([1000] * 100, batch, 11)
+    steps = walked.sets[0].steps_per_epoch
+    batches = [walked.take(step)[1][permutation(batch, 11, "slice", step)] for step in range(steps)]
+    visited = np.concatenate(batches)
+    assert abs(np.corrcoef(np.argsort(np.argsort(visited)), np.arange(len(visited)))[0, 1]) < 0.02
+    neighbours = np.mean([np.mean(b[1:] // 1000 == b[:-1] // 1000) for b in batches])
+    pairs = [np.bincount(b // 1000) for b in batches]
+    sharing = np.mean([(n * (n - 1)).sum() / (batch * (batch - 1)) for n in pairs])
+    # Of a full permutation 999 in 99,999 are of the same shard.
+    assert neighbours <= 2 * 0.01
+    assert sharing <= 2 * 0.01
 
 
 def test_a_run_interrupted_anywhere_and_resumed_in_another_world_trains_on_the_same_samples() -> None:

@@ -35,7 +35,8 @@ HERE = Path(__file__).resolve().parent / "peers"
 CHANNELS, LENGTH = len(ECG_12), 2000
 PER_SHARD = 1000
 # As many as the threads of the feed that fetch shards.
-CONNECTIONS = 8
+CONNECTIONS = 16
+BARE = ("client", "http")
 BUCKET = "set"
 
 
@@ -115,15 +116,17 @@ def warm(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
         return interleave(options.repeats, {name: rate(child, "epoch") for name, child in children.items()})
 
 
-def cold(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+def cold(folder: Path, options: argparse.Namespace, link: int) -> dict[str, list[float]]:
     """From an S3 server of this machine with nothing in the cache, then from the cache, and bare downloads.
+
+    With ``link`` the server sends so many MB/s at most, as a network may.
 
     Returns:
         Bytes/s: ``ours``, ``client``, ``http`` (see ``peers/bare.py``). Samples/s: ``second``, the epoch after ``ours``
         from the cache, and ``local``, an epoch of the same set on the disk.
     """
     served = folder / "served"
-    with s3_server(served, folder / "rclone.log") as server, ExitStack() as stack:
+    with s3_server(served, folder / "rclone.log", link) as server, ExitStack() as stack:
         env, url = {**os.environ, **server}, f"s3://{BUCKET}"
         words = [sys.executable, HERE / "ours.py", served / BUCKET, options.batch, url, folder / "cache"]
         ours = stack.enter_context(Child("ours-cold", words, env, folder))
@@ -133,7 +136,7 @@ def cold(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
             "ours": rate(ours, "cold", "bytes"), "second": rate(ours, "second"), "local": rate(ours, "epoch"),
             "client": rate(bare, "client", "bytes"), "http": rate(bare, "http", "bytes"),
         }  # fmt: skip
-        say("cold: warms up")
+        say(f"cold, {link or 'any number of'} MB/s: warms up")
         # Neither connections nor the server's page cache are to be new in one of them only.
         for measure in measures.values():
             measure()
@@ -157,14 +160,16 @@ def run(folder: Path, options: argparse.Namespace) -> str:
         medians = {name: statistics.median(values) for name, values in found.items()}
         ours, peers = medians.pop("ours"), medians
     if options.only != "warm":
-        found = cold(folder, options)
+        found, narrow = cold(folder, options, 0), cold(folder, options, options.link)
+        print(table(f"Cold, from S3 at {options.link} MB/s", "bytes/s", {n: narrow[n] for n in ("ours", *BARE)}))
         for title, unit, names in (
-            ("Cold, from S3 on this machine", "bytes/s", ("ours", "client", "http")),
+            ("Cold, from S3 on this machine", "bytes/s", ("ours", *BARE)),
             ("The epoch after it, from the cache", "samples/s", ("second", "local")),
         ):
             print(table(title, unit, {name: found[name] for name in names}))
         also = {
-            "cold": versus("bytes/s", found, "ours", "client", "http"),
+            "cold": versus("bytes/s", found, "ours", *BARE),
+            "cold_link": versus("bytes/s", narrow, "ours", *BARE),
             "second_epoch": versus("samples/s", found, "second", "local"),
         }
     return last_line("feed", "samples/s", options.repeats, ours, peers, also)
@@ -187,6 +192,7 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(PEERS), help="which to measure, or none (default: %(default)s)")
     parser.add_argument("--envs", type=Path, default=Path(DEFAULT_ENVS), help="where their environments are kept")
     parser.add_argument("--work", type=Path, help="where the data is kept (default: a folder that goes afterwards)")
+    parser.add_argument("--link", type=int, default=200, help="MB/s of the narrow link that cold is measured over too")
     parser.add_argument("--only", choices=("warm", "cold"), help="from the page cache, or from S3")
     options = parser.parse_args()
     options.peers = [] if options.peers == "none" else options.peers.split(",")

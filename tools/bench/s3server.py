@@ -17,8 +17,8 @@ _KEY, _SECRET = "AKIABENCHBENCH", "secret-of-the-bench"
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path, log: Path) -> Iterator[dict[str, str]]:
-    """Serve a folder, whose folders are buckets, while the block lasts.
+def s3_server(folder: Path, log: Path, link: int = 0) -> Iterator[dict[str, str]]:
+    """Serve a folder, whose folders are buckets, while the block lasts; with ``link`` at so many MB/s at most.
 
     Yields:
         The environment variables under which clients reach it.
@@ -34,7 +34,9 @@ def s3_server(folder: Path, log: Path) -> Iterator[dict[str, str]]:
         probe.bind(("127.0.0.1", 0))
         address = ("127.0.0.1", probe.getsockname()[1])
     where = f"{address[0]}:{address[1]}"
-    words = [rclone, "serve", "s3", "--auth-key", f"{_KEY},{_SECRET}", "--addr", where, "--config", "", str(folder)]
+    narrow = ["--bwlimit", f"{link * 10**6}B"] if link else []
+    key = f"{_KEY},{_SECRET}"
+    words = [rclone, "serve", "s3", *narrow, "--auth-key", key, "--addr", where, "--config", "", str(folder)]
     with log.open("w") as out:
         process = subprocess.Popen(words, stdout=out, stderr=out)
     try:

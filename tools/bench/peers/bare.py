@@ -6,7 +6,6 @@ is about as little as Python can put between a socket and a file. The feed does 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import http.client
 import os
@@ -20,18 +19,35 @@ from pathlib import Path
 from typing import Any
 
 import botocore.session
-from aiobotocore.config import AioConfig
-from aiobotocore.session import get_session
 from botocore.config import Config
 from serve import serve
 
 from physio_dist.shards.index import ShardSet, open_set
 
-PIECE = 8 << 20
+PIECE = 4 << 20
 # Name of a shard, half-open range.
 Ranges = Iterator[tuple[str, int, int]]
 # Fetches ranges of shards with these keys into these open files.
 Fetch = Callable[[Ranges, dict[str, str], dict[str, int]], None]
+
+
+def in_threads(connections: int, ranges: Ranges, worker: Callable[[Ranges], None]) -> None:
+    """Let so many threads take the ranges one after the other."""
+    lock = threading.Lock()
+
+    def mine() -> Ranges:
+        while True:
+            with lock:
+                taken = next(ranges, None)
+            if taken is None:
+                return
+            yield taken
+
+    threads = [threading.Thread(target=worker, args=(mine(),)) for _ in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 class Client:
@@ -39,21 +55,17 @@ class Client:
 
     def __init__(self, bucket: str, connections: int) -> None:
         self._bucket, self._connections = bucket, connections
-        self._loop = asyncio.new_event_loop()
-        config = AioConfig(max_pool_connections=connections, response_checksum_validation="when_required")
-        self._client = self._loop.run_until_complete(get_session().create_client("s3", config=config).__aenter__())
+        config = Config(max_pool_connections=connections, response_checksum_validation="when_required")
+        self._client = botocore.session.get_session().create_client("s3", config=config)
 
     def __call__(self, ranges: Ranges, keys: dict[str, str], files: dict[str, int]) -> None:
-        async def one() -> None:
-            for name, begin, end in ranges:
+        def one(mine: Ranges) -> None:
+            for name, begin, end in mine:
                 span = f"bytes={begin}-{end - 1}"
-                answer = await self._client.get_object(Bucket=self._bucket, Key=keys[name], Range=span)
-                os.pwrite(files[name], await answer["Body"].read(), begin)
+                answer = self._client.get_object(Bucket=self._bucket, Key=keys[name], Range=span)
+                os.pwrite(files[name], answer["Body"].read(), begin)
 
-        async def everyone() -> None:
-            await asyncio.gather(*(one() for _ in range(self._connections)))
-
-        self._loop.run_until_complete(everyone())
+        in_threads(self._connections, ranges, one)
 
 
 class Http:
@@ -71,17 +83,12 @@ class Http:
             )
             for name, key in keys.items()
         }
-        lock = threading.Lock()
 
-        def one() -> None:
+        def one(mine: Ranges) -> None:
             open_to = next(iter(urls.values()))
             kind = http.client.HTTPSConnection if open_to.scheme == "https" else http.client.HTTPConnection
             connection, buffer = kind(open_to.netloc), memoryview(bytearray(1 << 20))
-            while True:
-                with lock:
-                    name, begin, end = next(ranges, ("", 0, 0))
-                if not name:
-                    return
+            for name, begin, end in mine:
                 url = urls[name]
                 connection.request("GET", f"{url.path}?{url.query}", headers={"Range": f"bytes={begin}-{end - 1}"})
                 answer = connection.getresponse()
@@ -89,11 +96,7 @@ class Http:
                     os.pwrite(files[name], buffer[:count], begin)
                     begin += count
 
-        threads = [threading.Thread(target=one) for _ in range(self._connections)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(self._connections, ranges, one)
 
 
 def download(shards: ShardSet, folder: Path, fetch: Fetch) -> float:

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 
     index = verbs.add_parser("index", help="an index for a WebDataset that somebody else wrote")
     index.add_argument("url", metavar="URL")
-    index.add_argument("options", nargs="*", metavar="key=value", help="channels=I,II,... is needed; see docs/data.md")
+    index.add_argument("options", nargs="*", metavar="key=value", help="channels=I,II,...; see docs/data.md")
 
     verify = verbs.add_parser("verify", help="check every shard against the index")
     verify.add_argument("url", metavar="URL")

@@ -64,7 +64,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["verify", "/no/where", "a=b"], "physio-dist verify does not take 'a=b'"),
         (["verify", "nonsense://x"], "no way to open nonsense:// URLs"),
         (["index", "/no/where", "channels=I"], "/no/where holds no .tar files; it has: nothing"),
-        (["index", "/no/where"], "option channels is needed and has no default: give channels=..."),
+        (["index", "/no/where", "channels=I,,II"], "channels=I,,II: it must name every row of the arrays, each only"),
         (["inspect", "/no/where", "--plot", "3"], "argument --plot: expected 2 arguments"),
         (["report"], "the following arguments are required: RUN"),
     ],

@@ -217,14 +217,14 @@ def open_set(url: str) -> ShardSet:
     except storage.NotFoundError:
         raise UserError(
             f"{url} holds no {INDEX}: it is not a finished shard set. `physio-dist shard` makes one; for a WebDataset "
-            f"made by something else, `physio-dist index {url} channels=...` does"
+            f"made by something else, `physio-dist index {url}` does"
         ) from None
     if not isinstance(document, dict) or document.get("__kind__") != "wids-shard-index-v1":
         raise UserError(f"{where} is not a wids-shard-index-v1 document")
     ours = document.get("physio_dist")
     if not isinstance(ours, dict):
         raise UserError(
-            f"{where} lacks what training needs; `physio-dist index {url} channels=...` adds it"
+            f"{where} lacks what training needs; `physio-dist index {url}` adds it"
         )
     if (theirs := ours.get("format")) != FORMAT:
         older = isinstance(theirs, int) and theirs < FORMAT

@@ -34,6 +34,11 @@ from physio_dist.shards.index import (
     split_of,
 )
 from physio_dist.shards.progress import Progress
+from physio_dist.signals.montage import ECG_12, identity_error
+
+# Samples that are looked at for the order of their leads, and what their limb leads may miss of their identities.
+_JUDGED = 50
+_IDENTITY_ERROR = 0.05
 
 
 def verify(url: str) -> Iterator[str]:
@@ -122,14 +127,15 @@ class IndexOptions:
     """The ``key=value`` options of ``physio-dist index``.
 
     Attributes:
-        channels: comma-separated, in the order of the arrays' rows.
+        channels: comma-separated, in the order of the arrays' rows. Empty for the twelve leads of an ECG in the
+            standard order, if the limb leads' identities bear it out.
         rate: Hz.
         uv_per_bit: microvolts of one unit of the arrays.
         person: field of the samples' json that tells people apart; ``person`` if that is there.
         val, test: shares of people held out.
     """
 
-    channels: str = "???"
+    channels: str = ""
     rate: float = 200.0
     uv_per_bit: float = 1.0
     person: str | None = None
@@ -185,7 +191,7 @@ class _Adopted:
 
 
 def _check(options: IndexOptions) -> tuple[str, ...]:
-    channels = tuple(word.strip() for word in options.channels.split(","))
+    channels = tuple(word.strip() for word in options.channels.split(",")) if options.channels else ()
     if not all(channels) or len(set(channels)) < len(channels):
         raise UserError(f"channels={options.channels}: it must name every row of the arrays, each only once")
     for name in ("rate", "uv_per_bit"):
@@ -207,6 +213,8 @@ def _adopt_shard(name: str, data: bytes, channels: tuple[str, ...], options: Ind
     found.infos.append(ShardInfo(name, len(members), len(data), hashlib.sha256(data).hexdigest()))
     for member in members:
         found.kind = found.kind or _kind_of(member, name)
+        if not channels:
+            channels = found.signal.channels if found.signal else _standard_leads(name, data, members, found.kind)
         shape = member.shape.get(found.kind)
         if shape is None or len(shape) != 2 or member.dtype[found.kind] != np.dtype("<i2"):
             there = f"{member.dtype.get(found.kind)} {shape}" if shape is not None else "missing"
@@ -258,6 +266,29 @@ def _publish_adopted(url: str, options: IndexOptions, signal: SignalInfo, found:
     )  # fmt: skip
     publish(made, sidecar)
     return made
+
+
+def _standard_leads(name: str, data: bytes, members: list[tar.Member], kind: str) -> tuple[str, ...]:
+    """The twelve leads in their standard order, where the first samples are such ECGs.
+
+    Raises:
+        UserError: they are not, or it cannot be told.
+    """
+    unnamed = UserError(
+        f"{name}: nothing tells which lead each row is, and the rows do not obey the identities of limb leads in the "
+        f"standard order; give channels={','.join(ECG_12)} or whatever they are"
+    )
+    errors = []
+    for member in members[:_JUDGED]:
+        shape = member.shape.get(kind, ())
+        if kind != "ecg" or len(shape) != 2 or shape[0] != len(ECG_12) or member.dtype[kind] != np.dtype("<i2"):
+            raise unnamed
+        values = np.frombuffer(data, "<i2", shape[0] * shape[1], member.offset[kind]).reshape(shape)
+        if values[:6].any():
+            errors.append(identity_error(values.astype(np.float64), ECG_12))
+    if not errors or np.median(errors) > _IDENTITY_ERROR:
+        raise unnamed
+    return ECG_12
 
 
 def _kind_of(member: tar.Member, shard: str) -> str:

@@ -23,6 +23,7 @@ from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.index import ShardInfo, ShardSet, fingerprint_of, open_set, publish, read_sidecar
 from physio_dist.shards.stream import Source
 from physio_dist.shards.verify import IndexOptions, adopt, verify
+from physio_dist.signals.montage import ECG_12
 from tests.shards.conftest import signal_of
 from tests.shards.test_tar import BOMB, npy, packed
 
@@ -326,3 +327,24 @@ def test_a_sidecar_made_for_other_values_is_named(make_set: Make, tmp_path: Path
     fingerprint = fingerprint_of(shards.shards, shards.signals, shards.rate, digest)
     publish(dataclasses.replace(shards, sidecar_sha256=digest, fingerprint=fingerprint), sidecar)
     assert list(verify(shards.url)) == ["ecg-000001.tar: sample s0-0005 ecg disagrees with its check in the sidecar"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda x: x, None),
+        (lambda x: x[[0, 1, 2, 4, 3, 5, 6, 7, 8, 9, 10, 11]], "do not obey the identities"),
+        (lambda x: x[:11], "nothing tells which lead each row is"),
+        (lambda x: x * 0, "nothing tells which lead each row is"),
+    ],
+)
+def test_twelve_unnamed_rows_are_the_standard_leads_if_their_identities_say_so(
+    heart: Callable[[int], np.ndarray], tmp_path: Path, edit: Callable[[np.ndarray], np.ndarray], told: str | None
+) -> None:
+    with (tmp_path / "a.tar").open("wb") as file:
+        tar.write([tar.Sample(f"k{i}", {"ecg": edit(heart(i))}, {}) for i in range(3)], file)
+    if told is None:
+        assert adopt(str(tmp_path), IndexOptions()).signals["ecg"].channels == ECG_12
+    else:
+        with pytest.raises(UserError, match=told):
+            adopt(str(tmp_path), IndexOptions())

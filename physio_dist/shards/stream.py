@@ -360,8 +360,12 @@ class Feed(Generic[T]):
 
     def _next_use(self) -> tuple[int, dict[str, int]]:
         step, sets = self._step, self._source.sets
-        uses = self._node.next_use(step)
-        return step, {sets[i].shards[shard].sha256: first for (i, shard), first in uses.items()}
+        soonest: dict[str, int] = {}
+        for (i, shard), first in self._node.next_use(step).items():
+            # A set may stand in a mixture twice.
+            sha256 = sets[i].shards[shard].sha256
+            soonest[sha256] = min(first, soonest.get(sha256, first))
+        return step, soonest
 
     def _produce(self) -> None:
         source = self._source

@@ -61,6 +61,10 @@ class TrainOptions:
     beta1: float = 0.9
     beta2: float = 0.999
     clip: float = 1.0
+    # A loss or gradient norm so many times the median of the last 128 steps is told as a spike; 0 looks for none.
+    spike_factor: float = 10.0
+    # Leave steps with a spike out.
+    skip_spikes: bool = False
     log_every: int = 10
     save_every: int = 500
     val_every: int = 200
@@ -247,6 +251,10 @@ def check_pretrain(options: PretrainConfig) -> None:
         raise UserError(f"train.lr={train.lr}: it must be a positive number")
     if not train.clip > 0:
         raise UserError(f"train.clip={train.clip}: it must be positive")
+    if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:
+        raise UserError(f"train.spike_factor={train.spike_factor}: it must be above 1, or 0 to look for no spikes")
+    if train.skip_spikes and train.spike_factor == 0:
+        raise UserError("train.skip_spikes=true leaves out what train.spike_factor finds, which is 0 here: give both")
     if not options.data.cache_gb > 0:
         raise UserError(f"data.cache_gb={options.data.cache_gb}: it must be positive")
     _run_name(options.run.name)

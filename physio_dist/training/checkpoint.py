@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from safetensors.torch import save as save_tensors
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
 
-FORMAT = 1
+# 2 has the state of the judge of steps.
+FORMAT = 2
+_READABLE = (1, 2)
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
@@ -40,6 +42,7 @@ class Progress:
         order: what else decides which samples a step takes: seed, global batch, weights.
         encoder: the encoder's configuration.
         signal: facts an export states: channels, rate, simulated or not.
+        guard: the losses, norms and the scale by which the next step is judged.
     """
 
     step: int
@@ -48,6 +51,7 @@ class Progress:
     order: dict[str, Any]
     encoder: dict[str, Any]
     signal: dict[str, Any]
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,10 @@ def read(folder: str) -> Checkpoint:
         raise UserError(f"{folder} is not a committed checkpoint: it has no {MANIFEST}") from None
     if not isinstance(manifest, dict) or "files" not in manifest:
         raise DataError(f"{folder}/{MANIFEST} is damaged")
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in _READABLE:
         raise UserError(
-            f"{folder} has checkpoint format {manifest.get('format')!r}; this version of physio-dist reads {FORMAT}"
+            f"{folder} has checkpoint format {manifest.get('format')!r}; this version of physio-dist reads up to "
+            f"{FORMAT}: update it, or choose another run.name"
         )
     content = {name: _checked(folder, name, facts) for name, facts in manifest["files"].items()}
     try:

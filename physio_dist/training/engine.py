@@ -3,17 +3,23 @@
 Weights are held in fp32 at every precision; bf16 and fp16 are autocast within the model. So every ZeRO stage and
 precision has the same state, and a checkpoint of one goes into another. (DeepSpeed's own `torch_autocast` is not used,
 because with fp16 under ZeRO it clips gradients before it unscales them.)
+
+Between the last backward pass and the step stands :meth:`Engine.gradient_norm`: whoever drives the engine learns the
+norm of the whole gradient and then calls :meth:`Engine.step` or :meth:`Engine.skip`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -23,13 +29,12 @@ from deepspeed.utils import (
 )
 
 from physio_dist.config import PretrainConfig
+from physio_dist.errors import PhysioError
 
 Tensors = dict[str, torch.Tensor]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Small gradients of activations would vanish in fp16. Gradients of weights are fp32 and are scaled back one by one.
-_FP16_SCALE = 2.0**10
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -59,7 +64,8 @@ class Engine:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": micro_steps,
-            "gradient_clipping": train.clip,
+            # Without ZeRO DeepSpeed would work out the norm a second time; step() clips there.
+            "gradient_clipping": train.clip if options.zero.stage else 0.0,
             "zero_optimization": {"stage": options.zero.stage},
             "steps_per_print": 10**12,
         }
@@ -67,16 +73,17 @@ class Engine:
             # Inside the module, because DeepSpeed turns off an autocast that surrounds it.
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model.forward = torch.autocast(device, _AUTOCAST[train.precision])(model.forward)
-        self._scale = _FP16_SCALE if train.precision == "fp16" else 1.0
-        if self._scale != 1.0:
+        # Of the loss, because small gradients of activations would vanish in fp16. Gradients of weights are fp32 and
+        # are scaled back one by one.
+        self.scale = 1.0
+        if train.precision == "fp16":
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.register_hook(lambda grad: grad / _FP16_SCALE)  # type: ignore[no-untyped-call]
+                    parameter.register_hook(lambda grad: grad / self.scale)  # type: ignore[no-untyped-call]
         self.deepspeed = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.stage = options.zero.stage
         self.clip = train.clip
         self._base: torch.optim.Optimizer = optimizer
-        self._norm = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -93,27 +100,77 @@ class Engine:
         self.deepspeed.train(mode)
 
     def backward(self, loss: torch.Tensor, last: bool, micro_steps: int) -> None:
-        """Backward pass; with ``last`` the optimizer moves.
+        """Backward pass; no weight moves.
 
         Args:
             loss: scaled so that the sum over micro steps, averaged over ranks, is the loss of the global batch.
-            last: whether this is the step's last micro step.
+            last: whether this is the step's last micro step, after which the ranks share their gradients.
             micro_steps: of the step, to undo DeepSpeed's own division by it.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        self.deepspeed.backward(loss * (micro_steps * self._scale))
-        if last and self.stage == 0:
-            # DeepSpeed keeps no norm without ZeRO; the gradients are averaged by now.
-            grads = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
-            self._norm = float(torch.nn.utils.get_total_norm(grads))
-        self.deepspeed.step()
-        if last and self.stage > 0:
-            self._norm = float(self.deepspeed.get_global_grad_norm())
+        self.deepspeed.backward(loss * (micro_steps * self.scale))
+        if not last:
+            self.deepspeed.step()
 
-    @property
-    def grad_norm(self) -> float:
-        """Norm of the last step's gradient before clipping."""
-        return self._norm
+    def gradient_norm(self) -> torch.Tensor:
+        """Norm of the ranks' common gradient before clipping: 0-d, on the device, NaN where a gradient is not finite.
+
+        A collective, after the last backward pass of a step; every rank has the same norm.
+        """
+        zero = self.deepspeed.optimizer
+        if self.stage == 0:
+            norm = torch.nn.utils.get_total_norm(self._gradients())
+        elif self.stage < 3:
+            norm = type(zero).scaled_global_norm(zero)
+        else:
+            norm = combine_grad_norm_groups(type(zero)._get_norm_groups(zero))
+        # DeepSpeed calls what is not finite -1.
+        return torch.where((norm >= 0) & torch.isfinite(norm), norm, torch.nan)
+
+    def step(self, norm: float) -> None:
+        """Clip the gradient of this norm and move the weights."""
+        if self.stage == 0:
+            parameters = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, torch.tensor(norm))
+        else:
+            self._give_norm(norm)
+        self.deepspeed.step()
+        if self.stage > 0 and self.deepspeed.optimizer.overflow:
+            raise AssertionError(f"DeepSpeed left out a step whose gradient has the norm {norm}")
+
+    def skip(self) -> None:
+        """Drop the gradient; weights and optimizer state stay as they are."""
+        if self.stage == 0:
+            self.deepspeed.zero_grad()
+            return
+        self._give_norm(-1.0)
+        self.deepspeed.step()
+        if not self.deepspeed.optimizer.overflow:
+            raise AssertionError("DeepSpeed took a step that it was told to leave out")
+
+    def _give_norm(self, norm: float) -> None:
+        """Save DeepSpeed from working the norm out again; on the CPU, so that it need not wait for the device."""
+        zero, given = self.deepspeed.optimizer, torch.tensor(norm)
+        if self.stage < 3:
+            zero.scaled_global_norm = lambda *_, **__: given
+        else:
+            zero._get_norm_groups = lambda: [given]
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+
+    @contextlib.contextmanager
+    def own_norms(self) -> Iterator[list[torch.Tensor]]:
+        """While it is open, backward passes add to the list the norms of this rank's own gradients, before sharing."""
+        found: list[torch.Tensor] = []
+
+        def note(grad: torch.Tensor) -> None:
+            found.append(torch.linalg.vector_norm(grad.detach().float()))
+
+        hooks = [p.register_hook(note) for _, p in self._names()]  # type: ignore[no-untyped-call]
+        yield found
+        for hook in hooks:
+            hook.remove()
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
@@ -130,6 +187,9 @@ class Engine:
         self.set_lr(0.0)
         # Times zero, so that no gradient, however large, can overflow or move anything.
         self.backward((self(*inputs).float() * 0.0).sum(), last=True, micro_steps=1)
+        if not torch.isfinite(self.gradient_norm()):
+            raise PhysioError("the dry run before the first step gives no finite gradient: the weights are damaged")
+        self.step(0.0)
         for state in self._base.state.values():
             for value in state.values():
                 value.zero_()

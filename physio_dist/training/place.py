@@ -25,6 +25,24 @@ class Place:
         return first, first + self.local_world
 
 
+@dataclass(frozen=True)
+class Share:
+    """This rank's share of every step.
+
+    Attributes:
+        rank, world: of this process.
+        micro: windows a forward pass.
+        micro_steps: forward passes a step.
+        flops: of one window's forward pass.
+    """
+
+    rank: int
+    world: int
+    micro: int
+    micro_steps: int
+    flops: int
+
+
 def join_ranks() -> Place:
     """Make the environment of a rank complete: a process started by plain ``python`` is a world of one."""
     if "RANK" not in os.environ:

@@ -31,8 +31,9 @@ from physio_dist.training import checkpoint, lease
 from physio_dist.training.checkpoint import Checkpoint, Progress
 from physio_dist.training.engine import Engine, quiet
 from physio_dist.training.guards import StopFlag
-from physio_dist.training.loop import Hooks, Share, train
-from physio_dist.training.place import Place, join_ranks, split_share
+from physio_dist.training.judge import Judge
+from physio_dist.training.loop import Hooks, train
+from physio_dist.training.place import Place, Share, join_ranks, split_share
 from physio_dist.training.rundir import METRICS, RunDir, compare_config, write_config
 from physio_dist.training.step import Prepared, pin, prepare, to_device
 from physio_dist.training.validation import Validation
@@ -232,6 +233,7 @@ class _Rank:
             trace=self._trace if opts.trace else None,
             examples=self._examples,
             save=self._save,
+            warn=self.say,
             show=self._show if self.first else _nothing,
         )
         share = Share(place.rank, place.world, micro, passes, flops)
@@ -245,10 +247,12 @@ class _Rank:
             if found is not None:
                 self.engine.load_optimizer_state(found.optimizer)
             self.stop.training = True
+            self.judge = Judge(opts, found.progress.guard if found is not None else {})
             try:
                 train(
-                    self.engine, source, feed, validation, options, share, start, self.stop, hooks, order.epoch
-                )
+                    self.engine, source, feed, validation, options, share, start, self.stop, self.judge, hooks,
+                    order.epoch,
+                )  # fmt: skip
             except BaseException:
                 # Sending the rest may fail too; what is told is why training ended.
                 with contextlib.suppress(storage.StorageError):
@@ -361,6 +365,7 @@ class _Rank:
                     "signal": self.source.signal, "channels": list(self.source.info.channels), "rate": sets[0].rate,
                     "unit_uv": UNIT_UV, "simulated": any(shards.simulated for shards in sets),
                 },
+                guard=self.judge.state(),
             )  # fmt: skip
             checkpoint.write(self.run_dir.url, progress, model, optimizer, self._before_commit)
             checkpoint.prune(self.run_dir.url, self.options.train.keep, step)

@@ -22,7 +22,9 @@ from physio_dist.errors import UserError
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 # Options that say where and how fast a run trains, not what it computes.
-_TRAIN_MAY_DIFFER = ("micro_batch", "precision", "log_every", "save_every", "keep", "trace", "threads")
+_TRAIN_MAY_DIFFER = (
+    "micro_batch", "precision", "log_every", "save_every", "keep", "trace", "threads", "spike_factor", "skip_spikes",
+)  # fmt: skip
 MAY_DIFFER = frozenset(
     [
         # The run is where it is found, whatever the path to it is called today.

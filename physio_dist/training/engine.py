@@ -82,7 +82,7 @@ class Engine:
                     parameter.register_hook(lambda grad: grad / self.scale)  # type: ignore[no-untyped-call]
         self.deepspeed = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.stage = options.zero.stage
-        self.clip = train.clip
+        self.clip, self.ema = train.clip, train.ema
         self._base: torch.optim.Optimizer = optimizer
 
     @property
@@ -137,6 +137,20 @@ class Engine:
         self.deepspeed.step()
         if self.stage > 0 and self.deepspeed.optimizer.overflow:
             raise AssertionError(f"DeepSpeed left out a step whose gradient has the norm {norm}")
+        if self.ema:
+            self._average()
+
+    def _average(self) -> None:
+        """Move the average towards the weights; faster in the first steps, whose weights mean little."""
+        state = self._base.state
+        first = next(iter(state.values()))
+        if "ema" not in first:
+            # The dry run's step.
+            return
+        taken = float(first["step"])
+        share = 1 - min(self.ema, (1 + taken) / (10 + taken))
+        with torch.no_grad():
+            torch._foreach_lerp_([one["ema"] for one in state.values()], list(state), share)
 
     def skip(self) -> None:
         """Drop the gradient; weights and optimizer state stay as they are."""
@@ -193,6 +207,10 @@ class Engine:
         for state in self._base.state.values():
             for value in state.values():
                 value.zero_()
+        if self.ema:
+            # Beside the moments, so that each rank holds the same part of it as of them.
+            for p, state in self._base.state.items():
+                state["ema"] = p.detach().clone()
         if self.stage in (1, 2):
             # DeepSpeed links parameters to their state after the first group's first step, when the other groups
             # have none yet, and never again.
@@ -204,25 +222,47 @@ class Engine:
     def _names(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.deepspeed.module.named_parameters() if p.requires_grad]
 
-    def weights(self) -> Tensors:
-        """Whole fp32 parameters and buffers under plain names, on the CPU (a collective: every rank calls it)."""
-        whole = {
-            name: (p.data if self.stage == 0 else safe_get_full_fp32_param(p)).detach().float().cpu().clone()
-            for name, p in self._names()
-        }
-        named = dict(self._names())
-        rest = {k: v for k, v in self.deepspeed.module.state_dict().items() if k not in named}
-        return whole | {name: value.detach().cpu().clone() for name, value in rest.items()}
+    def weights(self, keep: bool = True) -> Tensors:
+        """Whole fp32 parameters and buffers under plain names, on the CPU (a collective: every rank calls it).
 
-    def optimizer_state(self) -> Tensors:
-        """Whole moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and ``step`` (a collective)."""
-        state: Tensors = {}
+        Args:
+            keep: without it this rank only takes part, and gets nothing.
+        """
+        whole: Tensors = {}
         for name, p in self._names():
-            for moment in MOMENTS:
-                value = self._base.state[p][moment] if self.stage == 0 else safe_get_full_optimizer_state(p, moment)
-                state[f"{moment}/{name}"] = value.detach().float().cpu().clone().reshape(self._shape(p))
+            value = p.data if self.stage == 0 else safe_get_full_fp32_param(p)
+            if keep:
+                whole[name] = _copied(value)
+        if keep:
+            named = dict(self._names())
+            rest = {k: v for k, v in self.deepspeed.module.state_dict().items() if k not in named}
+            whole |= {name: value.detach().to("cpu", copy=True) for name, value in rest.items()}
+        return whole
+
+    def optimizer_state(self, keep: bool = True) -> Tensors:
+        """Whole moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and ``step`` (a collective; see `weights`)."""
+        state: Tensors = {}
+        for moment in MOMENTS:
+            state |= {f"{moment}/{name}": value for name, value in self._gathered(moment, keep).items()}
         state["step"] = torch.tensor(float(next(iter(self._base.state.values()))["step"]))
         return state
+
+    def ema_weights(self, keep: bool = True) -> Tensors:
+        """The moving average of the parameters under their plain names (a collective; see `weights`)."""
+        return self._gathered("ema", keep) if self.ema else {}
+
+    def load_ema(self, average: Tensors) -> None:
+        """Put a whole moving average back, whatever the stage and world size it came from."""
+        for name, p in self._names():
+            self._set(p, "ema", average[name])
+
+    def _gathered(self, key: str, keep: bool) -> Tensors:
+        whole: Tensors = {}
+        for name, p in self._names():
+            value = self._base.state[p][key] if self.stage == 0 else safe_get_full_optimizer_state(p, key)
+            if keep:
+                whole[name] = _copied(value).reshape(self._shape(p))
+        return whole
 
     @staticmethod
     def _shape(p: torch.nn.Parameter) -> torch.Size:
@@ -248,6 +288,10 @@ class Engine:
             flat = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
             rank = dist.get_rank()
             safe_set_local_optimizer_state(p, flat[rank * size : (rank + 1) * size], moment)
+
+
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to("cpu", torch.float32, copy=True)
 
 
 def quiet() -> None:

@@ -14,12 +14,14 @@ from physio_dist.config import PretrainConfig
 from physio_dist.errors import Stopped
 from physio_dist.models.masking import dual_mask_loss
 from physio_dist.shards.stream import Feed, Source
+from physio_dist.training import watchdog
 from physio_dist.training.blame import broken, worst
 from physio_dist.training.engine import Engine
 from physio_dist.training.guards import StopFlag
 from physio_dist.training.judge import Judge, Verdict
 from physio_dist.training.meters import StepClock, device_peak, peak_memory_mb, training_flops
 from physio_dist.training.place import Share
+from physio_dist.training.saving import Saver
 from physio_dist.training.step import Prepared, learning_rate, seed_dropout, to_device
 from physio_dist.training.validation import Validation
 
@@ -29,25 +31,28 @@ class Hooks:
     """What the loop calls and does not know.
 
     Attributes:
+        at: takes a step and what this rank now turns to, for the watchdog.
+        begin: takes a step before it begins.
         log: takes a line of metrics (first rank only does something with it).
         trace: takes a step and the keys this rank trained on.
         examples: takes a file of held-out windows.
-        save: commits a checkpoint of the step (a collective).
         warn: takes a sentence for the log.
         show: takes step, loss, samples/s and data wait, for the display.
     """
 
+    at: Callable[[int, str], None]
+    begin: Callable[[int], None]
     log: Callable[[dict[str, Any]], None]
     trace: Callable[[int, list[str]], None] | None
     examples: Callable[[bytes], None]
-    save: Callable[[int], None]
     warn: Callable[[str], None]
     show: Callable[[int, float, float, float], None]
 
 
 def train(
     engine: Engine, source: Source, feed: Feed[Prepared], validation: Validation, options: PretrainConfig,
-    share: Share, start: int, stop: StopFlag, judge: Judge, hooks: Hooks, epoch_of: Callable[[int], int],
+    share: Share, start: int, stop: StopFlag, judge: Judge, saver: Saver, hooks: Hooks,
+    epoch_of: Callable[[int], int],
 ) -> None:  # fmt: skip
     """Train from step ``start`` (done) to ``train.steps``.
 
@@ -58,26 +63,32 @@ def train(
     """
     opts = options.train
     clock = StepClock()
-    saved = start
     peak = device_peak(engine.device)
     batches = iter(feed)
     for step in range(start + 1, opts.steps + 1):
+        hooks.begin(step)
+        hooks.at(step, watchdog.DATA)
         asked = time.perf_counter()
         prepared = next(batches)
         clock.waited(time.perf_counter() - asked)
         lr = learning_rate(step, opts)
         engine.set_lr(lr)
         engine.scale = judge.scale
+        hooks.at(step, watchdog.PASS)
         sums, each = _backward(engine, prepared, options, share, step)
         if hooks.trace is not None:
             hooks.trace(step, source.keys(prepared.batch.samples))
+        hooks.at(step, watchdog.AGREE)
         sums[6] = engine.gradient_norm() / share.world
-        sums[7] = float(stop.reason is not None)
+        sums[7:] = torch.tensor([float(stop.reason is not None), *saver.told()])
         # The one time in a step that the ranks agree and the device is waited for.
-        loss, _, intra, n_intra, inter, n_inter, norm, stops = _total(sums)
+        loss, _, intra, n_intra, inter, n_inter, norm, stops, sent, committed = _total(sums)
         loss, stopping = loss / opts.global_batch, stops > 0
+        hooks.at(step, watchdog.MOVE)
         verdict = judge(loss, norm)
         if verdict is Verdict.BROKEN:
+            # One of an earlier step is whole.
+            saver.finish()
             raise broken(engine, source, prepared, options, share, step, each)
         if verdict in (Verdict.SPIKE, Verdict.SKIP):
             before, usual = judge.medians()
@@ -90,6 +101,7 @@ def train(
             engine.step(norm)
         else:
             engine.skip()
+        saver.heard(sent == share.world, committed > 0)
 
         logged = step % opts.log_every == 0 or step in (1, opts.steps)
         validated = validation.total > 0 and (step % opts.val_every == 0 or step == opts.steps)
@@ -101,12 +113,18 @@ def train(
                 "step": step, "epoch": epoch_of(step - 1), "samples": step * opts.global_batch,
                 "loss": loss, "loss_intra": _ratio(intra, n_intra),
                 "loss_inter": _ratio(inter, n_inter), "val_loss": None, "lr": lr, "grad_norm": norm,
-                "samples_per_s": rate, "data_wait_frac": _most(wait, engine.device),
+                "samples_per_s": rate, "samples_per_s_device": rate / share.world,
+                "data_wait_frac": _most(wait, engine.device),
                 "mfu": training_flops(share.flops) * rate / (peak * share.world) if peak else None,
                 "step_s": step_s, "time": time.time(), "peak_memory_mb": peak_memory_mb(engine.device),
+                # For how long checkpoints have held the loop up since the line before.
+                "ckpt_s": saver.blocked_s, "loss_scale": engine.scale,
+                "skipped": float(verdict in (Verdict.SKIP, Verdict.OVERFLOW)),
             }  # fmt: skip
+            saver.blocked_s = 0.0
             clock.reset()
         if validated:
+            hooks.at(step, watchdog.VALIDATE)
             began = time.perf_counter()
             means, examples = validation.run(engine, step)
             line |= means
@@ -117,12 +135,14 @@ def train(
             hooks.log(line)
             hooks.show(step, line["loss"], line["samples_per_s"], line["data_wait_frac"])
         if step % opts.save_every == 0 or step == opts.steps or stopping:
+            hooks.at(step, watchdog.SAVE)
             began = time.perf_counter()
-            hooks.save(step)
-            saved = step
+            saver.save(step)
+            if stopping or step == opts.steps:
+                saver.finish()
             clock.exclude(time.perf_counter() - began)
         if stopping and step < opts.steps:
-            raise Stopped(f"stopped ({stop.reason or 'another rank was asked to stop'}) after saving step {saved}")
+            raise Stopped(f"stopped ({stop.reason or 'another rank was asked to stop'}) after saving step {step}")
 
 
 def _backward(
@@ -131,10 +151,10 @@ def _backward(
     """Forward and backward passes of a step, without the step.
 
     Returns:
-        This rank's sums of the loss terms and their counts, float64 ``[8]`` with two places to spare, and the samples'
-        losses, ``[micro]`` each.
+        This rank's sums of the loss terms and their counts, float64 ``[10]`` with four places to spare, and the losses
+        of its samples, ``[micro]`` for each pass.
     """
-    sums = torch.zeros(8, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(10, dtype=torch.float64, device=engine.device)
     each: list[torch.Tensor] = []
     for k in range(share.micro_steps):
         micro = to_device(prepared, slice(k * share.micro, (k + 1) * share.micro), engine.device)

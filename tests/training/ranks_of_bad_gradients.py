@@ -1,4 +1,4 @@
-"""One rank of `test_bad_gradients.py`: a gradient is spoilt on one rank, and every rank writes what became of its weights.
+"""One rank of `test_bad_gradients.py`: one rank's gradient is spoilt, and all write what became of their weights.
 
 Started by a launcher with an output folder, it goes through all ZeRO stages and precisions.
 """

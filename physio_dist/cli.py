@@ -205,7 +205,8 @@ def _given(words: list[str]) -> argparse.Namespace:
 
 
 _OPTIONS = {
-    "shard": ("--out",), "inspect": ("--plot",), "embed": ("--encoder", "--data", "--out", "--signal"),
+    "shard": ("--out",), "inspect": ("--plot",), "export": ("--raw",),
+    "embed": ("--encoder", "--data", "--out", "--signal"),
     "plan": ("--config", "--nodes", "--gpus-per-node", "--samples-per-s", "--gpu", "--gpu-memory-gb", "--json"),
 }  # fmt: skip
 

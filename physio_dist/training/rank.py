@@ -33,7 +33,7 @@ from physio_dist.training.engine import Engine, quiet
 from physio_dist.training.guards import StopFlag
 from physio_dist.training.judge import Judge
 from physio_dist.training.loop import Hooks, train
-from physio_dist.training.place import Place, Share, join_ranks, split_share
+from physio_dist.training.place import Place, Share, check_precision, join_ranks, split_share
 from physio_dist.training.profiling import ProfiledSteps
 from physio_dist.training.records import Records
 from physio_dist.training.rundir import RunDir, compare_config, write_config
@@ -68,6 +68,7 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
     if place.world > options.train.global_batch:
         raise UserError(f"{place.world} ranks cannot share train.global_batch={options.train.global_batch}")
     check_tracker(options.train.tracker)
+    check_precision(options.train.precision)
     say = _say if place.rank == 0 else _silent
     torch.set_num_threads(options.train.threads or max(1, lifeline.cores() // place.local_world))
     mask = MaskConfig(options.mask.intra_ratio, options.mask.inter_ratio)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -50,11 +51,9 @@ def open_tracker(options: PretrainConfig, run_dir: RunDir, say: Callable[[str], 
     try:
         inner = (_MLflow if kind == "mlflow" else _Wandb)(library, options, known)
     except Exception as error:
-        # Not its message, which may hold an address with a password.
-        raise UserError(
-            f"train.tracker={kind} cannot be opened ({type(error).__name__}): look at its own environment variables, "
-            "or choose train.tracker=none"
-        ) from None
+        # An address may hold a password.
+        why = re.sub(r"://[^/@\s]+@", "://", f"{type(error).__name__}: {error}")[:300]
+        raise UserError(f"train.tracker={kind} cannot be opened ({why}); train.tracker=none does without") from None
     if known is None:
         storage.write_json(run_dir.file(_NOTE), {"tracker": kind, "run": inner.run})
     return _Lenient(inner, kind, say)

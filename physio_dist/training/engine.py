@@ -230,7 +230,8 @@ class Engine:
         """
         whole: Tensors = {}
         for name, p in self._names():
-            value = p.data if self.stage == 0 else safe_get_full_fp32_param(p)
+            # Up to stage 2 every rank has them whole, and in fp32 like the optimizer's own.
+            value = p.data if self.stage < 3 else safe_get_full_fp32_param(p)
             if keep:
                 whole[name] = _copied(value)
         if keep:

@@ -64,6 +64,7 @@ def train(
     opts = options.train
     clock = StepClock()
     peak = device_peak(engine.device)
+    skipped = 0
     batches = iter(feed)
     for step in range(start + 1, opts.steps + 1):
         hooks.begin(step)
@@ -101,6 +102,7 @@ def train(
             engine.step(norm)
         else:
             engine.skip()
+            skipped += 1
         saver.heard(sent == share.world, committed > 0)
 
         logged = step % opts.log_every == 0 or step in (1, opts.steps)
@@ -119,9 +121,9 @@ def train(
                 "step_s": step_s, "time": time.time(), "peak_memory_mb": peak_memory_mb(engine.device),
                 # For how long checkpoints have held the loop up since the line before.
                 "ckpt_s": saver.blocked_s, "loss_scale": engine.scale,
-                "skipped": float(verdict in (Verdict.SKIP, Verdict.OVERFLOW)),
+                "skipped": skipped,
             }  # fmt: skip
-            saver.blocked_s = 0.0
+            saver.blocked_s, skipped = 0.0, 0
             clock.reset()
         if validated:
             hooks.at(step, watchdog.VALIDATE)

@@ -268,6 +268,7 @@ class _Rank:
                     order.epoch,
                 )  # fmt: skip
             except BaseException:
+                saver.abandon()
                 # Sending the rest may fail too; what is told is why training ended.
                 with contextlib.suppress(storage.StorageError):
                     records.close()

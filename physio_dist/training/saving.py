@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch.distributed as dist
 
+_PARTING_S = 10.0
+
 
 class Files(Protocol):
     """What a checkpoint is made of, and how it gets where it belongs."""
@@ -110,6 +112,11 @@ class Saver:
         began = time.perf_counter()
         self._finish()
         self.blocked_s += time.perf_counter() - began
+
+    def abandon(self) -> None:
+        """Training ends by an error: let the thread end what it is at, if that takes little time."""
+        if self._work is not None:
+            self._work.join(_PARTING_S)
 
     def _finish(self) -> None:
         if self._phase is _Phase.NONE:

@@ -43,7 +43,7 @@ def mixed(simulated: str, odd: str) -> str:
     [
         ("loss", "1e19", ("train.precision=fp32", "zero.stage=1")),
         ("gradient", "1e12", ("train.precision=fp32", "zero.stage=0")),
-        ("gradient", "1e12", ("train.precision=fp32", "zero.stage=3")),
+        ("gradient", "1e12", ("train.precision=fp32", "zero.stage=1")),
     ],
 )
 def test_a_sample_that_spoils_a_step_is_named_and_nothing_is_saved(
@@ -66,7 +66,9 @@ def test_a_sample_that_spoils_a_step_is_named_and_nothing_is_saved(
 
 
 def test_fp16_finds_a_scale_that_large_signals_bear(simulated: str, new_run: Make, tmp_path: Path) -> None:
-    run = new_run("train.precision=fp16", mixed(simulated, odd_set(simulated, tmp_path / "odd", "1000")))
+    odd = odd_set(simulated, tmp_path / "odd", "1000")
+    # A later sample of the odd set is too large for a forward pass too.
+    run = new_run("train.precision=fp16", "train.steps=6", mixed(simulated, odd))
     assert run() == 0, run.said()
     lines = list(run.metrics().values())
     assert lines[0]["loss_scale"] == 1024

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     export = verbs.add_parser("export", help="newest checkpoint of a run -> encoder folder")
     export.add_argument("run", metavar="RUN", help="run.dir/run.name")
     export.add_argument("out", metavar="OUT", help="folder for encoder.safetensors, config.json and the model card")
+    export.add_argument("--raw", action="store_true", help="the weights themselves, not their moving average")
 
     embed = verbs.add_parser("embed", help="frozen features of every window of a shard set")
     embed.add_argument("--encoder", required=True, metavar="DIR", help="an export, or a CBraMod checkpoint; or cbramod")
@@ -138,7 +139,7 @@ def _inspect(given: argparse.Namespace) -> None:
 def _export(given: argparse.Namespace) -> None:
     from physio_dist.training import export
 
-    found = export.export(given.run, given.out, lambda text: print(f"warning: {text}", file=sys.stderr))
+    found = export.export(given.run, given.out, lambda text: print(f"warning: {text}", file=sys.stderr), given.raw)
     print(f"step {found.progress.step} of {given.run} -> {given.out}")
 
 
@@ -213,7 +214,8 @@ def _given(words: list[str]) -> argparse.Namespace:
 
 
 _OPTIONS = {
-    "shard": ("--out",), "inspect": ("--plot",), "embed": ("--encoder", "--data", "--out", "--signal"),
+    "shard": ("--out",), "inspect": ("--plot",), "export": ("--raw",),
+    "embed": ("--encoder", "--data", "--out", "--signal"),
     "plan": ("--config", "--nodes", "--gpus-per-node", "--samples-per-s", "--gpu", "--gpu-memory-gb", "--json"),
 }  # fmt: skip
 

@@ -61,6 +61,18 @@ class TrainOptions:
     beta1: float = 0.9
     beta2: float = 0.999
     clip: float = 1.0
+    # A loss or gradient norm so many times the median of the last 128 steps is told as a spike; 0 looks for none.
+    spike_factor: float = 10.0
+    # Leave steps with a spike out.
+    skip_spikes: bool = False
+    # Decay of a moving average of the weights, which an export then takes; 0 keeps none.
+    ema: float = 0.0
+    # Seconds without progress after which a rank says where it hangs.
+    stall_s: float = 600.0
+    # [first, last]: steps of the first rank that torch's profiler looks at, into profile.json of the run.
+    profile: list[int] = field(default_factory=list)
+    # none, mlflow or wandb, through their own libraries.
+    tracker: str = "none"
     log_every: int = 10
     save_every: int = 500
     val_every: int = 200
@@ -249,6 +261,17 @@ def check_pretrain(options: PretrainConfig) -> None:
         raise UserError(f"train.lr={train.lr}: it must be a positive number")
     if not train.clip > 0:
         raise UserError(f"train.clip={train.clip}: it must be positive")
+    if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:
+        raise UserError(f"train.spike_factor={train.spike_factor}: it must be above 1, or 0 to look for no spikes")
+    if not 0 <= train.ema < 1:
+        raise UserError(f"train.ema={train.ema}: it must be at least 0 and below 1")
+    if not train.stall_s > 0:
+        raise UserError(f"train.stall_s={train.stall_s}: it must be positive")
+    if train.profile and not (len(train.profile) == 2 and 1 <= train.profile[0] <= train.profile[1]):
+        raise UserError(f"train.profile={train.profile}: it must be [first, last], steps that count from 1")
+    _one_of("train.tracker", train.tracker, ("none", "mlflow", "wandb"))
+    if train.skip_spikes and train.spike_factor == 0:
+        raise UserError("train.skip_spikes=true leaves out what train.spike_factor finds, which is 0 here: give both")
     if not options.data.cache_gb > 0:
         raise UserError(f"data.cache_gb={options.data.cache_gb}: it must be positive")
     _run_name(options.run.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +19,14 @@ from safetensors.torch import save as save_tensors
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
 
-FORMAT = 1
+# 2 has the state of the judge of steps, and perhaps a moving average of the weights.
+FORMAT = 2
+_READABLE = (1, 2)
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+EMA = "ema.safetensors"
 STATE = "state.json"
 
 Tensors = dict[str, torch.Tensor]
@@ -40,6 +43,7 @@ class Progress:
         order: what else decides which samples a step takes: seed, global batch, weights.
         encoder: the encoder's configuration.
         signal: facts an export states: channels, rate, simulated or not.
+        guard: the losses, norms and the scale by which the next step is judged.
     """
 
     step: int
@@ -48,16 +52,26 @@ class Progress:
     order: dict[str, Any]
     encoder: dict[str, Any]
     signal: dict[str, Any]
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint."""
+    """A loaded checkpoint; ``ema`` is None where the run keeps no moving average of its weights."""
 
     url: str
     progress: Progress
     model: Tensors
     optimizer: Tensors
+    ema: Tensors | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint whose files are there and whose manifest is not."""
+
+    folder: str
+    manifest: dict[str, Any]
 
 
 def folder_of(run: str, step: int) -> str:
@@ -77,36 +91,35 @@ def is_committed(folder: str) -> bool:
     return storage.exists(storage.join(folder, MANIFEST))
 
 
-def write(
-    run: str, progress: Progress, model: Tensors, optimizer: Tensors, before_commit: Callable[[], None]
-) -> str:
-    """Write and commit a checkpoint (one process calls this).
+def write(run: str, progress: Progress, tensors: dict[str, Tensors]) -> Draft:
+    """Write all of a checkpoint but its manifest (one process calls this).
 
     Args:
         run: URL of the run.
-        progress, model, optimizer: what it holds.
-        before_commit: called when all files are there and the manifest is not.
-
-    Returns:
-        URL of the folder.
+        progress: where the run stands.
+        tensors: by file name: `MODEL`, `OPTIMIZER`, perhaps `EMA`. Each is taken out once it is written.
 
     Raises:
         StorageError: it could not be written; the folder has no manifest then.
     """
     folder = folder_of(run, progress.step)
     storage.remove(storage.join(folder, MANIFEST))
-    files = {
-        MODEL: save_tensors(model),
-        OPTIMIZER: save_tensors(optimizer),
-        STATE: (json.dumps(asdict(progress), indent=1, sort_keys=True) + "\n").encode(),
-    }
-    manifest: dict[str, Any] = {"format": FORMAT, "step": progress.step, "files": {}}
-    for name, data in files.items():
-        storage.write_bytes(storage.join(folder, name), data)
-        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    before_commit()
-    storage.write_json(storage.join(folder, MANIFEST), manifest)
-    return folder
+    draft = Draft(folder, {"format": FORMAT, "step": progress.step, "files": {}})
+    for name in list(tensors):
+        _put(draft, name, save_tensors(tensors.pop(name)))
+    _put(draft, STATE, (json.dumps(asdict(progress), indent=1, sort_keys=True) + "\n").encode())
+    return draft
+
+
+def _put(draft: Draft, name: str, data: bytes) -> None:
+    storage.write_bytes(storage.join(draft.folder, name), data)
+    draft.manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def commit(draft: Draft) -> str:
+    """Write the manifest, from when on the checkpoint counts; the URL of its folder."""
+    storage.write_json(storage.join(draft.folder, MANIFEST), draft.manifest)
+    return draft.folder
 
 
 def read(folder: str) -> Checkpoint:
@@ -122,16 +135,17 @@ def read(folder: str) -> Checkpoint:
         raise UserError(f"{folder} is not a committed checkpoint: it has no {MANIFEST}") from None
     if not isinstance(manifest, dict) or "files" not in manifest:
         raise DataError(f"{folder}/{MANIFEST} is damaged")
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in _READABLE:
         raise UserError(
-            f"{folder} has checkpoint format {manifest.get('format')!r}; this version of physio-dist reads {FORMAT}"
+            f"{folder} has checkpoint format {manifest.get('format')!r}; this version of physio-dist reads up to "
+            f"{FORMAT}: update it, or choose another run.name"
         )
     content = {name: _checked(folder, name, facts) for name, facts in manifest["files"].items()}
     try:
         progress = Progress(**json.loads(content[STATE]))
         return Checkpoint(
             url=folder, progress=progress, model=load_tensors(content[MODEL]),
-            optimizer=load_tensors(content[OPTIMIZER]),
+            optimizer=load_tensors(content[OPTIMIZER]), ema=load_tensors(content[EMA]) if EMA in content else None,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder} is damaged: {error}") from None

@@ -13,13 +13,14 @@ from physio_dist.training import checkpoint
 from physio_dist.training.checkpoint import Checkpoint
 
 
-def export(run: str, out: str, warn: Callable[[str], None]) -> Checkpoint:
+def export(run: str, out: str, warn: Callable[[str], None], raw: bool = False) -> Checkpoint:
     """Write ``encoder.safetensors``, ``config.json``, ``people.json`` and a model card to ``out``.
 
     Args:
         run: URL of a run.
         out: URL of a folder.
         warn: told when the newest checkpoint is damaged and an older one is used.
+        raw: take the weights themselves where the run also keeps their moving average (``train.ema``).
 
     Returns:
         The checkpoint that was exported.
@@ -34,11 +35,13 @@ def export(run: str, out: str, warn: Callable[[str], None]) -> Checkpoint:
         there = "it has no committed checkpoint yet" if names else "there is nothing there"
         raise UserError(f"{run}: {there}; give the folder run.dir/run.name of a run")
     model = MaskedModel(EncoderConfig(**found.progress.encoder))
-    model.load_state_dict(found.model)
+    average = None if raw else found.ema
+    model.load_state_dict({**found.model, **(average or {})})
     about: dict[str, Any] = {
         **found.progress.signal,
         "step": found.progress.step,
         "samples_seen": found.progress.samples,
+        "weights": "moving average" if average else "as trained",
         "data_fingerprints": found.progress.fingerprints,
         "physio_dist": __version__,
     }

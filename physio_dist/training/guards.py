@@ -1,4 +1,4 @@
-"""What ends a rank in good order: signals, a launcher that is gone, a loss that is no number."""
+"""What ends a rank in good order: signals, and a launcher that is gone."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ import threading
 import time
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from physio_dist import lifeline
-from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, PhysioError
+from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED
 
 # A peer that is gone, or storage that hangs, must not keep a rank alive after its launcher.
 _GRACE_S = 60.0
-
-
-class NonFiniteError(PhysioError):
-    """A loss became NaN or infinite; it was caught before any weight moved."""
 
 
 class StopFlag:
@@ -70,11 +63,3 @@ class StopFlag:
         if not self.training:
             os._exit(EXIT_STOPPED)
         self.set("its launcher is gone")
-
-
-def all_finite(loss: torch.Tensor) -> bool:
-    """Whether the loss is finite on every rank; every rank gets the same answer (a collective)."""
-    bad = (~torch.isfinite(loss.detach())).to(torch.int32).reshape(1)
-    if dist.is_initialized():
-        dist.all_reduce(bad)
-    return int(bad.item()) == 0

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from physio_dist.errors import UserError
+
 
 @dataclass(frozen=True)
 class Place:
@@ -23,6 +25,24 @@ class Place:
         """The ranks of this node, half-open; launchers number a node's ranks one after the other."""
         first = self.rank - self.local_rank
         return first, first + self.local_world
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's share of every step.
+
+    Attributes:
+        rank, world: of this process.
+        micro: windows a forward pass.
+        micro_steps: forward passes a step.
+        flops: of one window's forward pass.
+    """
+
+    rank: int
+    world: int
+    micro: int
+    micro_steps: int
+    flops: int
 
 
 def join_ranks() -> Place:
@@ -45,6 +65,18 @@ def choose_accelerator() -> None:
         # Without this DeepSpeed probes for accelerators of every vendor.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+
+def check_precision(precision: str) -> None:
+    """Refuse what this process's device cannot compute, or only by emulation.
+
+    Raises:
+        UserError: names the device and what it can do.
+    """
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        raise UserError(
+            f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16 arithmetic; take fp16 or fp32"
+        )
 
 
 def split_share(global_batch: int, world: int, most: int) -> tuple[int, int]:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import platform
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +10,20 @@ import deepspeed
 import numpy
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from physio_dist import __version__, lifeline, storage
+from physio_dist import lifeline, storage
 from physio_dist.config import PretrainConfig, mixture
 from physio_dist.errors import EXIT_FAULT, PhysioError, UserError
-from physio_dist.models.criss_cross import CHECKPOINTED, PATCH, UNIT_UV, MaskedModel, count_flops, preset
+from physio_dist.models.criss_cross import (
+    CHECKPOINTED,
+    PATCH,
+    UNIT_UV,
+    MaskedModel,
+    count_flops,
+    count_parameters,
+    preset,
+)
 from physio_dist.models.masking import MaskConfig, draw_masks
-from physio_dist.models.weights import PEOPLE_FILE
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.stream import Batch, Feed, Source
 from physio_dist.signals.montage import mask_groups
@@ -31,11 +31,17 @@ from physio_dist.training import checkpoint, lease
 from physio_dist.training.checkpoint import Checkpoint, Progress
 from physio_dist.training.engine import Engine, quiet
 from physio_dist.training.guards import StopFlag
-from physio_dist.training.loop import Hooks, Share, train
-from physio_dist.training.place import Place, join_ranks, split_share
-from physio_dist.training.rundir import METRICS, RunDir, compare_config, write_config
+from physio_dist.training.judge import Judge
+from physio_dist.training.loop import Hooks, train
+from physio_dist.training.place import Place, Share, check_precision, join_ranks, split_share
+from physio_dist.training.profiling import ProfiledSteps
+from physio_dist.training.records import Records
+from physio_dist.training.rundir import RunDir, compare_config, write_config
+from physio_dist.training.saving import Files, Saver
 from physio_dist.training.step import Prepared, pin, prepare, to_device
+from physio_dist.training.tracker import check_tracker
 from physio_dist.training.validation import Validation
+from physio_dist.training.watchdog import Watchdog
 
 # Takes the step of a checkpoint and the newest line of metrics, which only the first rank has.
 Committed = Callable[[int, dict[str, Any]], None]
@@ -61,6 +67,8 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
     place = join_ranks()
     if place.world > options.train.global_batch:
         raise UserError(f"{place.world} ranks cannot share train.global_batch={options.train.global_batch}")
+    check_tracker(options.train.tracker)
+    check_precision(options.train.precision)
     say = _say if place.rank == 0 else _silent
     torch.set_num_threads(options.train.threads or max(1, lifeline.cores() // place.local_world))
     mask = MaskConfig(options.mask.intra_ratio, options.mask.inter_ratio)
@@ -91,7 +99,8 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
         if held is not None:
             # Only now, so that a start that is refused leaves no run behind, and changes none.
             write_config(run_dir, options)
-        mine = _Rank(options, place, run_dir, source, model, mask, stop, say, attempt, held, committed)
+        records = Records(options, place, run_dir, source, say, attempt)
+        mine = _Rank(options, place, source, model, mask, stop, records, held, committed)
         mine.train(order, found, start)
     except RuntimeError as error:
         # What the collectives say when a peer is gone.
@@ -191,24 +200,20 @@ class _Rank:
     """Holds what training needs and what its hooks write to."""
 
     def __init__(
-        self, options: PretrainConfig, place: Place, run_dir: RunDir, source: Source, model: MaskedModel,
-        mask: MaskConfig, stop: StopFlag, say: Callable[[str], None], attempt: int, held: lease.Lease | None,
-        committed: Committed | None,
+        self, options: PretrainConfig, place: Place, source: Source, model: MaskedModel, mask: MaskConfig,
+        stop: StopFlag, records: Records, held: lease.Lease | None, committed: Committed | None,
     ) -> None:  # fmt: skip
-        self.options, self.place, self.run_dir, self.source = options, place, run_dir, source
-        self.model, self.mask, self.stop, self.say, self.attempt, self.held = model, mask, stop, say, attempt, held
-        self.committed, self.newest = committed, dict[str, Any]()
+        self.options, self.place, self.source = options, place, source
+        self.model, self.mask, self.stop, self.records, self.held = model, mask, stop, records, held
+        self.committed = committed
         self.groups = mask_groups(source.info.channels)
-        self.trace_name = f"trace/rank-{place.rank}.jsonl"
         self.first = place.rank == 0
-        self.board: SummaryWriter | None = None
-        self.bar: Any = None
 
     def train(self, order: Any, found: Checkpoint | None, start: int) -> None:
-        options, place, source = self.options, self.place, self.source
-        opts = options.train
+        options, place, source, records = self.options, self.place, self.source, self.records
+        opts, run = options.train, self.records.run_dir
         if start >= opts.steps:
-            self.say(f"{self.run_dir.url} has all of its {opts.steps} steps already; a larger train.steps goes on")
+            records.say(f"{run.url} has all of its {opts.steps} steps already; a larger train.steps goes on")
             return
         micro, passes = split_share(opts.global_batch, place.world, opts.micro_batch)
         seed = options.run.seed
@@ -222,168 +227,106 @@ class _Rank:
         )
         if validation.total == 0:
             why = "train.val_samples is 0" if not opts.val_samples else "the shard set's val split is empty"
-            self.say(f"no held-out windows, so there will be no val_loss: {why}")
-        self.engine = Engine(self.model, options, micro, passes)
-        self._open_files(start)
-        self._introduce(start, micro, passes)
-        flops = count_flops(self.model.config, len(source.info.channels), source.info.samples // PATCH)
-        hooks = Hooks(
-            log=self._log if self.first else _nothing,
-            trace=self._trace if opts.trace else None,
-            examples=self._examples,
-            save=self._save,
-            show=self._show if self.first else _nothing,
-        )
-        share = Share(place.rank, place.world, micro, passes, flops)
-        with Feed(
-            source, order, "train", place.rank, place.world, micro * passes, ready, start, opts.steps, place.node
-        ) as feed:
+            records.say(f"no held-out windows, so there will be no val_loss: {why}")
+        self.engine = engine = Engine(self.model, options, micro, passes)
+        self.judge = Judge(opts, found.progress.guard if found is not None else {})
+        records.open(start, engine.device, {"deepspeed": deepspeed.__version__})
+        records.introduce(start, micro, passes, count_parameters(self.model.config), engine.device)
+        saver = Saver(self.first, self._take)
+        share = Share(
+            place.rank, place.world, micro, passes,
+            count_flops(self.model.config, len(source.info.channels), source.info.samples // PATCH),
+        )  # fmt: skip
+        with (
+            Feed(
+                source, order, "train", place.rank, place.world, micro * passes, ready, start, opts.steps, place.node
+            ) as feed,
+            Watchdog(place.rank, opts.stall_s) as watchdog,
+            ProfiledSteps(opts.profile if self.first else [], self._keep_profile) as profiled,
+        ):  # fmt: skip
+            hooks = Hooks(
+                at=watchdog.at,
+                begin=profiled.at,
+                log=records.log if self.first else _nothing,
+                trace=records.trace if opts.trace else None,
+                examples=records.examples,
+                warn=records.say,
+                show=records.show if self.first else _nothing,
+            )
             nothing = numpy.zeros(0, dtype=numpy.int64)
             empty = source.gather(0, nothing, nothing, nothing, size=micro)
-            dry = to_device(ready(empty), slice(None), self.engine.device)
-            self.engine.prepare((dry.x, dry.hidden, dry.valid))
+            dry = to_device(ready(empty), slice(None), engine.device)
+            engine.prepare((dry.x, dry.hidden, dry.valid))
             if found is not None:
-                self.engine.load_optimizer_state(found.optimizer)
+                engine.load_optimizer_state(found.optimizer)
+                if opts.ema and found.ema is not None:
+                    engine.load_ema(found.ema)
             self.stop.training = True
             try:
                 train(
-                    self.engine, source, feed, validation, options, share, start, self.stop, hooks, order.epoch
-                )
+                    engine, source, feed, validation, options, share, start, self.stop, self.judge, saver, hooks,
+                    order.epoch,
+                )  # fmt: skip
             except BaseException:
+                saver.abandon()
                 # Sending the rest may fail too; what is told is why training ended.
                 with contextlib.suppress(storage.StorageError):
-                    self._close()
+                    records.close()
                 raise
-            self._close()
-        self.say(f"done: {opts.steps} steps; `physio-dist report {self.run_dir.url}` draws the report")
+        records.close()
+        records.say(f"done: {opts.steps} steps; `physio-dist report {run.url}` draws the report")
 
-    def _open_files(self, start: int) -> None:
-        if self.options.train.trace:
-            self.run_dir.open_lines(self.trace_name)
-        if not self.first:
-            return
-        self.run_dir.open_lines(METRICS, keep_up_to=start)
-        board = self.run_dir.spool / "tensorboard"
-        self.board = SummaryWriter(str(board), purge_step=start + 1 if start else None, flush_secs=10)
+    def _keep_profile(self, trace: bytes) -> None:
+        storage.write_bytes(self.records.run_dir.file("profile.json"), trace)
+
+    def _take(self, step: int) -> Files:
+        """Copy what the checkpoint of this step holds; only the first rank keeps it (a collective)."""
+        tensors = {
+            checkpoint.MODEL: self.engine.weights(self.first),
+            checkpoint.OPTIMIZER: self.engine.optimizer_state(self.first),
+        }
+        if self.options.train.ema:
+            tensors[checkpoint.EMA] = self.engine.ema_weights(self.first)
+        self.records.flush()
         sets = self.source.sets
-        facts = [
-            {
-                "url": s.url, "fingerprint": s.fingerprint, "splits": s.splits, "people": s.people, "rate": s.rate,
-                "channels": list(s.signals[self.source.signal].channels), "simulated": s.simulated,
-                "sources": list(s.sources),
-            }
-            for s in sets
-        ]  # fmt: skip
-        storage.write_json(self.run_dir.file("data.json"), {"indexes": facts})
-        # Fusion must be able to tell later whether a person of its test set was seen here.
-        seen = [sidecar.person[sidecar.split == 0] for sidecar in self.source.sidecars]
-        people = sorted({f"{person:016x}" for ids in seen for person in ids.tolist()})
-        storage.write_bytes(self.run_dir.file(PEOPLE_FILE), (json.dumps(people) + "\n").encode())
-        self._note_attempt(start)
+        progress = Progress(
+            step=step, samples=step * self.options.train.global_batch,
+            fingerprints=[shards.fingerprint for shards in sets], order=_order_of(self.options, self.source),
+            encoder=self.model.config.to_dict(),
+            signal={
+                "signal": self.source.signal, "channels": list(self.source.info.channels), "rate": sets[0].rate,
+                "unit_uv": UNIT_UV, "simulated": any(shards.simulated for shards in sets),
+            },
+            guard=self.judge.state(),
+        )  # fmt: skip
+        return _CheckpointFiles(self, progress, tensors, self.records.newest)
 
-    def _note_attempt(self, start: int) -> None:
-        name = self.run_dir.file("attempts.json")
-        try:
-            earlier = storage.read_json(name)
-        except storage.NotFoundError:
-            earlier = []
-        versions = {"physio-dist": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-        note = {
-            "attempt": self.attempt, "from_step": start, "world": self.place.world,
-            "zero_stage": self.options.zero.stage, "precision": self.options.train.precision,
-            "device": _device_name(self.engine.device), "threads": torch.get_num_threads(),
-            "versions": {**versions, "python": platform.python_version(), "numpy": numpy.__version__},
-        }  # fmt: skip
-        storage.write_json(name, [*earlier, note])
 
-    def _introduce(self, start: int, micro: int, passes: int) -> None:
-        options, source = self.options, self.source
-        count = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in self.model.parameters())
-        train_n = sum(shards.splits["train"] for shards in source.sets)
-        simulated = " SIMULATED" if any(shards.simulated for shards in source.sets) else ""
-        epochs = options.train.steps * options.train.global_batch / max(train_n, 1)
-        self.say(
-            f"{options.model.preset} encoder, {count / 1e6:.2f} M parameters, {options.train.precision}, ZeRO stage "
-            f"{options.zero.stage}, {self.place.world} rank(s) on {_device_name(self.engine.device)}"
-        )
-        self.say(
-            f"{train_n}{simulated} windows of {len(source.info.channels)} leads to train on; global batch "
-            f"{options.train.global_batch} = {self.place.world} rank(s) x {passes} pass(es) x {micro}; "
-            f"{options.train.steps} steps are {epochs:.1f} epochs"
-        )
-        where = f"going on after step {start}" if start else "starting"
-        self.say(f"{where}: {self.run_dir.url} (attempt {self.attempt})")
-        if self.first and sys.stderr.isatty():
-            self.bar = tqdm(total=options.train.steps, initial=start, unit="step", dynamic_ncols=True)
-        self._began, self._start = time.monotonic(), start
+class _CheckpointFiles:
+    """A checkpoint on its way."""
 
-    def _log(self, line: dict[str, Any]) -> None:
-        # JSON has no NaN.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self.newest = clean
-        self.run_dir.add_line(METRICS, clean)
-        if self.board is not None:
-            for name, value in clean.items():
-                if isinstance(value, int | float) and name not in ("step", "time"):
-                    self.board.add_scalar(name, value, line["step"])
+    def __init__(
+        self, rank: _Rank, progress: Progress, tensors: dict[str, checkpoint.Tensors], newest: dict[str, Any]
+    ) -> None:
+        self._rank, self._progress, self._tensors, self._newest = rank, progress, tensors, newest
+        self._run = rank.records.run_dir
+        self._draft: checkpoint.Draft | None = None
 
-    def _trace(self, step: int, keys: list[str]) -> None:
-        self.run_dir.add_line(self.trace_name, {"step": step, "attempt": self.attempt, "keys": keys})
-
-    def _examples(self, data: bytes) -> None:
-        storage.write_bytes(self.run_dir.file("examples.safetensors"), data)
-
-    def _show(self, step: int, loss: float, rate: float, wait: float) -> None:
-        text = f"loss {loss:.4f}, {rate:.0f} samples/s, data wait {wait:.1%}"
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(text)
-            return
-        per_step = (time.monotonic() - self._began) / max(step - self._start, 1)
-        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.options.train.steps - step)))
-        self.say(f"step {step}/{self.options.train.steps}: {text}, ETA {left}")
-
-    def _save(self, step: int) -> None:
-        """Commit a checkpoint (a collective)."""
-        model, optimizer = self.engine.weights(), self.engine.optimizer_state()
-        if self.board is not None:
-            self.board.flush()
+    def send(self) -> None:
+        if self._rank.first:
+            self._draft = checkpoint.write(self._run.url, self._progress, self._tensors)
         # What led to this step is in the bucket before the step is.
-        self.run_dir.sync()
-        dist.barrier()
-        if self.first:
-            sets = self.source.sets
-            progress = Progress(
-                step=step, samples=step * self.options.train.global_batch,
-                fingerprints=[shards.fingerprint for shards in sets], order=_order_of(self.options, self.source),
-                encoder=self.model.config.to_dict(),
-                signal={
-                    "signal": self.source.signal, "channels": list(self.source.info.channels), "rate": sets[0].rate,
-                    "unit_uv": UNIT_UV, "simulated": any(shards.simulated for shards in sets),
-                },
-            )  # fmt: skip
-            checkpoint.write(self.run_dir.url, progress, model, optimizer, self._before_commit)
-            checkpoint.prune(self.run_dir.url, self.options.train.keep, step)
-        # A rank that ended now would have its launcher end the one that is writing.
-        dist.barrier()
-        if self.committed is not None:
-            self.committed(step, self.newest)
+        self._run.sync()
 
-    def _before_commit(self) -> None:
-        self.run_dir.sync()
-        assert self.held is not None
-        self.held.check()
+    def commit(self) -> None:
+        assert self._rank.held is not None and self._draft is not None
+        self._rank.held.check()
+        checkpoint.commit(self._draft)
+        checkpoint.prune(self._run.url, self._rank.options.train.keep, self._progress.step)
 
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.board is not None:
-            self.board.close()
-        self.run_dir.close()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    def committed(self) -> None:
+        if self._rank.committed is not None:
+            self._rank.committed(self._progress.step, self._newest)
 
 
 def _nothing(*_: Any) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,7 +23,10 @@ from physio_dist.errors import UserError
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 # Options that say where and how fast a run trains, not what it computes.
-_TRAIN_MAY_DIFFER = ("micro_batch", "precision", "log_every", "save_every", "keep", "trace", "threads")
+_TRAIN_MAY_DIFFER = (
+    "micro_batch", "precision", "log_every", "save_every", "keep", "trace", "threads", "spike_factor", "skip_spikes",
+    "stall_s", "ema", "profile", "tracker",
+)  # fmt: skip
 MAY_DIFFER = frozenset(
     [
         # The run is where it is found, whatever the path to it is called today.
@@ -69,6 +73,8 @@ class RunDir:
         self.spool = storage.local_path(self.url) if self._local else Path()
         self._growing: dict[str, TextIO] = {}
         self._sent: dict[Path, tuple[int, float]] = {}
+        # Checkpoints send from a thread of their own.
+        self._sending = threading.Lock()
 
     def begin(self, attempt: int) -> None:
         """Choose the spool of this attempt and drop those of earlier ones; only for who holds the run's lease.
@@ -120,11 +126,12 @@ class RunDir:
         """Send what has grown to the bucket; nothing to do where the run is local."""
         if self._local:
             return
-        for path in sorted(self.spool.rglob("*")):
-            facts = path.stat()
-            if path.is_file() and self._sent.get(path) != (facts.st_size, facts.st_mtime):
-                storage.put_file(path, self.file(path.relative_to(self.spool).as_posix()))
-                self._sent[path] = (facts.st_size, facts.st_mtime)
+        with self._sending:
+            for path in sorted(self.spool.rglob("*")):
+                facts = path.stat()
+                if path.is_file() and self._sent.get(path) != (facts.st_size, facts.st_mtime):
+                    storage.put_file(path, self.file(path.relative_to(self.spool).as_posix()))
+                    self._sent[path] = (facts.st_size, facts.st_mtime)
 
     def close(self) -> None:
         """Send the rest and drop the spool."""

@@ -45,8 +45,11 @@ def terminate_rank(process: subprocess.Popen[bytes], run: Run) -> None:
     RANDOM.choice(run.ranks()).terminate()
 
 
-def disturb(run: Run, fault: Callable[[subprocess.Popen[bytes], Run], None], earliest: int = 6) -> int:
-    """Start a run, strike after a random step, see that no rank lives on; the launcher's status."""
+def disturb(run: Run, fault: Callable[[subprocess.Popen[bytes], Run], None], earliest: int = 8) -> int:
+    """Start a run, strike after a random step, see that no rank lives on; the launcher's status.
+
+    A checkpoint counts some steps after its own, because the loop does not wait for it.
+    """
     moment = RANDOM.randint(earliest, 13)
     process = run.start()
     try:
@@ -134,7 +137,7 @@ def test_a_finished_run_started_again_does_nothing(new_run: Make) -> None:
 def test_a_damaged_newest_checkpoint_falls_back(undisturbed: Make, new_run: Make, damage: str) -> None:
     run = new_run()
     # Two checkpoints, one to damage and one to go back to.
-    assert disturb(run, kill_rank, earliest=12) != 0
+    assert disturb(run, kill_rank, earliest=13) != 0
     newest = sorted((run.path / "checkpoints").glob("*/manifest.json"))[-1].parent
     victim = newest / ("manifest.json" if damage == "no_manifest" else "optimizer.safetensors")
     data = bytearray(victim.read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -20,7 +21,14 @@ def progress(step: int) -> Progress:
 def write(run: Path, step: int) -> Path:
     tensors = {"weight": torch.full((3, 2), float(step))}
     moments = {"exp_avg/weight": -tensors["weight"]}
-    return Path(checkpoint.write(str(run), progress(step), tensors, moments, lambda: None))
+    return Path(checkpoint.commit(draft(run, step, tensors, moments)))
+
+
+def draft(
+    run: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]
+) -> checkpoint.Draft:
+    files = {"model.safetensors": model, "optimizer.safetensors": optimizer}
+    return checkpoint.write(str(run), progress(step), files)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -31,13 +39,32 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_the_manifest_comes_last(tmp_path: Path) -> None:
-    seen: list[set[str]] = []
+    draft(tmp_path, 7, {}, {})
+    found = {file.name for file in (tmp_path / "checkpoints" / "step-00000007").iterdir()}
+    assert found == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert checkpoint.newest(str(tmp_path), pytest.fail) is None
 
-    def look() -> None:
-        seen.append({file.name for file in (tmp_path / "checkpoints" / "step-00000007").iterdir()})
 
-    checkpoint.write(str(tmp_path), progress(7), {}, {}, look)
-    assert seen == [{"model.safetensors", "optimizer.safetensors", "state.json"}]
+def test_a_moving_average_is_there_where_it_was_written(tmp_path: Path) -> None:
+    assert checkpoint.read(str(write(tmp_path, 3))).ema is None
+    tensors = {name: {"weight": torch.ones(1)} for name in (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.EMA)}
+    folder = checkpoint.commit(checkpoint.write(str(tmp_path), progress(4), tensors))
+    found = checkpoint.read(folder).ema
+    assert found is not None and torch.equal(found["weight"], torch.ones(1))
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
+    """It has no state of the judge of steps."""
+    folder = write(tmp_path, 7)
+    manifest, state = folder / "manifest.json", folder / "state.json"
+    old = {k: v for k, v in json.loads(state.read_text()).items() if k != "guard"}
+    state.write_text(json.dumps(old))
+    document = json.loads(manifest.read_text())
+    data = state.read_bytes()
+    document["files"]["state.json"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest.write_text(json.dumps({**document, "format": 1}))
+    found = checkpoint.newest(str(tmp_path), pytest.fail)
+    assert found is not None and found.progress == progress(7)
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
@@ -92,7 +119,7 @@ def test_pruning_keeps_the_newest_and_drops_half_written_ones_before_it(tmp_path
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     folder = write(tmp_path, 5)
-    checkpoint.write(str(tmp_path), progress(5), {"weight": torch.zeros(1)}, {}, lambda: None)
+    checkpoint.commit(draft(tmp_path, 5, {"weight": torch.zeros(1)}, {}))
     assert checkpoint.read(str(folder)).model["weight"].shape == (1,)
 
 

@@ -17,6 +17,7 @@ from physio_dist.config import PretrainConfig
 from physio_dist.errors import UserError
 from physio_dist.training import lease
 from physio_dist.training.rundir import RunDir, compare_config, map_urls, write_config
+from physio_dist.training.tracker import check_tracker
 
 
 def options(**train: object) -> PretrainConfig:
@@ -99,6 +100,12 @@ def test_every_url_of_the_options_is_mapped() -> None:
     for word in ("auto", "none"):
         given.resume = word
         assert map_urls(given, lambda url, option: "x").resume == word
+
+
+def test_a_tracker_whose_library_is_not_there_is_refused() -> None:
+    check_tracker("none")
+    with pytest.raises(UserError, match="pip install no_such_tracker"):
+        check_tracker("no_such_tracker")
 
 
 HOLD = """

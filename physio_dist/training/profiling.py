@@ -1,0 +1,53 @@
+"""A window of steps under torch's profiler (``train.profile``)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+class ProfiledSteps:
+    """Profiles the steps ``first`` to ``last`` of this process and hands over a trace, once.
+
+    Args:
+        window: ``[first, last]``; empty for none.
+        keep: takes the trace, JSON that chrome://tracing and Perfetto read.
+    """
+
+    def __init__(self, window: list[int], keep: Callable[[bytes], None]) -> None:
+        self._window, self._keep = window, keep
+        self._profile: profile | None = None
+
+    def at(self, step: int) -> None:
+        """Called before each step."""
+        if not self._window:
+            return
+        if self._profile is None and step == self._window[0]:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            self._profile = profile(activities=activities)
+            self._profile.start()
+        elif step == self._window[1] + 1:
+            self._end()
+
+    def __enter__(self) -> ProfiledSteps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._profile is None:
+            return
+        taken, self._profile = self._profile, None
+        taken.stop()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "trace.json")
+            taken.export_chrome_trace(str(file))
+            self._keep(file.read_bytes())

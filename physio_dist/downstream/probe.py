@@ -184,7 +184,11 @@ def _tested(
     name: str, table: Table, folds: Sequence[Fold], inputs: Mapping[str, Floats], seed: int, options: ProbeConfig,
     backbone: Backbone, shards: ShardSet,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of one seed over the test windows of all folds together, and on whom they rest."""
+    """Scores of one seed, means over its folds, and on whom they rest.
+
+    Not over the windows of all folds together: the more a fold tests of a class the fewer are left to train on, so that
+    even knowing nothing would come out below chance.
+    """
     classes, chosen = len(table.classes), list[Any]()
     probability: list[npt.NDArray[np.floating]] = []
     if name == "majority":
@@ -202,16 +206,21 @@ def _tested(
             fitted = logistic({name: x}, table.label, classes, fold, _C, "balanced")
             probability.append(fitted.probability)
             chosen.append({"C": fitted.c})
-    rows = np.concatenate([fold.test for fold in folds])
-    scores = score(table.label[rows], np.concatenate(probability))
+    scores = [score(table.label[fold.test], each) for fold, each in zip(folds, probability, strict=True)]
     train = [fold.train for fold in folds]
     return {
         "seed": seed,
-        **{metric: None if (value := scores[metric]) is None else round(value, _DIGITS) for metric in METRICS},
+        **{metric: _mean([one[metric] for one in scores]) for metric in METRICS},
         "train_windows": round(float(np.mean([len(rows) for rows in train])), 1),
         "train_people": round(float(np.mean([len(np.unique(table.person[rows])) for rows in train])), 1),
         "chosen": chosen,
     }  # fmt: skip
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are defined: a metric is not where a class is missing."""
+    known = [value for value in values if value is not None]
+    return round(float(np.mean(known)), _DIGITS) if known else None
 
 
 def _row(name: str, fraction: float, seeds: Sequence[int], each: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -220,7 +229,7 @@ def _row(name: str, fraction: float, seeds: Sequence[int], each: Sequence[dict[s
     spread: dict[str, float | None] = {}
     for metric in METRICS:
         values = [one[metric] for one in each if one[metric] is not None]
-        mean[metric] = round(float(np.mean(values)), _DIGITS) if values else None
+        mean[metric] = _mean(values)
         spread[metric] = round(float(np.std(values, ddof=1)), _DIGITS) if len(values) > 1 else None
     people, windows = (round(float(np.mean([one[f"train_{of}"] for one in each])), 1) for of in ("people", "windows"))
     return {

@@ -144,7 +144,7 @@ def _checkpoint(url: str) -> Backbone:
     model.load_state_dict(state, strict=report.has_head)
     return Backbone(
         model.encoder.eval(), "eeg", hashlib.sha256(data).hexdigest(), _CBRAMOD_RATE, UNIT_UV, (), None,
-        simulated=False, url=url,
+        simulated=False, url=url, loaded=report.tell(),
     )  # fmt: skip
 
 

@@ -6,11 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from physio_dist import __version__, config, exits, storage
 from physio_dist.errors import DataError, UserError, nearest
 from physio_dist.signals import readers
+
+if TYPE_CHECKING:
+    from physio_dist.downstream.reconstruction import Trained
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--data", required=True, metavar="URL", help="a shard set")
     embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
     embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
+
+    probe = verbs.add_parser("probe", help="linear probe of a frozen encoder, with its baselines")
+    probe.add_argument("--config", required=True, metavar="FILE", help="the ones that ship are in configs/probe/")
+    probe.add_argument("options", nargs="*", metavar="key=value", help="options that go over the file's")
 
     plan = verbs.add_parser("plan", help="what a pretraining run would need before anybody pays for it")
     plan.add_argument("--config", required=True, metavar="FILE", help="the run's configuration")
@@ -146,7 +153,38 @@ def _export(given: argparse.Namespace) -> None:
 def _embed(given: argparse.Namespace) -> None:
     from physio_dist.downstream import backbones, features
 
-    features.embed(backbones.open_backbone(given.encoder, given.signal), given.data, given.out, print)
+    backbone = backbones.open_backbone(given.encoder, given.signal)
+    if backbone.loaded:
+        print(backbone.loaded, file=sys.stderr)
+    features.embed(backbone, given.data, given.out, print)
+
+
+def _probe(given: argparse.Namespace) -> None:
+    from physio_dist.downstream import probe, probe_options, reconstruction
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    options = config.load(probe_options.ProbeConfig, given.config, given.options, probe_options.check_probe)
+    if options.probe.task == "labels":
+        lines = probe.table_of(probe.probe(options, say))
+    else:
+        lines = reconstruction.table_of(reconstruction.reconstruction(options, _trained, say))
+    print("\n".join(lines))
+    print(storage.join(options.run.dir, options.run.name, probe.RESULTS))
+
+
+def _trained(run: str) -> Trained:
+    """The newest checkpoint of a run: its reconstruction head is in no export."""
+    from physio_dist.downstream.backbones import people_of
+    from physio_dist.downstream.reconstruction import Trained
+    from physio_dist.training import checkpoint
+
+    found = checkpoint.newest(run, lambda text: print(f"warning: {text}", file=sys.stderr))
+    if found is None:
+        raise UserError(f"{run} has no committed checkpoint; give the folder run.dir/run.name of a run, not an export")
+    about = found.progress
+    return Trained(run, about.step, about.encoder, about.signal, found.model, people_of(run))
 
 
 def _plan(given: argparse.Namespace) -> None:
@@ -185,7 +223,7 @@ def _report(given: argparse.Namespace) -> None:
 
 _VERBS = {
     "shard": _shard, "index": _index, "verify": _verify, "inspect": _inspect, "export": _export, "embed": _embed,
-    "plan": _plan, "report": _report,
+    "probe": _probe, "plan": _plan, "report": _report,
 }  # fmt: skip
 
 
@@ -214,7 +252,7 @@ def _given(words: list[str]) -> argparse.Namespace:
 
 
 _OPTIONS = {
-    "shard": ("--out",), "inspect": ("--plot",), "export": ("--raw",),
+    "shard": ("--out",), "inspect": ("--plot",), "export": ("--raw",), "probe": ("--config",),
     "embed": ("--encoder", "--data", "--out", "--signal"),
     "plan": ("--config", "--nodes", "--gpus-per-node", "--samples-per-s", "--gpu", "--gpu-memory-gb", "--json"),
 }  # fmt: skip

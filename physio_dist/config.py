@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from physio_dist.errors import UserError, closest
+from physio_dist.errors import UserError
+from physio_dist.options import between as _between
 from physio_dist.options import flatten as flatten
 from physio_dist.options import load as load
+from physio_dist.options import one_of as _one_of
 from physio_dist.options import option_types as option_types
+from physio_dist.options import plain_name as _run_name
 from physio_dist.options import refuse_another as refuse_another
 from physio_dist.options import to_yaml as to_yaml
 
@@ -43,8 +45,15 @@ class ModelOptions:
 
 @dataclass
 class MaskOptions:
+    # Share of patches hidden in time; probability that a lead, or the limb leads together, are hidden whole.
     intra_ratio: float = 0.5
     inter_ratio: float = 0.3
+    # Mean length in patches of what is hidden in time; 0 or 1: scattered; null: half of the samples each way.
+    span: float | None = None
+    # both in every sample, or alternating: each sample has one of the two.
+    mode: str = "both"
+    # Probability that a sample is shown with 8, 2 or 1 of its ECG leads only.
+    lead_drop: float = 0.0
 
 
 @dataclass
@@ -248,6 +257,11 @@ def check_pretrain(options: PretrainConfig) -> None:
     _between("model.dropout", options.model.dropout, 0.0, 0.9)
     _between("mask.intra_ratio", mask.intra_ratio, 0.0, 1.0)
     _between("mask.inter_ratio", mask.inter_ratio, 0.0, 1.0)
+    _between("mask.span", 0.0 if mask.span is None else mask.span, 0.0, 1e6)
+    _one_of("mask.mode", mask.mode, ("both", "alternating"))
+    _between("mask.lead_drop", mask.lead_drop, 0.0, 1.0)
+    if mask.lead_drop > 0 and options.data.signal != "ecg":
+        raise UserError(f"mask.lead_drop={mask.lead_drop} is for data.signal=ecg: there are no such sets of electrodes")
     for name in ("steps", "global_batch", "micro_batch", "log_every", "save_every", "val_every", "keep"):
         if getattr(train, name) < 1:
             raise UserError(f"train.{name}={getattr(train, name)}: it must be at least 1")
@@ -378,19 +392,3 @@ def check_shard(options: ShardConfig) -> None:
 
 def _set_url(url: str) -> str:
     return url.removesuffix("/index.json").rstrip("/") or "/"
-
-
-def _run_name(name: str) -> None:
-    if not name or "/" in name or name.startswith("."):
-        raise UserError(f"run.name={name!r}: it must be a plain folder name")
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        hint = closest(value, allowed)
-        raise UserError(f"{name}={value}: it must be one of {', '.join(allowed)}{'; ' if hint else ''}{hint}")
-
-
-def _between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UserError(f"{name}={value}: it must lie between {low:g} and {high:g}")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from physio_dist import storage
-from physio_dist.errors import PhysioError, UserError, nearest
+from physio_dist.errors import PhysioError, UserError, closest, nearest
 
 T = TypeVar("T")
 
@@ -114,7 +114,8 @@ def refuse_another(
         there = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(url).decode()))
     except storage.NotFoundError:
         return
-    old, new = flatten(there), flatten(options)
+    # What an earlier version did not know was then as it is by default now.
+    old, new = {**flatten(type(options)()), **flatten(there)}, flatten(options)
     adapt(old)
     adapt(new)
     differing = [name for name in sorted((set(old) | set(new)) - set(may_differ)) if old.get(name) != new.get(name)]
@@ -163,3 +164,22 @@ def _merge(base: Any, layer: Any, types: dict[str, Any], where: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def plain_name(name: str) -> None:
+    """Refuse a ``run.name`` that is no plain folder name."""
+    if not name or "/" in name or name.startswith("."):
+        raise UserError(f"run.name={name!r}: it must be a plain folder name")
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a value that is none of ``allowed``."""
+    if value not in allowed:
+        hint = closest(value, allowed)
+        raise UserError(f"{name}={value}: it must be one of {', '.join(allowed)}{'; ' if hint else ''}{hint}")
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a value outside of ``[low, high]``, NaN among them."""
+    if not low <= value <= high:
+        raise UserError(f"{name}={value}: it must lie between {low:g} and {high:g}")

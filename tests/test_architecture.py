@@ -10,13 +10,15 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "physio_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
-SHARED = {"errors", "config", "storage", "lifeline", "exits", ""}
+SHARED = {"errors", "config", "options", "storage", "lifeline", "exits", ""}
 MAY_KNOW = {
     "signals": {"signals", "errors"},
     "shards": {"shards", "signals", "storage", "config", "errors", "lifeline", ""},
     "models": {"models", "storage", "errors"},
     "training": {"training", "models", "shards", "signals", "storage", "config", "errors", "lifeline", ""},
-    "downstream": {"downstream", "models", "shards", "signals", "storage", "config", "errors", "lifeline", ""},
+    "downstream": {
+        "downstream", "models", "shards", "signals", "storage", "config", "options", "errors", "lifeline", "",
+    },
     "report": {"report", "errors"},
     "storage": {"faults", "urls"},
     "faults": {"errors", "urls"},

@@ -52,6 +52,7 @@ class Backbone:
         simulated: whether any of them were a simulator's.
         url: where it was found.
         sources: names of the corpora of its training; () where not known.
+        loaded: what of the file was used, in a line.
     """
 
     module: CrissCrossEncoder
@@ -64,6 +65,7 @@ class Backbone:
     simulated: bool
     url: str
     sources: tuple[str, ...] = ()
+    loaded: str = ""
 
 
 def open_backbone(url: str, signal: str | None = None) -> Backbone:
@@ -105,7 +107,7 @@ def _export(url: str) -> Backbone:
     if signal not in ("ecg", "eeg") or not 0 < rate < math.inf or not 0 < unit_uv < math.inf:
         raise UserError(f"{where}: signal {signal!r} at {rate:g} Hz in units of {unit_uv:g} uV is none of ours")
     module = load_encoder(url)
-    sha256, people = about["encoder_sha256"], _people(url)
+    sha256, people = about["encoder_sha256"], people_of(url)
     return Backbone(module, signal, sha256, rate, unit_uv, channels, people, simulated, url, sources)
 
 
@@ -116,7 +118,12 @@ def _instead(url: str) -> str:
     return "give the folder that `physio-dist export RUN OUT` wrote, or a CBraMod checkpoint (.pth, .safetensors)"
 
 
-def _people(url: str) -> frozenset[int] | None:
+def people_of(url: str) -> frozenset[int] | None:
+    """Pseudonyms of those an export or a run was trained on; None where it has no list.
+
+    Raises:
+        DataError: the list is damaged.
+    """
     where = storage.join(url, PEOPLE_FILE)
     try:
         listed = storage.read_json(where)
@@ -137,7 +144,7 @@ def _checkpoint(url: str) -> Backbone:
     model.load_state_dict(state, strict=report.has_head)
     return Backbone(
         model.encoder.eval(), "eeg", hashlib.sha256(data).hexdigest(), _CBRAMOD_RATE, UNIT_UV, (), None,
-        simulated=False, url=url,
+        simulated=False, url=url, loaded=report.tell(),
     )  # fmt: skip
 
 
@@ -189,8 +196,12 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
     )  # fmt: skip
 
 
-def refuse_overlap(backbone: Backbone, test_people: Iterable[int], fold_name: str) -> None:
+def refuse_overlap(
+    backbone: Backbone, test_people: Iterable[int], fold_name: str, advice: str | None = None
+) -> None:  # fmt: skip
     """Refuse to test an encoder on people it was pretrained on; nothing where these are not known.
+
+    ``advice`` takes the place of what a sweep is told to do.
 
     Raises:
         UserError: how many people of which fold, and what to do.
@@ -199,9 +210,12 @@ def refuse_overlap(backbone: Backbone, test_people: Iterable[int], fold_name: st
         return
     tested = {int(person) for person in test_people}
     if known := len(tested & backbone.people):
+        advice = advice or (
+            f"Give an encoder pretrained without them, tune.{backbone.signal}_encoder={{{fold_name}: FOLDER}} for this "
+            "fold, or pretrain on a shard set that keeps them in its test split (split.test) and sweep with "
+            "tune.protocol=holdout"
+        )
         raise UserError(
             f"{backbone.url} was pretrained on {known} of the {len(tested)} test people of fold {fold_name}: its "
-            f"results on them would say nothing about new people. Give an encoder pretrained without them, "
-            f"tune.{backbone.signal}_encoder={{{fold_name}: FOLDER}} for this fold, or pretrain on a shard set that "
-            "keeps them in its test split (split.test) and sweep with tune.protocol=holdout"
+            f"results on them would say nothing about new people. {advice}"
         )

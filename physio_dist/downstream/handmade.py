@@ -5,7 +5,7 @@ A fused encoder that does not beat a logistic regression on these has learned no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from physio_dist.downstream.metrics import auc
 from physio_dist.downstream.splits import Fold
-from physio_dist.downstream.tasks import need_both, shard_cache
+from physio_dist.downstream.tasks import SIGNALS, need_both, shard_cache
 from physio_dist.errors import UserError
 from physio_dist.shards.index import ShardSet, open_set, read_sidecar
 
@@ -57,34 +57,48 @@ def handmade(data: str, say: Callable[[str], None]) -> dict[str, Floats]:
     """
     shards = open_set(data)
     need_both(shards)
-    sidecar, cache, starts = read_sidecar(shards), shard_cache(), shards.shard_starts()
     say(f"measuring heart rate and band powers of {shards.nsamples} windows")
-    leads = _leads(shards)
+    leads = leads_of(shards)
     heart, brain = np.full((shards.nsamples, len(HEART)), np.nan), []
+    for sample, waves, valid in read_windows(shards, SIGNALS):
+        usable = [lead for lead in leads if valid["ecg"][lead]]
+        if usable:
+            heart[sample] = heart_rate(clearest(waves["ecg"], usable, shards), shards.rate)
+        powers = band_powers(waves["eeg"], shards.rate)
+        powers[~valid["eeg"]] = np.nan
+        brain.append(powers.ravel())
+    return {"ecg": heart, "eeg": np.stack(brain)}
+
+
+def read_windows(
+    shards: ShardSet, signals: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Floats], dict[str, npt.NDArray[np.bool_]]]]:
+    """Every window of a set in storage order: its number, and of each signal ``[channel, time]`` in microvolts and
+    which channels are valid.
+
+    Raises:
+        DataError: the set is damaged.
+    """
+    sidecar, cache, starts = read_sidecar(shards), shard_cache(), shards.shard_starts()
     for number in range(len(shards.shards)):
         content = np.frombuffer(cache.content(shards, number), np.uint8)
         for sample in range(int(starts[number]), int(starts[number + 1])):
             waves: dict[str, Floats] = {}
-            for name, info in shards.signals.items():
-                start = int(sidecar.offset[name][sample])
+            for name in signals:
+                info, start = shards.signals[name], int(sidecar.offset[name][sample])
                 raw = content[start : start + info.nbytes].view("<i2").reshape(len(info.channels), info.samples)
                 waves[name] = raw * info.uv_per_bit
-            usable = [lead for lead in leads if sidecar.valid["ecg"][sample, lead]]
-            if usable:
-                heart[sample] = heart_rate(_clearest(waves["ecg"], usable, shards), shards.rate)
-            powers = band_powers(waves["eeg"], shards.rate)
-            powers[~sidecar.valid["eeg"][sample]] = np.nan
-            brain.append(powers.ravel())
-    return {"ecg": heart, "eeg": np.stack(brain)}
+            yield sample, waves, {name: sidecar.valid[name][sample] for name in signals}
 
 
-def _leads(shards: ShardSet) -> list[int]:
+def leads_of(shards: ShardSet) -> list[int]:
     """Leads in the order in which they are looked at: II first, where QRS complexes are usually large."""
     names = shards.signals["ecg"].channels
     return sorted(range(len(names)), key=lambda i: (names[i] != "II", i))
 
 
-def _clearest(ecg: Floats, usable: Sequence[int], shards: ShardSet) -> Floats:
+def clearest(ecg: Floats, usable: Sequence[int], shards: ShardSet) -> Floats:
+    """The lead of ``[lead, time]`` in which beats are best seen; ``usable`` is what of :func:`leads_of` is valid."""
     if shards.signals["ecg"].channels[usable[0]] == "II" or len(usable) == 1:
         return cast(Floats, ecg[usable[0]])
     # The kurtosis of what is left in the band of the QRS: high where little happens but sharp peaks.
@@ -168,31 +182,37 @@ class Fitted:
     c: float
 
 
-def logistic(features: Mapping[str, Floats], label: Ints, classes: int, fold: Fold) -> Fitted:
-    """Logistic regression on hand-made features, with C selected on the fold's own validation people.
+def logistic(
+    features: Mapping[str, Floats], label: Ints, classes: int, fold: Fold,
+    strengths: Sequence[float] = REGULARISATION, weights: str | None = None,
+) -> Fitted:  # fmt: skip
+    """Logistic regression on standardised features, with C selected on the fold's own validation people.
 
     Args:
         features: float64 ``[n, f]`` for each signal, NaN where unknown (the training rows' median stands in for it).
         label: int ``[n]``.
         classes: number of classes.
         fold: its inner splits select, all its people but those tested train.
+        strengths: values of C to select from.
+        weights: of classes: None counts windows alike, ``balanced`` classes.
     """
     x = np.concatenate(list(features.values()), axis=1)
     areas = []
-    for c in REGULARISATION:
+    for c in strengths:
         found = [
-            auc(label[valid], _fit(x[train], label[train], c).predict_proba(x[valid])) for train, valid in fold.inner
+            auc(label[valid], _fit(x[train], label[train], c, weights).predict_proba(x[valid]))
+            for train, valid in fold.inner
         ]
         areas.append(np.mean([area for area in found if area is not None] or [0.0]))
-    best = REGULARISATION[int(np.argmax(areas))]
-    model = _fit(x[fold.train], label[fold.train], best)
+    best = strengths[int(np.argmax(areas))]
+    model = _fit(x[fold.train], label[fold.train], best, weights)
     if len(model.classes_) != classes:
         raise UserError(f"fold {fold.name}: a class is missing among those who are left to train on")
     return Fitted(model.predict_proba(x[fold.test]), best)
 
 
-def _fit(x: Floats, label: Ints, c: float) -> Pipeline:
+def _fit(x: Floats, label: Ints, c: float, weights: str | None) -> Pipeline:
     return make_pipeline(
         SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler(),
-        LogisticRegression(C=c, max_iter=2000),
+        LogisticRegression(C=c, max_iter=2000, class_weight=weights),
     ).fit(x, label)  # fmt: skip

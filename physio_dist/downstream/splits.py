@@ -41,7 +41,9 @@ class Fold:
         return np.sort(np.concatenate(self.inner[0]))
 
 
-def folds_of(table: Table, protocol: str, folds: int, val_folds: int, seed: int) -> list[Fold]:
+def folds_of(
+    table: Table, protocol: str, folds: int, val_folds: int, seed: int, section: str = "tune"
+) -> list[Fold]:  # fmt: skip
     """The folds of a protocol.
 
     Args:
@@ -51,6 +53,7 @@ def folds_of(table: Table, protocol: str, folds: int, val_folds: int, seed: int)
         folds: for ``grouped_kfold``.
         val_folds: groups of the remaining people that take turns as validation people; fewer where people are fewer.
         seed: of the grouping.
+        section: of the options, for messages.
 
     Raises:
         UserError: too few people, an empty test split, or people cannot be grouped so that all classes are in every
@@ -58,7 +61,7 @@ def folds_of(table: Table, protocol: str, folds: int, val_folds: int, seed: int)
     """
     people = np.unique(table.person)
     if protocol == "holdout":
-        tests = [_held_out(table)]
+        tests = [_held_out(table, section)]
     elif protocol == "loso":
         if len(people) < 3:
             raise UserError(f"tune.protocol=loso needs at least 3 people, {len(people)} have the label")
@@ -66,8 +69,8 @@ def folds_of(table: Table, protocol: str, folds: int, val_folds: int, seed: int)
     else:
         if len(people) < folds:
             raise UserError(
-                f"tune.folds={folds}: only {len(people)} people have the label, and a person is never split; "
-                f"set tune.folds={len(people)} or less"
+                f"{section}.folds={folds}: only {len(people)} people have the label, and a person is never split; "
+                f"set {section}.folds={len(people)} or less"
             )
         rows = np.arange(len(table.label))
 
@@ -77,46 +80,69 @@ def folds_of(table: Table, protocol: str, folds: int, val_folds: int, seed: int)
         found = _groups(table, rows, folds, f"{seed}/outer", leaves_all_classes)
         if found is None:
             raise UserError(
-                f"tune.folds={folds}: people cannot be grouped so that those who are left to train on have all of "
+                f"{section}.folds={folds}: people cannot be grouped so that those who are left to train on have all of "
                 f"{', '.join(table.classes)}; a class is found in too few people"
             )
         tests = found
-    return [_fold(table, str(number), test, val_folds, seed) for number, test in enumerate(tests)]
+    return [_fold(table, str(number), test, val_folds, seed, section) for number, test in enumerate(tests)]
 
 
-def _held_out(table: Table) -> Ints:
+def _held_out(table: Table, section: str) -> Ints:
     held = table.split == SPLITS.index("test")
     if not held.any():
         raise UserError(
-            "tune.protocol=holdout: nobody with the label is in the shard set's test split; convert again with "
-            "split.test=0.2 (a share of people), or set tune.protocol=grouped_kfold"
+            f"{section}.protocol=holdout: nobody with the label is in the shard set's test split; convert again with "
+            f"split.test=0.2 (a share of people), or set {section}.protocol=grouped_kfold"
         )
     both = np.intersect1d(table.person[held], table.person[~held])
     if len(both):
-        raise UserError(f"tune.protocol=holdout: {len(both)} people of the test split are also in another split")
+        raise UserError(f"{section}.protocol=holdout: {len(both)} people of the test split are also in another split")
     return np.flatnonzero(held)
 
 
-def _fold(table: Table, name: str, test: Ints, val_folds: int, seed: int) -> Fold:
+def _fold(table: Table, name: str, test: Ints, val_folds: int, seed: int, section: str) -> Fold:
     rest = np.setdiff1d(np.arange(len(table.label)), test)
     people = len(np.unique(table.person[rest]))
     if people < 2:
         raise UserError(f"fold {name} leaves {people} people to train and validate on; it takes at least 2")
+    if inner := inner_splits(table, rest, val_folds, f"{seed}/inner/{name}"):
+        return Fold(name, test, inner)
+    raise UserError(
+        f"fold {name}: its {people} people that are not tested cannot be grouped into a training and a validation part "
+        f"that both have all of {', '.join(table.classes)}; a class is found in too few people: use fewer "
+        f"{section}.folds, or a label that more people have"
+    )
+
+
+def inner_splits(table: Table, rest: Ints, val_folds: int, purpose: str) -> tuple[tuple[Ints, Ints], ...]:
+    """Pairs (rows to train on, rows to validate on) of the rows ``rest``, as in `Fold`; empty if there are none."""
 
     def all_have_all_classes(groups: Sequence[Ints]) -> bool:
         parts = [*groups, *(np.setdiff1d(rest, group) for group in groups)]
         return all(_classes(table, part) == len(table.classes) for part in parts)
 
     # Fewer and therefore larger groups where a class is rare.
-    for number in range(min(val_folds, people), 1, -1):
-        groups = _groups(table, rest, number, f"{seed}/inner/{name}", all_have_all_classes)
+    for number in range(min(val_folds, len(np.unique(table.person[rest]))), 1, -1):
+        groups = _groups(table, rest, number, purpose, all_have_all_classes)
         if groups is not None:
-            return Fold(name, test, tuple((np.setdiff1d(rest, group), group) for group in groups))
-    raise UserError(
-        f"fold {name}: its {people} people that are not tested cannot be grouped into a training and a validation part "
-        f"that both have all of {', '.join(table.classes)}; a class is found in too few people: use fewer "
-        "tune.folds, or a label that more people have"
-    )
+            return tuple((np.setdiff1d(rest, group), group) for group in groups)
+    return ()
+
+
+def labelled(table: Table, rest: Ints, fraction: float, purpose: str) -> Ints:
+    """The rows of ``rest`` of a share of its people, drawn evenly; a smaller share's people are among a larger one's.
+
+    Every class comes with at least two people, as far as there are any, for one has to train and one to validate: a
+    share too small for that is made up.
+    """
+    people = np.unique(table.person[rest])
+    order = people[permutation(len(people), "labelled", purpose)]
+    chosen = set(order[: max(1, round(fraction * len(people)))].tolist())
+    for one in range(len(table.classes)):
+        having = set(table.person[rest][table.label[rest] == one].tolist())
+        missing = 2 - len(chosen & having)
+        chosen |= set([person for person in order.tolist() if person in having - chosen][: max(missing, 0)])
+    return rest[np.isin(table.person[rest], np.array(sorted(chosen), dtype=people.dtype))]
 
 
 def _classes(table: Table, rows: Ints) -> int:

@@ -77,20 +77,22 @@ def label_name(task: str, label: str | None) -> str:
     return label or (EEGMAT_LABEL if task == "eegmat" else "")
 
 
-def load_table(data: str, task: str, label: str | None) -> Table:
+def load_table(data: str, task: str, label: str | None, option: str = "tune.label") -> Table:
     """The windows that carry the label.
 
     Args:
-        data: URL of a shard set with both signals.
+        data: URL of a shard set; of one with both signals where the option is that of a sweep.
         task: ``labels``: the classes are the sorted values of ``label``; ``eegmat``: rest, then arithmetic.
         label: name of the label; None for the task's own.
+        option: by which the label was given.
 
     Raises:
         UserError: a signal is missing, the label is not there, is no class label, or has only one class.
         DataError: the set is damaged.
     """
     shards = open_set(data)
-    need_both(shards)
+    if option == "tune.label":
+        need_both(shards)
     name = label_name(task, label)
     sidecar = read_sidecar(shards)
     facts = list(_facts(shards))
@@ -100,19 +102,19 @@ def load_table(data: str, task: str, label: str | None) -> Table:
     if name not in known:
         if not known:
             raise UserError(
-                f"tune.label={name}: the windows of {shards.url} have no labels at all; convert the recordings again "
+                f"{option}={name}: the windows of {shards.url} have no labels at all; convert the recordings again "
                 "with a table of labels and people (docs/data.md)"
             )
         hint = closest(name, known)
         there = f"; it has {', '.join(sorted(known))}" + (f"; {hint}" if hint else "")
-        raise UserError(f"tune.label={name}: no window of {shards.url} has that label{there}")
+        raise UserError(f"{option}={name}: no window of {shards.url} has that label{there}")
     values = [one.get(name) for one in labels]
     sample = np.array([i for i, value in enumerate(values) if value is not None], dtype=np.int64)
     given = [values[i] for i in sample]
-    classes = _eegmat_classes(given, name, data) if task == "eegmat" else _classes(given, name)
+    classes = _eegmat_classes(given, name, data) if task == "eegmat" else _classes(given, f"{option}={name}")
     if len(classes) < 2:
         only = f"only the value {_word(classes[0])}" if classes else "no value"
-        raise UserError(f"tune.label={name}: {shards.url} has {only} of it; there is nothing to tell apart")
+        raise UserError(f"{option}={name}: {shards.url} has {only} of it; there is nothing to tell apart")
     number = {value: i for i, value in enumerate(classes)}
     recordings = [_recording(facts[i], keys[i]) for i in sample]
     order = {recording: i for i, recording in enumerate(sorted(set(recordings)))}
@@ -157,9 +159,9 @@ def _eegmat_classes(values: Sequence[Any], name: str, data: str) -> list[Any]:
     return [value for value in EEGMAT_CLASSES if value in present]
 
 
-def _classes(values: Sequence[Any], name: str) -> list[Any]:
+def _classes(values: Sequence[Any], asked: str) -> list[Any]:
     kinds = {type(value) for value in values}
-    no_class = f"tune.label={name} is no class label:"
+    no_class = f"{asked} is no class label:"
     if not kinds <= {bool, int, str}:
         example = next(value for value in values if type(value) not in (bool, int, str))
         kind = "numbers with a fraction" if isinstance(example, float) else f"a {type(example).__name__}"

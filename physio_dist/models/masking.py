@@ -5,6 +5,9 @@ time, to be told from the lead's own context. The source (arXiv 2512.15250) publ
 the two combine; what stands here is our own design. Its one hard rule: limb leads are linearly dependent
 (III = II - I, aVR = -(I + II)/2, aVL = I - II/2, aVF = II - I/2), so two visible ones give all others by
 arithmetic. At every patch the number of visible limb leads is therefore none, one or all of them.
+
+A sample may also be shown with some of its leads only (`MaskConfig.lead_drop`), as a recorder of 8, 2 or 1 leads
+would have taken it; it is then masked as if it had no others.
 """
 
 from __future__ import annotations
@@ -27,17 +30,32 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
+MODES = ("both", "alternating")
+Layouts = tuple[tuple[tuple[int, ...], ...], ...]
+"""Kinds of recorders, each a choice of sets of channels of which a sample is shown one, drawn evenly."""
+
+
 @dataclass(frozen=True)
 class MaskConfig:
-    """How much is hidden.
+    """How much is hidden, and how.
 
     ``intra_ratio``: share of patches hidden in time in every group of leads; ``inter_ratio``: probability
-    that a single lead, or the limb leads together, are hidden as a whole. Raises ``UserError`` outside 0 <=
-    ratio < 1 (at 1 everything would be hidden) or with both 0.
+    that a single lead, or the limb leads together, are hidden as a whole. ``span``: mean length of what is
+    hidden in time, in patches; None hides one span in half of the samples and scattered patches in the
+    others, 0 and 1 scattered patches in all. ``mode``: ``both`` parts in every sample, or ``alternating``:
+    each sample has one of them, drawn evenly. ``lead_drop``: probability that a sample is shown with the
+    leads of one of ``layouts`` only.
+
+    Raises ``UserError`` for ratios outside 0 <= ratio < 1 (at 1 everything would be hidden) or both 0, and
+    for options that make no sense alone or together.
     """
 
     intra_ratio: float
     inter_ratio: float
+    span: float | None = None
+    mode: str = "both"
+    lead_drop: float = 0.0
+    layouts: Layouts = ()
 
     def __post_init__(self) -> None:
         for name in ("intra_ratio", "inter_ratio"):
@@ -46,14 +64,29 @@ class MaskConfig:
                 raise UserError(f"mask.{name} is {value}: it has to be at least 0 and below 1")
         if self.intra_ratio == 0.0 and self.inter_ratio == 0.0:
             raise UserError("mask.intra_ratio and mask.inter_ratio are both 0: nothing would be hidden")
+        if self.span is not None and not 0.0 <= self.span < math.inf:
+            raise UserError(f"mask.span is {self.span}: it has to be a number of patches, or null")
+        if self.mode not in MODES:
+            raise UserError(f"mask.mode is {self.mode}: it has to be {' or '.join(MODES)}")
+        if not 0.0 <= self.lead_drop <= 1.0:
+            raise UserError(f"mask.lead_drop is {self.lead_drop}: it has to lie between 0 and 1")
+        if self.mode == "alternating" and 0.0 in (self.intra_ratio, self.inter_ratio):
+            raise UserError("mask.mode=alternating needs mask.intra_ratio and mask.inter_ratio above 0")
+        if self.lead_drop > 0.0 and self.intra_ratio == 0.0:
+            raise UserError("mask.lead_drop needs mask.intra_ratio above 0: a lead alone can only be hidden in time")
 
 
 @dataclass(frozen=True)
 class DualMask:
-    """Disjoint bool arrays ``[batch, channel, patch]``; a lead hidden as a whole counts as ``inter``."""
+    """Disjoint bool arrays ``[batch, channel, patch]``; a lead hidden as a whole counts as ``inter``.
+
+    ``shown``: bool ``[batch, channel]``, False for leads that were dropped: they are neither seen nor told,
+    and never ``intra`` or ``inter``.
+    """
 
     intra: NDArray[np.bool_]
     inter: NDArray[np.bool_]
+    shown: NDArray[np.bool_]
 
     @property
     def hidden(self) -> NDArray[np.bool_]:
@@ -68,29 +101,78 @@ def draw_masks(
     seed: int,
     purpose: str,
     positions: NDArray[np.int64],
+    valid: NDArray[np.bool_] | None = None,
 ) -> DualMask:
     """The masks of the samples at global ``positions`` ``[batch]``: functions of seed, purpose and position.
 
     ``groups`` partitions the channels: a group of several is a set of linearly dependent (limb) leads, a
-    group of one an independent channel.
+    group of one an independent channel. ``valid`` bool ``[batch, channel]``: of a sample in which none of the
+    leads to be shown is valid all are shown; nothing else depends on it.
 
     In time every group hides round(``intra_ratio`` x ``patches``) patches, the same in all its leads, but
-    at least one and never all of them; half of the samples draw them scattered, the other half as one span.
-    The span goes around the end of the window, so that every patch is hidden equally often. As a whole each
-    single channel, and the limb group, is hidden with probability ``inter_ratio``; a hidden limb group
-    keeps, in one case of two, one lead drawn evenly. If no group came out hidden, the one nearest to it is;
-    if nothing remained visible, the group farthest from being hidden is shown, or, where it is the only
-    group, keeps its one lead. With one channel the lead-wise part, with one patch the part in time drops
+    at least one and never all of them: scattered, or in spans, which go around the end of the window, so
+    that every patch is hidden equally often. Spans are at least one visible patch apart, so that there may be
+    fewer and longer ones than ``span`` asks for.
+
+    As a whole each single channel, and the limb group, is hidden with probability ``inter_ratio``; a hidden
+    limb group keeps, in one case of two, one lead drawn evenly. If no group came out hidden, the one nearest
+    to it is; if nothing remained visible, the group farthest from being hidden is shown, or, where it is the
+    only group, keeps its one lead. With one channel the lead-wise part, with one patch the part in time drops
     out.
 
-    Expected shares at ratios of 0.5 and 0.5 with 12 leads (six limb leads in one group, V1-V6) and an even
-    number of patches: 0.480 of all patches inter, 0.260 intra, 0.740 hidden.
+    Expected shares at ratios of 0.5 and 0.5 with 12 leads (six limb leads in one group, V1-V6), both parts
+    in every sample, and an even number of patches: 0.480 of all patches inter, 0.260 intra, 0.740 hidden.
 
     Raises ``UserError`` where that leaves nothing to hide, ``ValueError`` where ``groups`` is no partition.
     """
     channels = sum(len(group) for group in groups)
     if channels == 0 or sorted(c for group in groups for c in group) != list(range(channels)):
         raise ValueError(f"groups {groups!r} are not a partition of the channels 0..n-1")
+    shown = np.ones((len(positions), channels), dtype=np.bool_)
+    if config.lead_drop > 0.0:
+        if not config.layouts or patches < 2:
+            raise UserError(
+                f"mask.lead_drop={config.lead_drop}: windows of {channels} channels x {patches} patches leave nothing "
+                "to drop or to hide; it is for ECG of several leads and seconds"
+            )
+        shown = _shown(config, channels, seed, purpose, positions)
+        if valid is not None:
+            shown |= ~(shown & valid).any(axis=1, keepdims=True)
+    intra = np.zeros((len(positions), channels, patches), dtype=np.bool_)
+    inter = np.zeros_like(intra)
+    for leads in np.unique(shown, axis=0):
+        rows = np.flatnonzero((shown == leads).all(axis=1))
+        here = np.flatnonzero(leads)
+        number = {int(lead): i for i, lead in enumerate(here)}
+        left = [[number[lead] for lead in group if lead in number] for group in groups]
+        found = _draw(config, [group for group in left if group], patches, seed, purpose, positions[rows])
+        intra[np.ix_(rows, here)], inter[np.ix_(rows, here)] = found
+    return DualMask(intra, inter, shown)
+
+
+def _shown(
+    config: MaskConfig, channels: int, seed: int, purpose: str, positions: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which leads each sample is shown with, ``[batch, channels]``."""
+    draw = _uniform(seed, f"{purpose}/drop", positions, 3)
+    shown = np.ones((len(positions), channels), dtype=np.bool_)
+    kind = (draw[:, 1] * len(config.layouts)).astype(np.int64)
+    for row in np.flatnonzero(draw[:, 0] < config.lead_drop):
+        sets = config.layouts[kind[row]]
+        shown[row] = np.isin(np.arange(channels), sets[int(draw[row, 2] * len(sets))])
+    return shown
+
+
+def _draw(
+    config: MaskConfig,
+    groups: Sequence[Sequence[int]],
+    patches: int,
+    seed: int,
+    purpose: str,
+    positions: NDArray[np.int64],
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """``intra`` and ``inter`` of samples that have all of the channels in ``groups``."""
+    channels = sum(len(group) for group in groups)
     in_time = config.intra_ratio > 0.0 and patches > 1
     by_lead = config.inter_ratio > 0.0 and channels > 1
     if not in_time and not by_lead:
@@ -114,12 +196,21 @@ def draw_masks(
     intra = np.zeros((batch, channels, patches), dtype=np.bool_)
     if in_time:
         count = min(max(math.floor(config.intra_ratio * patches + 0.5), 1), patches - 1)
-        scattered = uniform("style", 1) < 0.5
-        spot = uniform("scatter", len(groups), patches)
-        start = uniform("span", len(groups))
-        intra = _hide_in_time(count, scattered, spot, start)[:, group_of]
+        spot, start = uniform("scatter", len(groups), patches), uniform("span", len(groups))
+        if config.span is None:
+            scattered = uniform("style", 1) < 0.5
+            intra = _hide_in_time(count, scattered, spot, start)[:, group_of]
+        elif config.span <= 1.0:
+            intra = _hide_in_time(count, np.ones((batch, 1), dtype=np.bool_), spot, start)[:, group_of]
+        else:
+            spans = np.floor(count / config.span + uniform("spans", len(groups))).astype(np.int64)
+            intra = _hide_spans(count, spans, spot, start)[:, group_of]
+    if config.mode == "alternating" and in_time and by_lead:
+        lead_wise = uniform("mode", 1) < 0.5
+        whole &= lead_wise
+        intra &= ~lead_wise[:, :, None]
     inter = np.broadcast_to(whole[:, :, None], intra.shape).copy()
-    return DualMask(intra=intra & ~inter, inter=inter)
+    return intra & ~inter, inter
 
 
 def _hide_groups(draw: NDArray[np.float64], ratio: float) -> NDArray[np.bool_]:
@@ -169,6 +260,32 @@ def _hide_in_time(
     after = (np.arange(patches) - first) % patches
     chosen: NDArray[np.bool_] = np.where(scattered[:, :, None], rank, after) < count
     return chosen
+
+
+def _hide_spans(
+    count: int, spans: NDArray[np.int64], spot: NDArray[np.float64], start: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """``count`` patches of every group in ``spans`` ``[batch, groups]`` spans, else as `_hide_in_time`.
+
+    How the hidden patches are shared out among the spans, and the others among the gaps, is drawn evenly from
+    all ways to do so.
+    """
+    patches = spot.shape[2]
+    cuts = np.clip(spans, 1, min(count, patches - count))[:, :, None] - 1
+
+    def part(draw: NDArray[np.float64]) -> NDArray[np.int64]:
+        """For each of some patches in a row, in which of the parts it is: cuts fall between two of them."""
+        rank = draw[:, :, 1:].argsort(axis=2, kind="stable").argsort(axis=2, kind="stable")
+        numbers: NDArray[np.int64] = np.zeros(draw.shape, dtype=np.int64)
+        numbers[:, :, 1:] = (rank < cuts).cumsum(axis=2)
+        return numbers
+
+    # Span, gap, span, gap: sorted by twice the number of the part, plus one for gaps.
+    order = np.concatenate([2 * part(spot[:, :, :count]), 2 * part(spot[:, :, count:]) + 1], axis=2)
+    hidden = order.argsort(axis=2, kind="stable") < count
+    first = (start * patches).astype(np.int64)[:, :, None]
+    turned: NDArray[np.bool_] = np.take_along_axis(hidden, (np.arange(patches) - first) % patches, axis=2)
+    return turned
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -1,4 +1,4 @@
-"""Encoders in and out: our export folder, and CBraMod checkpoints.
+"""Encoders in and out: our export folder, and CBraMod checkpoints, the published one or braindecode's.
 
 An export holds ``encoder.safetensors`` (plain names, fp32, the reconstruction head left out) and ``config.json``.
 Nothing here unpickles: a published ``.pth`` is read with ``weights_only=True``.
@@ -155,14 +155,30 @@ class CBraModReport:
     """What a CBraMod checkpoint turned out to be.
 
     ``config``: the shape read off the tensors; ``has_head``: whether the reconstruction head was in it;
-    ``mask_patch_is_zero``: whether its mask patch is the usual one.
+    ``mask_patch_is_zero``: whether its mask patch is the usual one; ``layout``: ``published`` or
+    ``braindecode``; ``matched``: how many of its tensors are used; ``left_out``: the names of the others.
     """
 
     config: EncoderConfig
     has_head: bool
     mask_patch_is_zero: bool
+    layout: str
+    matched: int
+    left_out: tuple[str, ...]
+
+    def tell(self) -> str:
+        """All of it in one line."""
+        left = f", left out: {', '.join(self.left_out)}" if self.left_out else ""
+        head = "with" if self.has_head else "without"
+        mask = "" if self.mask_patch_is_zero else "; its mask patch is not zero"
+        return (
+            f"CBraMod checkpoint, {self.layout} layout: {self.config.layers} layers, d {self.config.d}, {head} "
+            f"reconstruction head; {self.matched} of {self.matched + len(self.left_out)} tensors matched, none "
+            f"missing{left}{mask}"
+        )
 
 
+_CLASSIFIER = "final_layer."
 # Ours -> theirs. The fused projections of torch's MultiheadAttention stack q, k, v as ours do.
 _NAMES = {
     "encoder.embedding.mask_patch": "patch_embedding.mask_encoding",
@@ -207,10 +223,19 @@ def from_cbramod(
     Tensors do not tell the number of ``heads`` (CBraMod: 8, half over channels, half over time). Where the
     checkpoint has no reconstruction head the state has none either. Values and dtypes stay as they are.
 
+    ``braindecode.models.CBraMod`` keeps the published names and adds a classifier, ``final_layer.*``, which is
+    left out; so is a ``proj_out`` that leads to another width than a patch's (its option ``emb_dim``), for it
+    reconstructs nothing. DDP's prefix ``module.`` is understood.
+
     Raises ``UserError`` that lists what differs where the checkpoint is of another architecture.
     """
     theirs = {name.removeprefix("module."): value for name, value in state.items()}
+    braindecode = any(name.startswith(_CLASSIFIER) for name in theirs)
     config = _cbramod_config(theirs, heads, dropout)
+    left_out = [name for name in theirs if name.startswith(_CLASSIFIER)]
+    if (projection := theirs.get("proj_out.0.weight")) is not None and len(projection) != config.patch and braindecode:
+        left_out += [name for name in theirs if name.startswith("proj_out.")]
+    theirs = {name: value for name, value in theirs.items() if name not in left_out}
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in MaskedModel(config).state_dict().items()}
     has_head = any(name.startswith("proj_out.") for name in theirs)
@@ -220,7 +245,8 @@ def from_cbramod(
     if differences:
         raise UserError("not a CBraMod checkpoint: " + "; ".join(differences))
     mask = theirs["patch_embedding.mask_encoding"]
-    report = CBraModReport(config, has_head, mask_patch_is_zero=not bool(mask.any()))
+    layout = "braindecode" if braindecode else "published"
+    report = CBraModReport(config, has_head, not bool(mask.any()), layout, len(shapes), tuple(left_out))
     return {name: theirs[cbramod_name(name)] for name in shapes}, report
 
 

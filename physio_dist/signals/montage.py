@@ -171,6 +171,20 @@ def mask_groups(channels: Sequence[str]) -> list[list[int]]:
     return sorted([limb, *groups] if limb else groups)
 
 
+def lead_layouts(channels: Sequence[str]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """What recorders with fewer leads would have taken of these channels, as channel indices.
+
+    Of the kinds 8 leads (I, II, V1-V6: all that is independent in twelve), 2 leads (I, II) and 1 lead (any one of
+    them) those for which the channels have the leads and others besides. Nothing for channels without ECG leads.
+    """
+    at = {name: i for i, channel in enumerate(channels) if (name := canonical(channel)) is not None}
+    if len(channels) < 2 or not at:
+        return ()
+    several = [names for names in (("I", "II", *ECG_12[6:]), ("I", "II")) if set(names) <= set(at)]
+    kinds = [(tuple(at[name] for name in names),) for names in several if len(names) < len(channels)]
+    return (*kinds, tuple((i,) for i in sorted(at.values())))
+
+
 def _rows(signal: Signal) -> dict[str, int]:
     rows: dict[str, int] = {}
     for i, name in enumerate(signal.channels):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -26,7 +27,7 @@ from physio_dist.models.criss_cross import (
 from physio_dist.models.masking import MaskConfig, draw_masks
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.stream import Batch, Feed, Source
-from physio_dist.signals.montage import mask_groups
+from physio_dist.signals.montage import lead_layouts, mask_groups
 from physio_dist.training import checkpoint, lease
 from physio_dist.training.checkpoint import Checkpoint, Progress
 from physio_dist.training.engine import Engine, quiet
@@ -71,11 +72,12 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
     check_precision(options.train.precision)
     say = _say if place.rank == 0 else _silent
     torch.set_num_threads(options.train.threads or max(1, lifeline.cores() // place.local_world))
-    mask = MaskConfig(options.mask.intra_ratio, options.mask.inter_ratio)
+    mask = MaskConfig(**vars(options.mask))
     encoder = preset(options.model.preset, options.model.dropout)
     run_dir = RunDir(storage.join(options.run.dir, options.run.name), place.rank)
     cache = ShardCache(options.data.cache_dir, options.data.cache_gb * 1e9)
     source = Source(mixture(options.data.index), options.data.signal, cache)
+    mask = replace(mask, layouts=lead_layouts(source.info.channels))
     _check_signal(source, mask)
     order = source.order("train", options.train.global_batch, options.run.seed)
     held: lease.Lease | None = None

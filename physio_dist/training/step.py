@@ -44,11 +44,13 @@ class Micro:
 
 def prepare(batch: Batch, mask: MaskConfig, groups: Sequence[Sequence[int]], seed: int, purpose: str) -> Prepared:
     """Draw a batch's masks; run by the feed's thread."""
-    drawn: DualMask = draw_masks(mask, groups, batch.signal.shape[2] // PATCH, seed, purpose, batch.positions)
+    patches = batch.signal.shape[2] // PATCH
+    drawn: DualMask = draw_masks(mask, groups, patches, seed, purpose, batch.positions, batch.valid)
+    valid = batch.valid & drawn.shown
     return Prepared(
         batch=batch, signal=torch.from_numpy(batch.signal), scale=torch.from_numpy(batch.scale),
-        valid=torch.from_numpy(batch.valid), weight=torch.from_numpy(batch.weight),
-        intra=torch.from_numpy(drawn.intra), inter=torch.from_numpy(drawn.inter), all_valid=bool(batch.valid.all()),
+        valid=torch.from_numpy(valid), weight=torch.from_numpy(batch.weight),
+        intra=torch.from_numpy(drawn.intra), inter=torch.from_numpy(drawn.inter), all_valid=bool(valid.all()),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ class Validation:
         rank: int, world: int,
     ) -> None:  # fmt: skip
         self._source, self._size, self._rank = source, size, rank
-        self._mask, self._groups, self._seed = mask, groups, seed
+        # Always with all leads, so that runs with and without lead dropping can be compared.
+        self._mask, self._groups, self._seed = replace(mask, lead_drop=0.0), groups, seed
         members = source.members("val")
         sets = np.concatenate([np.full(len(ids), i, dtype=np.int64) for i, ids in enumerate(members)])
         ids = np.concatenate(members)

@@ -140,7 +140,7 @@ def test_a_checkpoint_of_the_published_shape_and_size_comes_by_url(
     opened = open_backbone(url, "eeg")
     assert torch.equal(features(opened.module), features(model.encoder))
     assert not opened.module.training
-    assert replace(opened, module=model.encoder) == Backbone(
+    assert replace(opened, loaded="", module=model.encoder) == Backbone(
         module=model.encoder, signal="eeg", sha256=hashlib.sha256(path.read_bytes()).hexdigest(), rate=200.0,
         unit_uv=100.0, channels=(), people=None, simulated=False, url=url,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from study_samples import table_of
 
-from physio_dist.downstream.splits import Fold, folds_of, permuted
+from physio_dist.downstream.splits import Fold, folds_of, labelled, permuted
 from physio_dist.downstream.tasks import Table
 from physio_dist.errors import UserError
 
@@ -188,3 +188,27 @@ def test_a_recording_of_several_labels_is_permuted_by_its_stretches() -> None:
         assert (new == new[:, :, :1]).all()
         seen |= {tuple(one) for one in new[:, :, 0].tolist()}
     assert seen == {(0, 1, 0), (1, 0, 0), (0, 0, 1)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 3), st.integers(0, 9))
+def test_a_share_of_people_is_labelled_smaller_ones_within_larger_ones(n: int, classes: int, seed: int) -> None:
+    # Each person has one class.
+    made = table_of(n * classes, 1, 2)
+    number = np.unique(made.person, return_inverse=True)[1] % classes
+    table = replace(made, label=number, classes=tuple("abc"[:classes]))
+    rest = np.flatnonzero(table.person != table.person[0])
+    before: set[int] = set()
+    for fraction in (0.01, 0.1, 0.5, 1.0):
+        rows = labelled(table, rest, fraction, str(seed))
+        chosen = people(table, rows)
+        assert np.array_equal(rows, rest[np.isin(table.person[rest], sorted(chosen))]), "people stay whole"
+        assert before <= chosen
+        wanted = max(1, round(fraction * len(people(table, rest))))
+        assert wanted <= len(chosen) <= max(wanted, wanted + 2 * classes - 1)
+        for one in range(classes):
+            having = people(table, rest[table.label[rest] == one])
+            assert len(chosen & having) >= min(2, len(having))
+        before = chosen
+    assert before == people(table, rest)
+    assert labelled(table, rest, 0.2, "a").tolist() == labelled(table, rest, 0.2, "a").tolist()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from physio_dist.errors import UserError
 from physio_dist.models.masking import (
+    MODES,
     DualMask,
     MaskConfig,
     draw_masks,
@@ -18,6 +23,7 @@ from physio_dist.models.masking import (
     predict_interpolation,
     predict_zero,
 )
+from physio_dist.signals.montage import lead_layouts, mask_groups
 
 TWELVE = [[0, 1, 2, 3, 4, 5], *([lead] for lead in range(6, 12))]
 # Rows I, II, III, aVR, aVL, aVF, V1-V6 over the columns I, II, V1-V6.
@@ -62,7 +68,7 @@ def test_rules_hold_for_every_mask(layout: str, patches: int, intra: float, inte
             draw(config, groups, patches, 4, seed)
         return
     mask = draw(config, groups, patches, 64, seed)
-    assert mask.hidden.shape == (64, channels, patches)
+    assert mask.hidden.shape == (64, channels, patches) and mask.shown.all()
     assert not (mask.intra & mask.inter).any()
     whole = mask.inter.any(2)
     assert np.array_equal(whole, mask.inter.all(2)), "a lead is hidden as a whole or not at all"
@@ -89,6 +95,124 @@ def test_no_hidden_limb_patch_is_arithmetic_of_visible_leads() -> None:
         rank = np.linalg.matrix_rank(visible) if len(visible) else 0
         for lead in np.flatnonzero(hidden):
             assert np.linalg.matrix_rank(np.vstack([visible, LEADS[lead]])) == rank + 1
+
+
+NAMES = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+OPTIONS = st.builds(
+    MaskConfig,
+    intra_ratio=st.sampled_from([0.1, 0.5, 0.9]),
+    inter_ratio=st.sampled_from([0.1, 0.5, 0.9]),
+    span=st.sampled_from([None, 0.0, 1.0, 2.0, 3.5, 40.0]),
+    mode=st.sampled_from(MODES),
+    lead_drop=st.sampled_from([0.0, 0.5, 1.0]),
+)
+
+
+def no_hidden_limb_patch_is_arithmetic(mask: DualMask, matrix: np.ndarray) -> None:
+    """By rank: a hidden lead that visible leads combine to would not raise theirs."""
+    shown = np.broadcast_to(mask.shown[:, :, None], mask.hidden.shape)
+    states = np.stack([shown & mask.hidden, shown & ~mask.hidden], axis=-1).transpose(0, 2, 1, 3)
+    for state in np.unique(states.reshape(-1, *states.shape[2:]), axis=0):
+        visible = matrix[state[:, 1]]
+        rank = np.linalg.matrix_rank(visible) if len(visible) else 0
+        for lead in np.flatnonzero(state[:, 0]):
+            assert np.linalg.matrix_rank(np.vstack([visible, matrix[lead]])) == rank + 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(OPTIONS, st.permutations(range(12)), st.integers(2, 12), st.integers(0, 2**63))
+def test_no_option_makes_a_hidden_limb_patch_arithmetic(
+    config: MaskConfig, order: list[int], patches: int, seed: int
+) -> None:
+    names = [NAMES[i] for i in order]
+    config = replace(config, layouts=lead_layouts(names))
+    mask = draw(config, mask_groups(names), patches, 48, seed)
+    no_hidden_limb_patch_is_arithmetic(mask, LEADS[order])
+    # Every sample has something to tell and something to tell it from, among the leads it is shown with.
+    shown = mask.shown[:, :, None]
+    assert (mask.hidden & shown).any((1, 2)).all() and (~mask.hidden & shown).any((1, 2)).all()
+    assert not (mask.hidden & ~shown).any() and not (mask.intra & mask.inter).any()
+
+
+def test_alternating_samples_have_one_part_each() -> None:
+    mask = draw(MaskConfig(0.5, 0.5, mode="alternating"), TWELVE, 10, 4000)
+    in_time, by_lead = mask.intra.any((1, 2)), mask.inter.any((1, 2))
+    assert (in_time ^ by_lead).all()
+    assert in_time.mean() == pytest.approx(0.5, abs=0.03)
+    # Each as it is in a sample with both.
+    both = draw(MaskConfig(0.5, 0.5), TWELVE, 10, 4000)
+    assert np.array_equal(mask.inter[by_lead], both.inter[by_lead])
+    assert np.array_equal(mask.intra[in_time], (both.intra | both.inter & mask.intra)[in_time])
+    alone = draw(MaskConfig(0.5, 0.5, mode="alternating"), [[0]], 10, 100)
+    assert (alone.intra.sum(2) == 5).all(), "one channel can only be hidden in time"
+
+
+@pytest.mark.parametrize(
+    ("span", "ratio", "patches", "spans"),
+    [(2.0, 0.5, 20, 5.0), (4.0, 0.5, 20, 2.5), (3.0, 0.3, 20, 2.0), (40.0, 0.5, 20, 1.0), (2.0, 0.8, 20, 4.0)],
+)
+def test_spans_have_the_mean_length_that_was_asked_for(span: float, ratio: float, patches: int, spans: float) -> None:
+    mask = draw(MaskConfig(ratio, 0.0, span=span), TWELVE, patches, 3000)
+    assert (mask.intra.sum(2) == round(ratio * patches)).all()
+    beginnings = (mask.intra & ~np.roll(mask.intra, 1, axis=2)).sum(2)
+    # Visible patches part the spans, so of 16 hidden and 4 visible patches there are 4 spans and not 8.
+    assert beginnings.mean() == pytest.approx(spans, abs=0.05)
+    assert np.ptp(mask.intra.mean((0, 1))) < 0.03, "every patch is hidden equally often"
+
+
+def test_scattered_patches_are_those_of_the_scattered_half() -> None:
+    scattered = draw(MaskConfig(0.5, 0.3, span=0.0), TWELVE, 10, 500)
+    usual = draw(MaskConfig(0.5, 0.3), TWELVE, 10, 500)
+    same = (scattered.hidden == usual.hidden).all((1, 2))
+    assert np.array_equal(scattered.inter, usual.inter) and 0.4 < same.mean() < 0.6
+    assert np.array_equal(scattered.hidden, draw(MaskConfig(0.5, 0.3, span=1.0), TWELVE, 10, 500).hidden)
+
+
+def test_leads_are_dropped_in_the_layouts_shares_and_the_rest_is_masked_as_ever() -> None:
+    config = MaskConfig(0.5, 0.3, lead_drop=0.6, layouts=lead_layouts(NAMES))
+    mask, usual = draw(config, TWELVE, 10, 6000), draw(MaskConfig(0.5, 0.3), TWELVE, 10, 6000)
+    counts = mask.shown.sum(1)
+    for leads, share in ((12, 0.4), (8, 0.2), (2, 0.2), (1, 0.2)):
+        assert (counts == leads).mean() == pytest.approx(share, abs=0.02)
+    assert np.array_equal(np.flatnonzero(mask.shown[counts == 8][0]), [0, 1, 6, 7, 8, 9, 10, 11])
+    assert np.array_equal(np.flatnonzero(mask.shown[counts == 2][0]), [0, 1])
+    assert mask.shown[counts == 1].any(0).all(), "any lead may be the only one"
+    assert np.array_equal(mask.hidden[counts == 12], usual.hidden[counts == 12])
+    assert not mask.inter[counts == 1].any() and (mask.intra[counts == 1].sum((1, 2)) == 5).all()
+
+
+def test_a_sample_without_a_valid_lead_among_those_to_be_shown_is_shown_whole() -> None:
+    config = MaskConfig(0.5, 0.3, lead_drop=1.0, layouts=lead_layouts(NAMES))
+    valid = np.ones((200, 12), dtype=bool)
+    valid[:, :2] = False
+    free = draw(config, TWELVE, 10, 200)
+    held = draw_masks(config, TWELVE, 10, 7, "train", np.arange(200), valid)
+    blind = ~(free.shown & valid).any(1)
+    assert blind.any() and held.shown[blind].all()
+    assert np.array_equal(held.shown[~blind], free.shown[~blind])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"span": -1.0}, "mask.span"),
+        ({"span": float("nan")}, "mask.span"),
+        ({"mode": "either"}, "mask.mode"),
+        ({"lead_drop": 1.5}, "mask.lead_drop"),
+        ({"mode": "alternating", "inter_ratio": 0.0}, "mask.mode=alternating needs"),
+        ({"lead_drop": 0.5, "intra_ratio": 0.0}, "a lead alone can only be hidden in time"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(words: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        MaskConfig(**{"intra_ratio": 0.5, "inter_ratio": 0.3, **words})
+
+
+@pytest.mark.parametrize(("names", "patches"), [(["I"], 10), (["Fz", "Cz"], 10), (NAMES, 1)])
+def test_lead_dropping_needs_leads_and_seconds(names: Sequence[str], patches: int) -> None:
+    config = MaskConfig(0.5, 0.3, lead_drop=0.5, layouts=lead_layouts(names))
+    with pytest.raises(UserError, match=r"mask\.lead_drop=0\.5: windows of"):
+        draw(config, mask_groups(names), patches, 4)
 
 
 @settings(max_examples=40, deadline=None)

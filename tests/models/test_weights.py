@@ -79,6 +79,27 @@ def test_a_checkpoint_without_head_gives_an_encoder(reference: dict[str, Tensor]
     assert not unexpected and set(missing) == {"reconstruct.weight", "reconstruct.bias"}
 
 
+def test_braindecodes_layout_is_the_published_one_with_a_classifier(reference: dict[str, Tensor]) -> None:
+    published, before = from_cbramod(reference)
+    total = len(reference)
+    assert before.layout == "published" and before.matched == total and before.left_out == ()
+    assert f"{total} of {total} tensors matched, none missing" in before.tell()
+    extra = {"final_layer.1.weight": torch.zeros(4, 19 * 30 * 200), "final_layer.1.bias": torch.zeros(4)}
+    state, report = from_cbramod({**reference, **extra})
+    assert report.layout == "braindecode" and report.has_head
+    assert (report.matched, report.left_out) == (total, tuple(extra))
+    assert state.keys() == published.keys() and all(torch.equal(state[k], published[k]) for k in state)
+    # With emb_dim the projection is no reconstruction of a patch.
+    narrow = {"proj_out.0.weight": torch.zeros(64, 200), "proj_out.0.bias": torch.zeros(64)}
+    state, report = from_cbramod({**reference, **extra, **narrow})
+    assert not report.has_head and report.matched == total - 2
+    assert set(report.left_out) == {*extra, *narrow}
+    assert f"{total - 2} of {total + 2} tensors matched, none missing, left out: final_layer.1.weight" in report.tell()
+    CrissCrossEncoder(report.config).load_state_dict({k.removeprefix("encoder."): v for k, v in state.items()})
+    with pytest.raises(UserError, match=r"is \[64\] instead of \[200\]"):
+        from_cbramod({**reference, **narrow})
+
+
 def test_another_architecture_is_refused_with_what_differs(reference: dict[str, Tensor]) -> None:
     broken = dict(reference)
     del broken["patch_embedding.proj_in.3.bias"]

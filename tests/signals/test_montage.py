@@ -19,6 +19,7 @@ from physio_dist.signals.montage import (
     ecg_name,
     electrode,
     identity_error,
+    lead_layouts,
     mask_groups,
     select,
 )
@@ -213,3 +214,12 @@ def test_limb_leads_are_masked_together() -> None:
     assert mask_groups(("V1", "AVR", "V2", "di")) == [[0], [1, 3], [2]]
     assert mask_groups(("Fp1", "Cz")) == [[0], [1]]
     assert mask_groups(()) == []
+
+
+def test_what_recorders_with_fewer_leads_would_have_taken() -> None:
+    alone = tuple((i,) for i in range(12))
+    assert lead_layouts(ECG_12) == (((0, 1, 6, 7, 8, 9, 10, 11),), ((0, 1),), alone)
+    eight = ("V1", "V2", "V3", "V4", "V5", "V6", "DII", "lead I")
+    assert lead_layouts(eight) == (((7, 6),), tuple((i,) for i in range(8)))
+    assert lead_layouts(("II", "V5")) == (((0,), (1,)),)
+    assert lead_layouts(("II",)) == lead_layouts(("Fz", "Cz")) == lead_layouts(()) == ()

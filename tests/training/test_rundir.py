@@ -58,6 +58,18 @@ def test_what_may_differ_on_resume_and_what_may_not(tmp_path: Path) -> None:
         compare_config(run, other)
 
 
+def test_a_run_of_a_version_that_knew_fewer_options_goes_on_with_their_defaults(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path), 0)
+    write_config(run, options())
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("  lead_drop: 0.0\n", ""))
+    compare_config(run, options())
+    other = options()
+    other.mask.lead_drop = 0.5
+    with pytest.raises(UserError, match=r"mask\.lead_drop: 0\.0 there, 0\.5 now"):
+        compare_config(run, other)
+
+
 def test_a_path_is_the_same_by_either_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run, near, far = RunDir(str(tmp_path / "run"), 0), options(), options()

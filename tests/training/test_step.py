@@ -64,6 +64,19 @@ def test_int16_becomes_patches_in_units_of_100_uv_on_the_device() -> None:
     assert micro.valid[0].tolist() == [[True, True], [True, True], [False, False]]
 
 
+def test_dropped_leads_are_not_valid_and_nothing_of_them_is_asked() -> None:
+    signal, valid = np.ones((64, 3, 2000), np.int16), np.ones((64, 3), dtype=bool)
+    valid[:, 2] = False
+    mask = MaskConfig(0.5, 0.3, lead_drop=0.5, layouts=(((0,), (1,), (2,)),))
+    prepared = prepare(batch_of(signal, valid, 1), mask, [[0], [1], [2]], 0, "train")
+    alone = prepared.valid.sum(1) == 1
+    assert 0.2 < alone.double().mean() < 0.5 and not prepared.all_valid
+    assert (prepared.valid.sum(1) >= 1).all(), "no sample is shown with an invalid lead alone"
+    asked = (prepared.intra | prepared.inter) & prepared.valid[:, :, None]
+    assert asked.any(2).any(1).all()
+    assert not prepared.inter[alone].any()
+
+
 def test_masks_depend_on_the_position_and_not_on_the_batch() -> None:
     signal, valid = np.zeros((6, 3, 2000), np.int16), np.ones((6, 3), dtype=bool)
     whole = prepare(batch_of(signal, valid, 1), MaskConfig(0.5, 0.3), [[0], [1], [2]], 5, "train")

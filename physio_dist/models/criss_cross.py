@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from physio_dist.errors import UserError, nearest
-from physio_dist.models.primitives import at_least_fp32, attend, drop
+from physio_dist.models.primitives import at_least_fp32, attend, drop, linear
 
 PATCH = 200
 """Samples in a patch: one second at 200 Hz."""
@@ -99,7 +99,7 @@ def preset(name: str, dropout: float = 0.1) -> EncoderConfig:
     return replace(PRESETS[name], dropout=dropout)
 
 
-def _like_weight(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+def _like_weight(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Call ``layer`` on ``x`` in the dtype of its weight: needed where DeepSpeed has cast the module."""
     return cast(Tensor, layer(x.to(layer.weight.dtype)))
 
@@ -180,7 +180,7 @@ class PatchEmbedding(nn.Module):
         y = F.gelu(self.norm3(_like_weight(self.conv3, y), flat))
         embedded = y.transpose(1, 2).reshape(batch, channels, patches, -1)
 
-        spectral = drop(_like_weight(self.spectrum, amplitude), self.dropout, self.training)
+        spectral = drop(linear(amplitude, self.spectrum.weight, self.spectrum.bias), self.dropout, self.training)
         embedded = embedded + spectral
         if valid is not None:
             embedded = torch.where(valid.unsqueeze(-1), embedded, 0.0)
@@ -198,13 +198,19 @@ class AxisAttention(nn.Module):
         self.heads = heads
         self.dropout = dropout
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x`` ``[rows, length, width]``; ``bias`` ``[rows, 1, 1, length]``, -inf at keys to leave out."""
-        rows, length, width = x.shape
-        qkv: Tensor = _like_weight(self.qkv, x).view(rows, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x: Tensor, axis: int, bias: Tensor | None) -> Tensor:
+        """Along ``axis`` (1: channels, 2: patches) of ``x`` ``[batch, channel, patch, width]`` -> the same shape.
+
+        ``bias`` ``[batch * patch or batch * channel, 1, 1, length]``, -inf at keys to leave out.
+        """
+        batch, channels, patches, _ = x.shape
+        # Tokens stay where they are but for one copy on the way to the heads and one on the way back.
+        qkv = linear(x, self.qkv.weight, self.qkv.bias).view(batch, channels, patches, 3, self.heads, -1)
+        q, k, v = qkv.permute(3, 0, 3 - axis, 4, axis, 5).reshape(3, -1, self.heads, x.shape[axis], qkv.shape[-1])
         y = attend(q, k, v, bias, self.dropout if self.training else 0.0)
-        return _like_weight(self.out, y.transpose(1, 2).reshape(rows, length, width))
+        y = y.view(batch, x.shape[3 - axis], self.heads, x.shape[axis], -1).transpose(2, 3)
+        y = (y.transpose(1, 2) if axis == 1 else y).reshape(x.shape)
+        return linear(y, self.out.weight, self.out.bias)
 
 
 class CrissCrossLayer(nn.Module):
@@ -223,15 +229,11 @@ class CrissCrossLayer(nn.Module):
 
     def forward(self, x: Tensor, lead_bias: Tensor | None, time_bias: Tensor | None) -> Tensor:
         """``x`` ``[batch, channel, patch, d]`` -> the same shape."""
-        batch, channels, patches, d = x.shape
-        leads, time = self.norm_attention(x).split(d // 2, dim=-1)
-        leads = leads.transpose(1, 2).reshape(batch * patches, channels, d // 2)
-        leads = self.over_leads(leads, lead_bias).view(batch, patches, channels, d // 2).transpose(1, 2)
-        time = self.over_time(time.reshape(batch * channels, patches, d // 2), time_bias)
-        attended = torch.cat((leads, time.view(batch, channels, patches, d // 2)), dim=-1)
+        leads, time = self.norm_attention(x).chunk(2, dim=-1)
+        attended = torch.cat((self.over_leads(leads, 1, lead_bias), self.over_time(time, 2, time_bias)), dim=-1)
         x = x + drop(attended, self.dropout, self.training)
-        wide = F.gelu(_like_weight(self.widen, self.norm_feedforward(x)))
-        narrow = _like_weight(self.narrow, drop(wide, self.dropout, self.training))
+        wide = F.gelu(linear(self.norm_feedforward(x), self.widen.weight, self.widen.bias))
+        narrow = linear(drop(wide, self.dropout, self.training), self.narrow.weight, self.narrow.bias)
         return x + drop(narrow, self.dropout, self.training)
 
 
@@ -315,7 +317,7 @@ class MaskedModel(nn.Module):
 
     def forward(self, x: Tensor, hidden: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Arguments as the encoder's. Returns predictions ``[batch, channel, patch, 200]`` in 100 uV."""
-        return _like_weight(self.reconstruct, self.encoder(x, hidden, valid))
+        return linear(self.encoder(x, hidden, valid), self.reconstruct.weight, self.reconstruct.bias)
 
 
 def count_parameters(config: EncoderConfig) -> int:

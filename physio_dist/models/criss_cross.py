@@ -13,7 +13,6 @@ take the low precision.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from physio_dist.errors import UserError, nearest
-from physio_dist.models.primitives import at_least_fp32, attend, drop, linear
+from physio_dist.models.primitives import at_least_fp32, attend, drop, like, linear
 
 PATCH = 200
 """Samples in a patch: one second at 200 Hz."""
@@ -99,11 +98,6 @@ def preset(name: str, dropout: float = 0.1) -> EncoderConfig:
     return replace(PRESETS[name], dropout=dropout)
 
 
-def _like_weight(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Call ``layer`` on ``x`` in the dtype of its weight: needed where DeepSpeed has cast the module."""
-    return cast(Tensor, layer(x.to(layer.weight.dtype)))
-
-
 class PatchNorm(nn.GroupNorm):
     """GroupNorm over ``[batch, filters, patches, positions]`` whose statistics leave invalid patches out."""
 
@@ -175,17 +169,17 @@ class PatchEmbedding(nn.Module):
 
         flat = None if valid is None else valid.reshape(batch, channels * patches)
         y = x.reshape(batch, 1, channels * patches, samples)
-        y = F.gelu(self.norm1(_like_weight(self.conv1, y), flat))
-        y = F.gelu(self.norm2(_like_weight(self.conv2, y), flat))
-        y = F.gelu(self.norm3(_like_weight(self.conv3, y), flat))
+        y = F.gelu(self.norm1(self.conv1(like(y, self.conv1.weight)), flat))
+        y = F.gelu(self.norm2(self.conv2(like(y, self.conv2.weight)), flat))
+        y = F.gelu(self.norm3(self.conv3(like(y, self.conv3.weight)), flat))
         embedded = y.transpose(1, 2).reshape(batch, channels, patches, -1)
 
         spectral = drop(linear(amplitude, self.spectrum.weight, self.spectrum.bias), self.dropout, self.training)
         embedded = embedded + spectral
         if valid is not None:
             embedded = torch.where(valid.unsqueeze(-1), embedded, 0.0)
-        position = _like_weight(self.position, embedded.permute(0, 3, 1, 2))
-        return embedded + position.permute(0, 2, 3, 1)
+        position: Tensor = self.position(like(embedded.permute(0, 3, 1, 2), self.position.weight))
+        return torch.add(embedded, position.permute(0, 2, 3, 1))
 
 
 class AxisAttention(nn.Module):
@@ -203,13 +197,15 @@ class AxisAttention(nn.Module):
 
         ``bias`` ``[batch * patch or batch * channel, 1, 1, length]``, -inf at keys to leave out.
         """
-        batch, channels, patches, _ = x.shape
+        batch, channels, patches, width = x.shape
+        length, others = x.shape[axis], x.shape[3 - axis]
         # Tokens stay where they are but for one copy on the way to the heads and one on the way back.
         qkv = linear(x, self.qkv.weight, self.qkv.bias).view(batch, channels, patches, 3, self.heads, -1)
-        q, k, v = qkv.permute(3, 0, 3 - axis, 4, axis, 5).reshape(3, -1, self.heads, x.shape[axis], qkv.shape[-1])
+        rows = qkv.permute(3, 0, 3 - axis, 4, axis, 5).contiguous()
+        q, k, v = rows.view(3, batch * others, self.heads, length, width // self.heads)
         y = attend(q, k, v, bias, self.dropout if self.training else 0.0)
-        y = y.view(batch, x.shape[3 - axis], self.heads, x.shape[axis], -1).transpose(2, 3)
-        y = (y.transpose(1, 2) if axis == 1 else y).reshape(x.shape)
+        y = y.view(batch, others, self.heads, length, width // self.heads).permute(0, 3, 1, 2, 4)
+        y = (y if axis == 1 else y.transpose(1, 2)).reshape(x.shape)
         return linear(y, self.out.weight, self.out.bias)
 
 

@@ -28,13 +28,19 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x`` ``[batch, channel, patch, width]`` times the transposed ``weight``, plus ``bias``; in the weight's dtype.
+def like(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` in the dtype of ``weight``, for an operation on both; as it is under autocast, which converts both."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x`` ``[batch, channel, patch, width]`` times the transposed ``weight``, plus ``bias``.
+
+    In the weight's dtype, which may be narrower than that of ``x`` where DeepSpeed has cast the module, or autocast's.
     In fp32 on a CPU as a convolution of kernel 1, which computes the same: torch has oneDNN do convolutions and MKL do
     matrix products, and on processors that are not Intel's MKL's fp32 takes twice as long.
     """
-    x = x.to(weight.dtype)
+    x = like(x, weight)
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)

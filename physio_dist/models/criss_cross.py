@@ -13,6 +13,7 @@ take the low precision.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,14 @@ def preset(name: str, dropout: float = 0.1) -> EncoderConfig:
     return replace(PRESETS[name], dropout=dropout)
 
 
+class Dense(nn.Linear):
+    """A linear layer by ``primitives.linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Of the last axis of ``[batch, channel, patch, width]``."""
+        return linear(input, self.weight, self.bias)
+
+
 class PatchNorm(nn.GroupNorm):
     """GroupNorm over ``[batch, filters, patches, positions]`` whose statistics leave invalid patches out."""
 
@@ -150,7 +159,7 @@ class PatchEmbedding(nn.Module):
         self.norm2 = PatchNorm(_NORM_GROUPS, filters)
         self.conv3 = nn.Conv2d(filters, filters, (1, _NEXT_KERNEL), padding=(0, _NEXT_KERNEL // 2))
         self.norm3 = PatchNorm(_NORM_GROUPS, filters)
-        self.spectrum = nn.Linear(config.patch // 2 + 1, config.d)
+        self.spectrum = Dense(config.patch // 2 + 1, config.d)
         padding = (_REACH[0] // 2, _REACH[1] // 2)
         self.position = nn.Conv2d(config.d, config.d, _REACH, padding=padding, groups=config.d)
         self.dropout = config.dropout
@@ -174,12 +183,12 @@ class PatchEmbedding(nn.Module):
         y = F.gelu(self.norm3(self.conv3(like(y, self.conv3.weight)), flat))
         embedded = y.transpose(1, 2).reshape(batch, channels, patches, -1)
 
-        spectral = drop(linear(amplitude, self.spectrum.weight, self.spectrum.bias), self.dropout, self.training)
+        spectral = drop(self.spectrum(amplitude), self.dropout, self.training)
         embedded = embedded + spectral
         if valid is not None:
             embedded = torch.where(valid.unsqueeze(-1), embedded, 0.0)
-        position: Tensor = self.position(like(embedded.permute(0, 3, 1, 2), self.position.weight))
-        return torch.add(embedded, position.permute(0, 2, 3, 1))
+        position = self.position(like(embedded.permute(0, 3, 1, 2), self.position.weight))
+        return cast(Tensor, embedded + position.permute(0, 2, 3, 1))
 
 
 class AxisAttention(nn.Module):
@@ -187,8 +196,8 @@ class AxisAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Dense(width, 3 * width)
+        self.out = Dense(width, width)
         self.heads = heads
         self.dropout = dropout
 
@@ -200,13 +209,13 @@ class AxisAttention(nn.Module):
         batch, channels, patches, width = x.shape
         length, others = x.shape[axis], x.shape[3 - axis]
         # Tokens stay where they are but for one copy on the way to the heads and one on the way back.
-        qkv = linear(x, self.qkv.weight, self.qkv.bias).view(batch, channels, patches, 3, self.heads, -1)
+        qkv: Tensor = self.qkv(x).view(batch, channels, patches, 3, self.heads, -1)
         rows = qkv.permute(3, 0, 3 - axis, 4, axis, 5).contiguous()
         q, k, v = rows.view(3, batch * others, self.heads, length, width // self.heads)
         y = attend(q, k, v, bias, self.dropout if self.training else 0.0)
         y = y.view(batch, others, self.heads, length, width // self.heads).permute(0, 3, 1, 2, 4)
         y = (y if axis == 1 else y.transpose(1, 2)).reshape(x.shape)
-        return linear(y, self.out.weight, self.out.bias)
+        return cast(Tensor, self.out(y))
 
 
 class CrissCrossLayer(nn.Module):
@@ -219,8 +228,8 @@ class CrissCrossLayer(nn.Module):
         self.over_leads = AxisAttention(half, heads, config.dropout)
         self.over_time = AxisAttention(half, heads, config.dropout)
         self.norm_feedforward = FeatureNorm(config.d)
-        self.widen = nn.Linear(config.d, config.ffn)
-        self.narrow = nn.Linear(config.ffn, config.d)
+        self.widen = Dense(config.d, config.ffn)
+        self.narrow = Dense(config.ffn, config.d)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, lead_bias: Tensor | None, time_bias: Tensor | None) -> Tensor:
@@ -228,8 +237,8 @@ class CrissCrossLayer(nn.Module):
         leads, time = self.norm_attention(x).chunk(2, dim=-1)
         attended = torch.cat((self.over_leads(leads, 1, lead_bias), self.over_time(time, 2, time_bias)), dim=-1)
         x = x + drop(attended, self.dropout, self.training)
-        wide = F.gelu(linear(self.norm_feedforward(x), self.widen.weight, self.widen.bias))
-        narrow = linear(drop(wide, self.dropout, self.training), self.narrow.weight, self.narrow.bias)
+        wide = F.gelu(self.widen(self.norm_feedforward(x)))
+        narrow = self.narrow(drop(wide, self.dropout, self.training))
         return x + drop(narrow, self.dropout, self.training)
 
 
@@ -307,13 +316,13 @@ class MaskedModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = CrissCrossEncoder(config, checkpoint_activations)
-        self.reconstruct = nn.Linear(config.d, config.patch)
+        self.reconstruct = Dense(config.d, config.patch)
         nn.init.xavier_normal_(self.reconstruct.weight, gain=0.1)
         nn.init.zeros_(self.reconstruct.bias)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Arguments as the encoder's. Returns predictions ``[batch, channel, patch, 200]`` in 100 uV."""
-        return linear(self.encoder(x, hidden, valid), self.reconstruct.weight, self.reconstruct.bias)
+        return cast(Tensor, self.reconstruct(self.encoder(x, hidden, valid)))
 
 
 def count_parameters(config: EncoderConfig) -> int:

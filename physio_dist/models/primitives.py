@@ -30,7 +30,9 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def like(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` in the dtype of ``weight``, for an operation on both; as it is under autocast, which converts both."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x if autocast else x.to(weight.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

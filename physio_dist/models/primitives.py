@@ -1,8 +1,8 @@
-"""Dropout and attention, each in the form that is fast on the device at hand.
+"""Matrix products, dropout and attention, each in the form that is fast on the device at hand.
 
-On CUDA these are torch's own. On a CPU two of torch's choices cost a third of a training step of the base
-encoder: dropout draws a full random number an element, and the fused attention kernel is made for long
-sequences, not for a dozen leads.
+On CUDA these are torch's own. On a CPU some of torch's choices cost more than a third of a training step of the base
+encoder: fp32 products go to a library that is slow on some processors, dropout draws a full random number an element,
+and attention is made for long sequences, not for a dozen leads.
 """
 
 from __future__ import annotations

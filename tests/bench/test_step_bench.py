@@ -89,17 +89,28 @@ def test_with_dropout_the_losses_of_training_agree_on_average() -> None:
     assert abs(mean["ours"] - mean["plain"]) < 4 * error
 
 
-def test_the_last_line_holds_all_figures() -> None:
-    command = [sys.executable, ROOT / "tools" / "bench" / "step.py"]
-    tiny = ("--preset", "tiny", "--windows", 4, "--steps", 1, "--repeats", 2, "--threads", 1)
+def bench(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run the bench to its end."""
+    command = [sys.executable, ROOT / "tools" / "bench" / "step.py", *map(str, words)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *map(str, tiny)], env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(("more", "unit"), [((), "windows/s"), (("--cpu-time",), "windows/s of CPU time")])
+def test_the_last_line_holds_all_figures(more: tuple[str, ...], unit: str) -> None:
+    done = bench("--preset", "tiny", "--windows", 4, "--steps", 1, "--repeats", 2, "--threads", 1, *more)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["bench"], result["unit"], result["n"], result["ratio_to"]) == ("step", "windows/s", 2, "plain fp32")
+    assert (result["bench"], result["unit"], result["n"], result["ratio_to"]) == ("step", unit, 2, "plain fp32")
     assert result["ratio"] == pytest.approx(result["ours"] / result["peers"]["plain fp32"], rel=0.02)
     also = result["also"]
     assert also["loop"]["share_of_bare"] == pytest.approx(also["loop"]["rate"] / result["ours"], rel=0.02)
     assert also["apart_without_dropout"] < 1e-5
     assert set(also["last_loss"]) == {"plain fp32", "plain bf16", "ours fp32", "ours bf16", "loop"}
     assert max(also["last_loss"].values()) < 1.1 * min(also["last_loss"].values())
+
+
+def test_cpu_time_of_threads_that_wait_for_each_other_is_refused() -> None:
+    done = bench("--cpu-time", "--threads", 2)
+    assert done.returncode == 2
+    assert "--cpu-time needs --threads 1" in done.stderr

@@ -44,6 +44,7 @@ APART = 1e-5
 # Windows of a batch on CUDA, of which every row takes its best.
 CUDA_WINDOWS = (64, 128, 256, 512, 1024)
 
+Clock = Callable[[], float]
 Step = Callable[[], Tensor]
 """A whole training step, repeated on one batch; its loss."""
 
@@ -80,9 +81,11 @@ def bare(model: nn.Module, prepared: Prepared, device: torch.device, low: bool) 
     options = PretrainConfig().train
     model, micro = copy.deepcopy(model).to(device).train(), to_device(prepared, slice(None), device)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # Fused as in our engine, which computes the same in one pass.
     optimizer = torch.optim.AdamW(
-        parameters, lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
-    )
+        parameters, lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay,
+        fused=isinstance(model, MaskedModel),
+    )  # fmt: skip
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -161,24 +164,24 @@ def check(config: str, device: torch.device) -> float:
     return apart
 
 
-def rate(step: Step, windows: int, steps: int, device: torch.device, losses: list[float]) -> float:
+def rate(step: Step, windows: int, steps: int, clock: Clock, losses: list[float]) -> float:
     """Windows a second of some steps; notes their last loss."""
-    began = time.perf_counter()
+    began = clock()
     for _ in range(steps):
         loss = step()
     losses.append(float(loss))  # This waits for the device.
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     return windows * steps / seconds
 
 
-def best_windows(make: Callable[[int], Step], device: torch.device, tried: Sequence[int]) -> int:
+def best_windows(make: Callable[[int], Step], tried: Sequence[int]) -> int:
     """The batch size with which a row is fastest, of those that fit into memory."""
     found: dict[int, float] = {}
     for windows in tried:
         try:
             step = make(windows)
-            rate(step, windows, 3, device, [])
-            found[windows] = rate(step, windows, 10, device, [])
+            rate(step, windows, 3, time.perf_counter, [])
+            found[windows] = rate(step, windows, 10, time.perf_counter, [])
         except torch.OutOfMemoryError:
             break
     if not found:
@@ -207,6 +210,7 @@ def run(options: argparse.Namespace) -> str:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(options.threads)
+    clock: Clock = time.process_time if options.cpu_time else time.perf_counter
     apart = check(options.preset, device)
     say(f"losses of {CHECKED} steps without dropout differ by at most {apart:.1e}")
     torch.manual_seed(0)
@@ -223,19 +227,19 @@ def run(options: argparse.Namespace) -> str:
         def make(count: int, kind: nn.Module = kind, low: bool = low) -> Step:
             return bare(kind, draw(count), device, low)
 
-        windows[name] = best_windows(make, device, tried) if len(tried) > 1 else tried[0]
+        windows[name] = best_windows(make, tried) if len(tried) > 1 else tried[0]
         steps[name] = make(windows[name])
     losses: dict[str, list[float]] = {name: [] for name in [*steps, "loop"]}
     windows["loop"] = windows["ours bf16"]
     loop = Loop(model, draw(windows["loop"]))
 
     def looped() -> float:
-        began = time.perf_counter()
+        began = clock()
         losses["loop"].append(loop(options.steps))
-        return windows["loop"] * options.steps / (time.perf_counter() - began)
+        return windows["loop"] * options.steps / (clock() - began)
 
     measures: dict[str, Callable[[], float]] = {
-        name: lambda name=name: rate(steps[name], windows[name], options.steps, device, losses[name])  # type: ignore[misc]
+        name: lambda name=name: rate(steps[name], windows[name], options.steps, clock, losses[name])  # type: ignore[misc]
         for name in steps
     }
     measures["loop"] = looped
@@ -245,7 +249,8 @@ def run(options: argparse.Namespace) -> str:
     found = interleave(options.repeats, measures)
     loop.close()
     title = f"Training steps of {options.preset}, {CHANNELS} leads x {PATCHES} patches, {options.threads} threads"
-    print(table(title, "windows/s", found))
+    unit = "windows/s of CPU time" if options.cpu_time else "windows/s"
+    print(table(title, unit, found))
     if options.profile:
         print(breakdown(steps["ours bf16"], device))
     medians = {name: statistics.median(values) for name, values in found.items()}
@@ -260,7 +265,7 @@ def run(options: argparse.Namespace) -> str:
     if peak := device_peak(device):
         flops = training_flops(count_flops(model.config, CHANNELS, PATCHES))
         also["mfu"] = {name: round(medians[name] * flops / peak, 4) for name in ("ours bf16", "loop")}
-    return last_line("step", "windows/s", options.repeats, medians["ours bf16"], {PEER: medians[PEER]}, also)
+    return last_line("step", unit, options.repeats, medians["ours bf16"], {PEER: medians[PEER]}, also)
 
 
 def versus(medians: Mapping[str, float], name: str) -> dict[str, float | None]:
@@ -276,10 +281,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=lifeline.cores(), help="of the CPU; all cores")
     parser.add_argument("--steps", type=int, default=4, help="of each row in a repeat")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1, on a CPU that others use too")
     parser.add_argument("--profile", action="store_true", help="where a step of ours in bf16 spends its time")
     options = parser.parse_args()
     if min(options.threads, options.steps, options.repeats) < 1 or options.windows < 0:
         parser.error("--threads, --steps and --repeats must be at least 1, --windows at least 0")
+    if options.cpu_time and (options.threads > 1 or torch.cuda.is_available()):
+        # Threads that wait for each other, or for a GPU, use CPU time too.
+        parser.error("--cpu-time needs --threads 1 and no GPU")
     choose_accelerator()
     try:
         print(run(options))

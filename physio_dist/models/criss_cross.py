@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from physio_dist.errors import UserError, nearest
-from physio_dist.models.primitives import at_least_fp32, attend, drop
+from physio_dist.models.primitives import at_least_fp32, attend, drop, like, linear
 
 PATCH = 200
 """Samples in a patch: one second at 200 Hz."""
@@ -99,9 +99,12 @@ def preset(name: str, dropout: float = 0.1) -> EncoderConfig:
     return replace(PRESETS[name], dropout=dropout)
 
 
-def _like_weight(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """Call ``layer`` on ``x`` in the dtype of its weight: needed where DeepSpeed has cast the module."""
-    return cast(Tensor, layer(x.to(layer.weight.dtype)))
+class Dense(nn.Linear):
+    """A linear layer by ``primitives.linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Of the last axis of ``[batch, channel, patch, width]``."""
+        return linear(input, self.weight, self.bias)
 
 
 class PatchNorm(nn.GroupNorm):
@@ -156,7 +159,7 @@ class PatchEmbedding(nn.Module):
         self.norm2 = PatchNorm(_NORM_GROUPS, filters)
         self.conv3 = nn.Conv2d(filters, filters, (1, _NEXT_KERNEL), padding=(0, _NEXT_KERNEL // 2))
         self.norm3 = PatchNorm(_NORM_GROUPS, filters)
-        self.spectrum = nn.Linear(config.patch // 2 + 1, config.d)
+        self.spectrum = Dense(config.patch // 2 + 1, config.d)
         padding = (_REACH[0] // 2, _REACH[1] // 2)
         self.position = nn.Conv2d(config.d, config.d, _REACH, padding=padding, groups=config.d)
         self.dropout = config.dropout
@@ -175,17 +178,17 @@ class PatchEmbedding(nn.Module):
 
         flat = None if valid is None else valid.reshape(batch, channels * patches)
         y = x.reshape(batch, 1, channels * patches, samples)
-        y = F.gelu(self.norm1(_like_weight(self.conv1, y), flat))
-        y = F.gelu(self.norm2(_like_weight(self.conv2, y), flat))
-        y = F.gelu(self.norm3(_like_weight(self.conv3, y), flat))
+        y = F.gelu(self.norm1(self.conv1(like(y, self.conv1.weight)), flat))
+        y = F.gelu(self.norm2(self.conv2(like(y, self.conv2.weight)), flat))
+        y = F.gelu(self.norm3(self.conv3(like(y, self.conv3.weight)), flat))
         embedded = y.transpose(1, 2).reshape(batch, channels, patches, -1)
 
-        spectral = drop(_like_weight(self.spectrum, amplitude), self.dropout, self.training)
+        spectral = drop(self.spectrum(amplitude), self.dropout, self.training)
         embedded = embedded + spectral
         if valid is not None:
             embedded = torch.where(valid.unsqueeze(-1), embedded, 0.0)
-        position = _like_weight(self.position, embedded.permute(0, 3, 1, 2))
-        return embedded + position.permute(0, 2, 3, 1)
+        position = self.position(like(embedded.permute(0, 3, 1, 2), self.position.weight))
+        return cast(Tensor, embedded + position.permute(0, 2, 3, 1))
 
 
 class AxisAttention(nn.Module):
@@ -193,18 +196,26 @@ class AxisAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Dense(width, 3 * width)
+        self.out = Dense(width, width)
         self.heads = heads
         self.dropout = dropout
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x`` ``[rows, length, width]``; ``bias`` ``[rows, 1, 1, length]``, -inf at keys to leave out."""
-        rows, length, width = x.shape
-        qkv: Tensor = _like_weight(self.qkv, x).view(rows, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x: Tensor, axis: int, bias: Tensor | None) -> Tensor:
+        """Along ``axis`` (1: channels, 2: patches) of ``x`` ``[batch, channel, patch, width]`` -> the same shape.
+
+        ``bias`` ``[batch * patch or batch * channel, 1, 1, length]``, -inf at keys to leave out.
+        """
+        batch, channels, patches, width = x.shape
+        length, others = x.shape[axis], x.shape[3 - axis]
+        # Tokens stay where they are but for one copy on the way to the heads and one on the way back.
+        qkv: Tensor = self.qkv(x).view(batch, channels, patches, 3, self.heads, -1)
+        rows = qkv.permute(3, 0, 3 - axis, 4, axis, 5).contiguous()
+        q, k, v = rows.view(3, batch * others, self.heads, length, width // self.heads)
         y = attend(q, k, v, bias, self.dropout if self.training else 0.0)
-        return _like_weight(self.out, y.transpose(1, 2).reshape(rows, length, width))
+        y = y.view(batch, others, self.heads, length, width // self.heads).permute(0, 3, 1, 2, 4)
+        y = (y if axis == 1 else y.transpose(1, 2)).reshape(x.shape)
+        return cast(Tensor, self.out(y))
 
 
 class CrissCrossLayer(nn.Module):
@@ -217,21 +228,17 @@ class CrissCrossLayer(nn.Module):
         self.over_leads = AxisAttention(half, heads, config.dropout)
         self.over_time = AxisAttention(half, heads, config.dropout)
         self.norm_feedforward = FeatureNorm(config.d)
-        self.widen = nn.Linear(config.d, config.ffn)
-        self.narrow = nn.Linear(config.ffn, config.d)
+        self.widen = Dense(config.d, config.ffn)
+        self.narrow = Dense(config.ffn, config.d)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, lead_bias: Tensor | None, time_bias: Tensor | None) -> Tensor:
         """``x`` ``[batch, channel, patch, d]`` -> the same shape."""
-        batch, channels, patches, d = x.shape
-        leads, time = self.norm_attention(x).split(d // 2, dim=-1)
-        leads = leads.transpose(1, 2).reshape(batch * patches, channels, d // 2)
-        leads = self.over_leads(leads, lead_bias).view(batch, patches, channels, d // 2).transpose(1, 2)
-        time = self.over_time(time.reshape(batch * channels, patches, d // 2), time_bias)
-        attended = torch.cat((leads, time.view(batch, channels, patches, d // 2)), dim=-1)
+        leads, time = self.norm_attention(x).chunk(2, dim=-1)
+        attended = torch.cat((self.over_leads(leads, 1, lead_bias), self.over_time(time, 2, time_bias)), dim=-1)
         x = x + drop(attended, self.dropout, self.training)
-        wide = F.gelu(_like_weight(self.widen, self.norm_feedforward(x)))
-        narrow = _like_weight(self.narrow, drop(wide, self.dropout, self.training))
+        wide = F.gelu(self.widen(self.norm_feedforward(x)))
+        narrow = self.narrow(drop(wide, self.dropout, self.training))
         return x + drop(narrow, self.dropout, self.training)
 
 
@@ -309,13 +316,13 @@ class MaskedModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = CrissCrossEncoder(config, checkpoint_activations)
-        self.reconstruct = nn.Linear(config.d, config.patch)
+        self.reconstruct = Dense(config.d, config.patch)
         nn.init.xavier_normal_(self.reconstruct.weight, gain=0.1)
         nn.init.zeros_(self.reconstruct.bias)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Arguments as the encoder's. Returns predictions ``[batch, channel, patch, 200]`` in 100 uV."""
-        return _like_weight(self.reconstruct, self.encoder(x, hidden, valid))
+        return cast(Tensor, self.reconstruct(self.encoder(x, hidden, valid)))
 
 
 def count_parameters(config: EncoderConfig) -> int:

@@ -59,7 +59,7 @@ class Engine:
     def __init__(self, model: torch.nn.Module, options: PretrainConfig, micro_batch: int, micro_steps: int) -> None:
         train = options.train
         optimizer = torch.optim.AdamW(
-            decay_groups(model, train.weight_decay), lr=train.lr, betas=(train.beta1, train.beta2)
+            decay_groups(model, train.weight_decay), lr=train.lr, betas=(train.beta1, train.beta2), fused=True
         )
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,

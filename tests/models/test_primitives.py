@@ -43,6 +43,40 @@ def test_drop_without_work_returns_its_input() -> None:
     assert primitives.drop(x, 0.5, False) is x
 
 
+@pytest.mark.parametrize("shape", [(32, 12, 10), (1, 3, 4), (2, 1, 1)])
+def test_linear_is_the_matrix_product_and_so_are_its_gradients(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(*shape, 40)
+    results = []
+    for form in (primitives.linear, torch.nn.functional.linear):
+        # A part of a wider tensor, as the halves of the features are.
+        x, weight, bias = wide[..., :20].requires_grad_(), torch.ones(30, 20).cumsum(1), torch.arange(30.0)
+        weight.requires_grad_(), bias.requires_grad_()
+        y = form(x, weight, bias)
+        assert y.is_contiguous() and y.dtype == torch.float32
+        results.append((y, *torch.autograd.grad(y.sin().sum(), (x, weight, bias))))
+    for own, known in zip(*results, strict=True):
+        torch.testing.assert_close(own, known, rtol=1e-4, atol=1e-2)
+
+
+def test_between_low_precision_operations_nothing_is_widened() -> None:
+    x, weight = torch.randn(2, 3, 4, 8, dtype=torch.bfloat16), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert primitives.like(x, weight) is x
+        assert primitives.linear(x, weight, torch.zeros(5)).dtype == torch.bfloat16
+    assert primitives.like(x, weight).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_drop_scales_what_it_keeps_and_makes_the_rest_zero_in_every_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 40).to(dtype).t()
+    dropped = primitives.drop(x, 0.25, True)
+    kept = dropped != 0
+    assert dropped.dtype == dtype and 0.7 < float(kept.double().mean()) < 0.8
+    torch.testing.assert_close(dropped[kept], (x[kept].double() / 0.75).to(dtype))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_both_forms_of_attention_agree(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -103,6 +103,25 @@ def bare(model: nn.Module, prepared: Prepared, device: torch.device, low: bool) 
     return step
 
 
+class Unsaved:
+    """Takes the place of what saves checkpoints."""
+
+    blocked_s = 0.0
+
+    def save(self, step: int) -> None:
+        """Nothing."""
+
+    def told(self) -> tuple[float, float]:
+        """Nothing sent, nothing committed."""
+        return 0.0, 0.0
+
+    def heard(self, all_sent: bool, committed: bool) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
 class Loop:
     """The real loop over a DeepSpeed engine (ZeRO stage 1, one rank, bf16), fed one prepared batch again and again."""
 
@@ -111,7 +130,8 @@ class Loop:
         import deepspeed
 
         from physio_dist.training.engine import Engine, quiet
-        from physio_dist.training.loop import Share
+        from physio_dist.training.judge import Judge
+        from physio_dist.training.place import Share
 
         join_ranks()
         quiet()
@@ -120,7 +140,7 @@ class Loop:
         options = PretrainConfig()
         train = replace(options.train, global_batch=windows, precision="bf16", save_every=10**9, val_every=10**9)
         self._options = replace(options, train=train)
-        self._prepared, self._done = prepared, 0
+        self._prepared, self._done, self._judge = prepared, 0, Judge(train, {})
         self._engine = Engine(copy.deepcopy(model), self._options, windows, 1)
         micro = to_device(prepared, slice(None), self._engine.device)
         self._engine.prepare((micro.x, micro.hidden, micro.valid))
@@ -131,11 +151,16 @@ class Loop:
         from physio_dist.training.loop import Hooks, train
 
         lines: list[dict[str, Any]] = []
-        hooks = Hooks(lines.append, None, lambda _: None, lambda _: None, lambda *_: None)
+        hooks = Hooks(
+            lambda *_: None, lambda _: None, lines.append, None, lambda _: None, lambda _: None, lambda *_: None
+        )  # fmt: skip
         options = replace(self._options, train=replace(self._options.train, steps=self._done + steps))
         no: Any = SimpleNamespace(total=0)
         feed: Any = itertools.repeat(self._prepared)
-        train(self._engine, no, feed, no, options, self._share, self._done, StopFlag(), hooks, lambda _: 0)
+        train(
+            self._engine, no, feed, no, options, self._share, self._done, StopFlag(), self._judge, cast(Any, Unsaved()),
+            hooks, lambda _: 0,
+        )  # fmt: skip
         self._done += steps
         return float(lines[-1]["loss"])
 

@@ -114,8 +114,11 @@ def refuse_another(
         there = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(url).decode()))
     except storage.NotFoundError:
         return
-    # What an earlier version did not know was then as it is by default now.
-    old, new = {**flatten(type(options)()), **flatten(there)}, flatten(options)
+    old, new = flatten(there), flatten(options)
+    # What an earlier version did not know was then as it is by default now. An option may also be a mapping there.
+    for name, value in flatten(type(options)()).items():
+        if value != "???" and name not in old and not any(known.startswith(f"{name}.") for known in old):
+            old[name] = value
     adapt(old)
     adapt(new)
     differing = [name for name in sorted((set(old) | set(new)) - set(may_differ)) if old.get(name) != new.get(name)]

@@ -13,6 +13,8 @@ from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED
 
 # A peer that is gone, or storage that hangs, must not keep a rank alive after its launcher.
 _GRACE_S = 60.0
+# Enough for the main thread to hear of a signal, if it runs.
+_HEARING_S = 1.0
 
 
 class StopFlag:
@@ -46,6 +48,10 @@ class StopFlag:
         """Catch the signals of this process (main thread only), and watch the launchers above it."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._on_waking, args=(reader,), name="signals", daemon=True).start()
         if "RANK" in os.environ:
             lifeline.die_with_parent(signal.SIGTERM)
         lifeline.watch_launchers(self._on_loss)
@@ -58,6 +64,13 @@ class StopFlag:
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             print("physio-dist: stopped before training began; the same command starts it", flush=True)
         raise SystemExit(EXIT_STOPPED)
+
+    def _on_waking(self, reader: int) -> None:
+        """End a process whose main thread cannot, because it waits for its peers within the communication library."""
+        while number := os.read(reader, 1):
+            if number[0] in (signal.SIGTERM, signal.SIGINT) and not self.training:
+                time.sleep(_HEARING_S)
+                os._exit(EXIT_STOPPED)
 
     def _on_loss(self) -> None:
         if not self.training:

@@ -69,7 +69,8 @@ def test_everything_that_passes_at_once_changes_nothing(run: Run, proxied: Proxi
     inject = proxied.proxy.inject
     rules = [inject("stall", times=1, stall_s=5.0), inject("stall", times=1, stall_s=35.0)]
     rules += [inject(fault, times=times) for fault, times in ((503, 8), ("reset", 4), (429, 4), ("short", 4))]
-    rules += [inject("flip", rf"^GET .*/ecg-00000{n}\.tar$", times=1) for n in range(1, 10, 4)]
+    # Of any shard: one that is named may be in the cache already when the other faults have had their turn.
+    rules += [inject("flip", times=3)]
     process = run.start()
     try:
         run.wait_for_step(process, 10)

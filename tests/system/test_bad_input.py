@@ -49,7 +49,8 @@ def told(run: Run, status: int, *words: str) -> None:
 )
 def test_wrong_options(new_run: Make, option: str, words: tuple[str, ...]) -> None:
     run = new_run(option)
-    assert run() == 2, run.said()
+    # One rank is quicker where the number of ranks has no part in it.
+    assert (run() if "ranks" in words[0] else run(1, "python")) == 2, run.said()
     told(run, 2, *words)
     assert not list(run.path.glob("checkpoints/*"))
 

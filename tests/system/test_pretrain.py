@@ -63,7 +63,7 @@ def test_zero_stages_give_the_same_losses(undisturbed: Make, stage: int) -> None
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_low_precision_stays_near_fp32(undisturbed: Make, precision: str, stage: int) -> None:
     low = undisturbed("model.dropout=0", f"train.precision={precision}", f"zero.stage={stage}")
     exact = losses(undisturbed(*FP32, "zero.stage=1"))

@@ -243,24 +243,27 @@ class ShardCache:
                 for attempt in range(2):
                     if attempt == 1:
                         log.warning("shard %s disagrees with its index; fetching it again", url)
-                    if not self._room(info):
-                        return None
-                    with contextlib.suppress(_DiskFullError):
-                        if (opened := self._fetch(url, path, info)) is not None:
-                            self._fetched.add(info.sha256)
-                            return opened
-                        continue
-                    # The disk holds less than the limit; from now on that is the limit.
-                    self.limit_bytes = self._used()
-                    return self._fetch(url, path, info) if self._room(info) else None
-        except _DiskFullError:
+                    if (opened := self._fetch(url, path, info)) is not None:
+                        self._fetched.add(info.sha256)
+                        return opened
+        except _NoRoomError:
             return None
         except OSError as error:
             raise storage.explain(str(path), "use the cached shard", error) from error
         raise DataError(f"shard {url} disagrees with its index (sha256), also when fetched again")
 
     def _fetch(self, url: str, path: Path, info: ShardInfo) -> Opened | None:
-        """Fetch and publish a shard; None where what came has another hash."""
+        """Make room for a shard, fetch and publish it; None where what came has another hash."""
+        self._make_room(info)
+        try:
+            return self._try_fetch(url, path, info)
+        except _NoRoomError:
+            # The disk holds less than the limit; from now on that is the limit.
+            self.limit_bytes = self._used()
+            self._make_room(info)
+            return self._try_fetch(url, path, info)
+
+    def _try_fetch(self, url: str, path: Path, info: ShardInfo) -> Opened | None:
         temporary = self._part(info)
         try:
             if storage.fetch(url, temporary, info.filesize) != info.sha256:
@@ -273,7 +276,7 @@ class ShardCache:
             raise DataError(f"shard {url} is in the index but not in storage") from None
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _DiskFullError from error
+                raise _NoRoomError from error
             raise
         finally:
             with contextlib.suppress(OSError):
@@ -298,11 +301,14 @@ class ShardCache:
         entries, arriving = self._entries()
         return arriving + sum(size for _, size, _ in entries)
 
-    def _room(self, info: ShardInfo) -> bool:
-        """Drop what is needed last until a shard fits; False where what is needed before it leaves no room.
+    def _make_room(self, info: ShardInfo) -> None:
+        """Drop what is needed last until a shard fits.
 
         A file that another rank has open goes on being readable, and takes its place on the disk, until that rank
         makes room in its turn.
+
+        Raises:
+            _NoRoomError: what is needed before the shard leaves none.
         """
         needed = info.filesize
         with FileLock(self.folder / "room.lock"):
@@ -312,7 +318,7 @@ class ShardCache:
             if total + needed > self.limit_bytes:
                 expendable = self._expendable(entries, info.sha256)
                 if total - sum(size for size, _ in expendable) + needed > self.limit_bytes:
-                    return False
+                    raise _NoRoomError
                 for size, path in expendable:
                     with contextlib.suppress(OSError):
                         path.unlink()
@@ -327,7 +333,6 @@ class ShardCache:
             for sha256 in [sha256 for sha256 in self._opened if sha256 in self._fetched and sha256 not in kept]:
                 del self._opened[sha256]
                 self._fetched.discard(sha256)
-        return True
 
     def _expendable(self, entries: list[tuple[float, int, Path]], newcomer: str) -> list[tuple[int, Path]]:
         """Cached shards that are needed after another one, what is needed last first."""
@@ -352,8 +357,8 @@ class ShardCache:
         )  # fmt: skip
 
 
-class _DiskFullError(Exception):
-    pass
+class _NoRoomError(Exception):
+    """Neither evicting nor the disk gives room for a shard."""
 
 
 def _identity(facts: os.stat_result) -> _Identity:

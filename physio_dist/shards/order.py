@@ -284,3 +284,8 @@ def rank_slice(batch: int, rank: int, world: int) -> tuple[int, int]:
             "train.global_batch"
         )
     return rank * batch // world, (rank + 1) * batch // world
+
+
+def node_slice(batch: int, first: int, last: int, world: int) -> tuple[int, int]:
+    """The half-open range of slots that the ranks ``first .. last`` (half-open) of one node train on together."""
+    return rank_slice(batch, first, world)[0], rank_slice(batch, last - 1, world)[1]

@@ -24,7 +24,7 @@ from physio_dist import storage
 from physio_dist.errors import DataError, UserError
 from physio_dist.shards.cache import ShardCache
 from physio_dist.shards.index import SPLITS, ShardSet, Sidecar, SignalInfo, open_set, read_sidecar
-from physio_dist.shards.order import Ints, Mixture, mixture, permutation, rank_slice
+from physio_dist.shards.order import Ints, Mixture, mixture, node_slice, permutation, rank_slice
 from physio_dist.shards.schedule import Schedule
 
 T = TypeVar("T")
@@ -335,7 +335,7 @@ class Feed(Generic[T]):
         low, high = node or (rank, rank + 1)
         batch = order.batch
         self._mine = Schedule(order, *rank_slice(batch, rank, world))
-        self._node = Schedule(order, rank_slice(batch, low, world)[0], rank_slice(batch, high - 1, world)[1])
+        self._node = Schedule(order, *node_slice(batch, low, high, world))
         # What this rank may fill with shards that are not needed yet.
         self._budget = source.cache.limit_bytes / (high - low)
         self._step = start

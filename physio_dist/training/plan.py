@@ -23,7 +23,7 @@ from physio_dist.models.criss_cross import (
     preset,
 )
 from physio_dist.shards.index import SIDECAR, SPLITS, ShardSet, open_set, read_sidecar
-from physio_dist.shards.order import LANES, Ints, Mixture, rank_slice
+from physio_dist.shards.order import LANES, Ints, Mixture, node_slice, rank_slice
 from physio_dist.shards.order import mixture as order_of
 from physio_dist.shards.traffic import Traffic, node_traffic
 from physio_dist.training.meters import PEAKS, training_flops
@@ -131,10 +131,7 @@ def feed(
     sample = 2 * signal[0] * signal[1]
     nodes: list[Traffic] = []
     for node in range(cluster.nodes):
-        first, last = node * cluster.gpus, (node + 1) * cluster.gpus - 1
-        slots = (
-            rank_slice(order.batch, first, cluster.world)[0], rank_slice(order.batch, last, cluster.world)[1]
-        )  # fmt: skip
+        slots = node_slice(order.batch, node * cluster.gpus, (node + 1) * cluster.gpus, cluster.world)
         nodes.append(node_traffic(order, sizes, sample, slots, options.data.cache_gb * _GB, steps))
     by_epoch = [sum(one.epochs[e] for one in nodes) for e in range(len(nodes[0].epochs))]
     whole = by_epoch if steps % epoch == 0 or len(by_epoch) == 1 else by_epoch[:-1]

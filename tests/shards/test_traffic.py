@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from physio_dist.shards import order
-from physio_dist.shards.order import Mixture, mixture, rank_slice
+from physio_dist.shards.order import Mixture, mixture, node_slice, rank_slice
 from physio_dist.shards.traffic import Traffic, node_traffic
 
 SHARD = 48_000_000
@@ -16,10 +16,7 @@ SHARD = 48_000_000
 
 def whole(order_: Mixture, sizes: np.ndarray, nodes: int, gpus: int, cache: float, epochs: int = 1) -> list[Traffic]:
     world, steps = nodes * gpus, epochs * order_.sets[0].steps_per_epoch
-    slots = [
-        (rank_slice(order_.batch, node * gpus, world)[0], rank_slice(order_.batch, (node + 1) * gpus - 1, world)[1])
-        for node in range(nodes)
-    ]
+    slots = [node_slice(order_.batch, node * gpus, (node + 1) * gpus, world) for node in range(nodes)]
     return [node_traffic(order_, [sizes], 48_000, mine, cache, steps) for mine in slots]
 
 

@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist import storage
-from physio_dist.errors import DataError, UserError
+from physio_dist.errors import DataError
 from physio_dist.shards.cache import ShardCache
-from physio_dist.shards.index import SPLITS, ShardSet, Sidecar, SignalInfo, open_set, read_sidecar
-from physio_dist.shards.order import Ints, Mixture, mixture, node_slice, permutation, rank_slice
+from physio_dist.shards.index import ShardSet, Sidecar, SignalInfo, read_sidecar
+from physio_dist.shards.order import Ints, Mixture, node_slice, permutation, rank_slice
 from physio_dist.shards.schedule import Schedule
+from physio_dist.shards.sets import members, open_sets, order_of
 
 T = TypeVar("T")
 log = logging.getLogger("physio_dist")
@@ -111,12 +112,8 @@ class Source:
     def __init__(self, parts: Sequence[tuple[str, float]], signal: str, cache: ShardCache) -> None:
         self.signal = signal
         self.cache = cache
-        self.sets = [open_set(url) for url, _ in parts]
+        self.sets = open_sets([url for url, _ in parts], signal)
         self.weights = [weight for _, weight in parts]
-        for shards in self.sets:
-            if signal not in shards.signals:
-                raise UserError(f"{shards.url} holds no {signal} signal; it has: {', '.join(shards.signals)}")
-            _agree(self.sets[0], shards, signal)
         self.sidecars: list[Sidecar] = [_sidecar(shards, cache) for shards in self.sets]
         self._starts = [shards.shard_starts() for shards in self.sets]
         self._buffers = _Buffers()
@@ -128,8 +125,7 @@ class Source:
 
     def members(self, split: str) -> list[Ints]:
         """For each set the samples of a split, in storage order."""
-        code = SPLITS.index(split)
-        return [np.flatnonzero(sidecar.split == code).astype(np.int64) for sidecar in self.sidecars]
+        return [members(sidecar, split) for sidecar in self.sidecars]
 
     def order(self, split: str, global_batch: int, seed: int) -> Mixture:
         """The order in which a run visits a split.
@@ -137,12 +133,7 @@ class Source:
         Raises:
             UserError: a split with fewer samples than its part of one global batch.
         """
-        counts = [
-            np.diff(np.searchsorted(ids, starts)) for ids, starts in zip(self.members(split), self._starts, strict=True)
-        ]
-        names = [f"{shards.fingerprint}/{split}" for shards in self.sets]
-        shown = [f"{shards.url}: split {split}" for shards in self.sets]
-        return mixture(counts, self.weights, names, global_batch, seed, shown)
+        return order_of(self.sets, self.sidecars, self.weights, split, global_batch, seed)
 
     def keys(self, samples: tuple[Ints, Ints]) -> list[str]:
         """Keys of ``(set, sample)`` pairs."""
@@ -248,17 +239,6 @@ def _sidecar(shards: ShardSet, cache: ShardCache) -> Sidecar:
 
 def _padded(positions: Ints, size: int) -> Ints:
     return np.concatenate([positions, np.zeros(size - len(positions), dtype=np.int64)])
-
-
-def _agree(first: ShardSet, other: ShardSet, signal: str) -> None:
-    ours, theirs = first.signals[signal], other.signals[signal]
-    for what, a, b in (
-        ("rate", first.rate, other.rate),
-        ("window length", ours.samples, theirs.samples),
-        ("channels", ours.channels, theirs.channels),
-    ):
-        if a != b:
-            raise UserError(f"{other.url} and {first.url} cannot be mixed: {what} {b} against {a}")
 
 
 def rank_batch(

@@ -22,9 +22,9 @@ from physio_dist.models.criss_cross import (
     count_parameters,
     preset,
 )
-from physio_dist.shards.index import SIDECAR, SPLITS, ShardSet, open_set, read_sidecar
+from physio_dist.shards.index import SIDECAR, ShardSet, read_sidecar
 from physio_dist.shards.order import LANES, Ints, Mixture, node_slice, rank_slice
-from physio_dist.shards.order import mixture as order_of
+from physio_dist.shards.sets import open_sets, order_of
 from physio_dist.shards.traffic import Traffic, node_traffic
 from physio_dist.training.meters import PEAKS, training_flops
 from physio_dist.training.place import split_share
@@ -80,9 +80,11 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
     batch = options.train.global_batch
     rank_slice(batch, 0, cluster.world)
     parts = mixture(options.data.index)
-    sets = [open_set(url) for url, _ in parts]
-    signal = _same_signal(sets, options.data.signal)
-    order = _order(options, sets, [weight for _, weight in parts])
+    sets = open_sets([url for url, _ in parts], options.data.signal)
+    info = sets[0].signals[options.data.signal]
+    signal = len(info.channels), info.samples
+    sidecars = [read_sidecar(one) for one in sets]
+    order = order_of(sets, sidecars, [weight for _, weight in parts], "train", batch, options.run.seed)
     flops = count_flops(preset(options.model.preset), signal[0], signal[1] // PATCH)
     rate = cluster.samples_per_s
     if rate is None:
@@ -97,25 +99,6 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
         "memory": memory(options, cluster, signal),
     }  # fmt: skip
     return {**told, "warnings": list(_warnings(options, cluster, told, sets, signal))}
-
-
-def _same_signal(sets: list[ShardSet], name: str) -> tuple[int, int]:
-    """Channels and samples of a window."""
-    for one in sets:
-        if name not in one.signals:
-            raise UserError(f"{one.url} holds no {name} signal; it has: {', '.join(one.signals)}")
-    info = sets[0].signals[name]
-    return len(info.channels), info.samples
-
-
-def _order(options: PretrainConfig, sets: list[ShardSet], weights: list[float]) -> Mixture:
-    counts = []
-    for one in sets:
-        train = read_sidecar(one).split == SPLITS.index("train")
-        counts.append(np.diff(np.concatenate([[0], np.cumsum(train)])[one.shard_starts()]))
-    names = [f"{one.fingerprint}/train" for one in sets]
-    shown = [f"{one.url}: split train" for one in sets]
-    return order_of(counts, weights, names, options.train.global_batch, options.run.seed, shown)
 
 
 def feed(

@@ -67,10 +67,12 @@ class TrainOptions:
     min_lr: float = 1e-5
     warmup_steps: int = 100
     weight_decay: float = 0.05
+    # What is minimised: the squared error relative to each lead's mean square, or the squared error itself.
+    loss: str = "relative"
     beta1: float = 0.9
     beta2: float = 0.999
     clip: float = 1.0
-    # A loss or gradient norm so many times the median of the last 128 steps is told as a spike; 0 looks for none.
+    # A loss, or a gradient norm above clip, so many times the median of the last 128 steps is a spike; 0 for none.
     spike_factor: float = 10.0
     # Leave steps with a spike out.
     skip_spikes: bool = False
@@ -283,6 +285,7 @@ def check_pretrain(options: PretrainConfig) -> None:
         raise UserError(f"train.stall_s={train.stall_s}: it must be positive")
     if train.profile and not (len(train.profile) == 2 and 1 <= train.profile[0] <= train.profile[1]):
         raise UserError(f"train.profile={train.profile}: it must be [first, last], steps that count from 1")
+    _one_of("train.loss", train.loss, ("relative", "squared"))
     _one_of("train.tracker", train.tracker, ("none", "mlflow", "wandb"))
     if train.skip_spikes and train.spike_factor == 0:
         raise UserError("train.skip_spikes=true leaves out what train.spike_factor finds, which is 0 here: give both")

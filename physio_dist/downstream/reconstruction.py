@@ -20,8 +20,8 @@ from physio_dist.downstream.probe_options import ProbeConfig, check_probe, runs_
 from physio_dist.downstream.tasks import shard_cache
 from physio_dist.errors import UserError
 from physio_dist.models.criss_cross import PATCH, UNIT_UV, EncoderConfig, MaskedModel
-from physio_dist.models.masking import MaskConfig, draw_masks, predict_interpolation, predict_zero
-from physio_dist.models.predictors import LeadRidge, fit_lead_ridge
+from physio_dist.models.masking import MaskConfig, draw_masks
+from physio_dist.models.predictors import LeadRidge, fit_lead_ridge, predict_interpolation, predict_zero
 from physio_dist.shards.index import open_set
 from physio_dist.shards.stream import Source
 from physio_dist.signals.montage import LIMB, canonical, mask_groups

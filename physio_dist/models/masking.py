@@ -1,4 +1,4 @@
-"""The dual mask: which patches are hidden, how well the hidden ones are predicted, and whom to beat.
+"""The dual mask: which patches are hidden, and how well the hidden ones are predicted.
 
 Two terms. *Inter*: a lead hidden as a whole, to be told from the other leads. *Intra*: patches hidden in
 time, to be told from the lead's own context. The source (arXiv 2512.15250) publishes neither ratios nor how
@@ -31,6 +31,8 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 MODES = ("both", "alternating")
+# Of `relative`: the mean square of 10 uV, in units of (100 uV)^2, below which a lead counts as having nothing to tell.
+_QUIET = 0.01
 Layouts = tuple[tuple[tuple[int, ...], ...], ...]
 """Kinds of recorders, each a choice of sets of channels of which a sample is shown one, drawn evenly."""
 
@@ -311,11 +313,10 @@ def _uniform(seed: int, purpose: str, positions: NDArray[np.int64], count: int) 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Per-sample tensors ``[batch]``, fp32 (fp64 for fp64 input), in units of the input squared.
+    """Per-sample tensors ``[batch]``, fp32 (fp64 for fp64 input).
 
-    ``loss``: mean squared error over all hidden and valid samples; ``intra``, ``inter``: over those of one
-    term; ``has_intra``, ``has_inter``: 1 where the term exists in the sample, else 0, and the mean is then
-    0.
+    ``loss``: mean error over all hidden and valid samples, as :func:`dual_mask_loss` says; ``intra``, ``inter``: over
+    those of one term; ``has_intra``, ``has_inter``: 1 where the term exists in the sample, else 0, as the mean then is.
     """
 
     loss: Tensor
@@ -326,13 +327,17 @@ class LossTerms:
 
 
 def dual_mask_loss(
-    predicted: Tensor, target: Tensor, intra: Tensor, inter: Tensor, valid: Tensor | None = None
+    predicted: Tensor, target: Tensor, intra: Tensor, inter: Tensor, valid: Tensor | None = None, kind: str = "squared"
 ) -> LossTerms:
-    """Mean squared error over hidden and valid patches, sample by sample.
+    """Mean error over hidden and valid patches, sample by sample.
+
+    ``kind`` ``squared``: the squared error, in units of the input squared. ``relative``: that, lead by lead, by the
+    mean square of the lead in this sample, hidden or not, plus that of 10 uV (input in units of 100 uV): about 1 where
+    zero is predicted. A squared error is mostly that of the few loudest samples and leads; this way each counts alike.
 
     ``predicted``, ``target``: ``[batch, channel, patch, 200]``; ``intra``, ``inter`` (disjoint) and
     ``valid``: bool ``[batch, channel, patch]``. The target may hold anything, NaN included, where it is not
-    both hidden and valid. The caller weights samples and averages them.
+    both hidden and valid; for ``relative`` where it is not valid. The caller weights samples and averages them.
     """
     if valid is not None:
         intra, inter = intra & valid, inter & valid
@@ -341,6 +346,8 @@ def dual_mask_loss(
     # where before the square: the gradient at a patch left out is then zero and not 0 x NaN.
     error = torch.where((intra | inter).unsqueeze(-1), error, 0.0)
     per_patch = error.square().mean(dim=-1)
+    if kind == "relative":
+        per_patch = per_patch / (_mean_square(target.to(dtype), valid) + _QUIET)
 
     def total(mask: Tensor) -> tuple[Tensor, Tensor]:
         return torch.where(mask, per_patch, 0.0).sum(dim=(1, 2)), mask.sum(dim=(1, 2)).to(dtype)
@@ -356,35 +363,9 @@ def dual_mask_loss(
     )
 
 
-def predict_zero(x: Tensor) -> Tensor:
-    """The predictor that says zero everywhere, ``[batch, channel, patch, 200]``."""
-    return torch.zeros_like(x)
-
-
-def predict_interpolation(x: Tensor, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The predictor that draws a straight line in time, lead by lead, across what is hidden or invalid.
-
-    ``x`` ``[batch, channel, patch, samples]``, patches following one another without a gap; ``hidden`` and
-    ``valid`` bool ``[batch, channel, patch]``. The line joins the nearest visible samples on both sides;
-    before the first and after the last visible sample their value is held; a lead with nothing visible is
-    zero. Visible patches come back as they are. Finite wherever the visible patches are.
-    """
-    visible = ~hidden if valid is None else ~hidden & valid
-    patches, samples = x.shape[2], x.shape[3]
-    number = torch.arange(patches, device=x.device).expand(visible.shape)
-    before = torch.where(visible, number, -1).cummax(dim=2).values
-    after = torch.where(visible, number, patches).flip(2).cummin(dim=2).values.flip(2)
-    has_before, has_after = before >= 0, after < patches
-
-    left = x[..., -1].gather(2, before.clamp_min(0))
-    right = x[..., 0].gather(2, after.clamp_max(patches - 1))
-    # Where one side has nothing visible the other's value is held on both ends of the line.
-    left, right = torch.where(has_before, left, right), torch.where(has_after, right, left)
-
-    time = (number * samples).unsqueeze(-1) + torch.arange(samples, device=x.device)
-    begin = ((before + 1) * samples - 1).unsqueeze(-1)
-    end = (after * samples).unsqueeze(-1)
-    part = (time - begin).to(x.dtype) / (end - begin).clamp_min(1).to(x.dtype)
-    line = left.unsqueeze(-1) + (right - left).unsqueeze(-1) * part
-    line = torch.where((has_before | has_after).unsqueeze(-1), line, 0.0)
-    return torch.where(visible.unsqueeze(-1), x, line)
+def _mean_square(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Of each channel over its valid patches, ``[batch, channel, 1]``; 0 where there is none."""
+    if valid is None:
+        return x.square().mean(dim=(2, 3)).unsqueeze(-1)
+    power = torch.where(valid.unsqueeze(-1), x, 0.0).square().mean(dim=-1)
+    return power.sum(dim=-1, keepdim=True) / valid.sum(dim=-1, keepdim=True).clamp_min(1)

@@ -1,4 +1,4 @@
-"""Ridge regression across leads: what a linear rule makes of hidden leads, the predictor to beat.
+"""The predictors to beat: zero, a straight line in time, and ridge regression across leads.
 
 Leads predict each other even where no identity ties them, so a model that reconstructs a hidden lead has learnt
 something only if it does so better than this.
@@ -117,3 +117,37 @@ def _with_context(x: Tensor, context: int) -> Tensor:
         return x
     held = torch.nn.functional.pad(x, (context, context), mode="replicate")
     return held.unfold(2, x.shape[2], 1).flatten(1, 2)
+
+
+def predict_zero(x: Tensor) -> Tensor:
+    """The predictor that says zero everywhere, ``[batch, channel, patch, 200]``."""
+    return torch.zeros_like(x)
+
+
+def predict_interpolation(x: Tensor, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The predictor that draws a straight line in time, lead by lead, across what is hidden or invalid.
+
+    ``x`` ``[batch, channel, patch, samples]``, patches following one another without a gap; ``hidden`` and
+    ``valid`` bool ``[batch, channel, patch]``. The line joins the nearest visible samples on both sides;
+    before the first and after the last visible sample their value is held; a lead with nothing visible is
+    zero. Visible patches come back as they are. Finite wherever the visible patches are.
+    """
+    visible = ~hidden if valid is None else ~hidden & valid
+    patches, samples = x.shape[2], x.shape[3]
+    number = torch.arange(patches, device=x.device).expand(visible.shape)
+    before = torch.where(visible, number, -1).cummax(dim=2).values
+    after = torch.where(visible, number, patches).flip(2).cummin(dim=2).values.flip(2)
+    has_before, has_after = before >= 0, after < patches
+
+    left = x[..., -1].gather(2, before.clamp_min(0))
+    right = x[..., 0].gather(2, after.clamp_max(patches - 1))
+    # Where one side has nothing visible the other's value is held on both ends of the line.
+    left, right = torch.where(has_before, left, right), torch.where(has_after, right, left)
+
+    time = (number * samples).unsqueeze(-1) + torch.arange(samples, device=x.device)
+    begin = ((before + 1) * samples - 1).unsqueeze(-1)
+    end = (after * samples).unsqueeze(-1)
+    part = (time - begin).to(x.dtype) / (end - begin).clamp_min(1).to(x.dtype)
+    line = left.unsqueeze(-1) + (right - left).unsqueeze(-1) * part
+    line = torch.where((has_before | has_after).unsqueeze(-1), line, 0.0)
+    return torch.where(visible.unsqueeze(-1), x, line)

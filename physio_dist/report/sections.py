@@ -16,7 +16,7 @@ from physio_dist.report.parts import Cell, Figure, Section, Table
 from physio_dist.report.rundata import Examples, Restarts, Run, find_restarts
 from physio_dist.report.setting import plain
 from physio_dist.report.sheets import cut_off_uv, sheet, squared_errors
-from physio_dist.report.summary import TERMS, UNIT, ratio
+from physio_dist.report.summary import TERMS, error_unit, ratio
 
 # More windows teach a reader no more and would make the page heavy.
 MOST_WINDOWS = 6
@@ -54,7 +54,7 @@ def losses(run: Run) -> Section:
     if not images:
         return Section(section.title, section.anchor, missing="No mask term has a finite value in metrics.jsonl.")
     window = smoothing_window(metrics.rows)
-    caption = f"Error of each mask term in {UNIT}; lower is better. Thin line: training batches as logged."
+    caption = f"Error of each mask term, {error_unit(run)}; lower is better. Thin line: training batches as logged."
     if window > 1:
         caption += f" Solid line: mean over {window} logged steps, centred, fewer near the ends."
     if metrics.last_validation() is not None:

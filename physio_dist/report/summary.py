@@ -13,7 +13,6 @@ TERMS = (
     ("intra", "Temporal", "patches hidden in leads that are seen", TEMPORAL),
     ("inter", "Lead-wise", "leads hidden whole", LEADWISE),
 )
-UNIT = "(100 µV)²"
 UV_PER_UNIT = 100.0
 
 
@@ -39,7 +38,17 @@ def summarise(run: Run) -> Summary:
         verdicts = ["No validation result was logged, so nothing can be said about held-out windows."]
         return Summary(run.name, badge, badge_text, verdicts, facts, None)
     verdicts = [text for term in TERMS if (text := _verdict(run.metrics, row, term))]
-    return Summary(run.name, badge, badge_text, verdicts, facts, _final_table(run.metrics, row))
+    return Summary(run.name, badge, badge_text, verdicts, facts, _final_table(run, row))
+
+
+def relative(run: Run) -> bool:
+    """Whether the run's errors are relative to each lead's mean square."""
+    return bool(run.option("train.loss") == "relative")
+
+
+def error_unit(run: Run) -> str:
+    """What the run's errors are measured in, to be put after a word like error."""
+    return "relative to the lead's mean square" if relative(run) else "in (100 µV)²"
 
 
 def ratio(value: float, reference: float) -> float:
@@ -81,32 +90,24 @@ def _verdict(metrics: Metrics, row: int, term: tuple[str, str, str, str]) -> str
     return text + (f" — no better than {' or '.join(losers)}." if losers else ".")
 
 
-def _final_table(metrics: Metrics, row: int) -> Table:
-    head = [
-        "Held-out error",
-        "Model",
-        "as RMS",
-        "Predict zero",
-        "Interpolate",
-        "Model / zero",
-        "Model / interp.",
-    ]
+def _final_table(run: Run, row: int) -> Table:
+    metrics = run.metrics
+    in_uv = not relative(run)
+    head = ["Held-out error", "Model", *(["as RMS"] if in_uv else []), "Predict zero", "Interpolate"]
+    head += ["Model / zero", "Model / interp."]
     rows = []
     for key, title, _, colour in TERMS:
         model, zero, interp = (_value(metrics, row, f"val_{by}{key}") for by in ("", "zero_", "interp_"))
         shares = [ratio(model, zero), ratio(model, interp)]
         rms = UV_PER_UNIT * math.sqrt(model) if model >= 0 else math.nan
         cells = [Cell(title, colour=colour), Cell(number(model))]
-        cells += [
-            Cell(f"{rms:.0f} µV" if math.isfinite(rms) else "–"),
-            Cell(number(zero)),
-            Cell(number(interp)),
-        ]
+        cells += [Cell(f"{rms:.0f} µV" if math.isfinite(rms) else "–")] if in_uv else []
+        cells += [Cell(number(zero)), Cell(number(interp))]
         cells += [Cell(percent(s), bar=s, colour=colour, warn=s >= 1) for s in shares]
         rows.append(cells)
     caption = (
-        f"Mean squared error over hidden samples of held-out windows at step {metrics.column('step')[row]:,.0f}, in "
-        f"{UNIT}. Below {percent(1)} the model beats the predictor. A lead hidden whole offers nothing to "
+        f"Mean squared error over hidden samples of held-out windows at step {metrics.column('step')[row]:,.0f}, "
+        f"{error_unit(run)}. Below {percent(1)} the model beats the predictor. A lead hidden whole offers nothing to "
         "interpolate from, so there both predictors are the same."
     )
     return Table(head, rows, caption)

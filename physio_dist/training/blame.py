@@ -73,7 +73,7 @@ def _spoilt_passes(
         seed_dropout(options.run.seed, step, k, share.rank)
         with engine.own_norms() as norms:
             predicted = engine(micro.x, micro.hidden, micro.valid)
-            terms = dual_mask_loss(predicted, micro.x, micro.intra, micro.inter, micro.valid)
+            terms = dual_mask_loss(predicted, micro.x, micro.intra, micro.inter, micro.valid, options.train.loss)
             loss = (terms.loss * micro.weight).sum() * (share.world / options.train.global_batch)
             engine.backward(loss, k == share.micro_steps - 1, share.micro_steps)
         if norms and not bool(torch.isfinite(torch.stack(norms).square().sum())):

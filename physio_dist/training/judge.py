@@ -34,12 +34,13 @@ class Judge:
     """Judges steps one after the other.
 
     Args:
-        train: ``precision``, ``spike_factor`` and ``skip_spikes`` count.
+        train: ``precision``, ``clip``, ``spike_factor`` and ``skip_spikes`` count.
         state: of a checkpoint; empty for a new run.
     """
 
     def __init__(self, train: TrainOptions, state: dict[str, Any]) -> None:
         self._fp16, self._factor, self._skip = train.precision == "fp16", train.spike_factor, train.skip_spikes
+        self._clip = train.clip
         self._scale = float(state.get("scale", FIRST_SCALE))
         self._clean = int(state.get("clean", 0))
         self._losses = deque[float](state.get("losses", ()), WINDOW)
@@ -65,7 +66,9 @@ class Judge:
         self._clean += 1
         if self._fp16 and self._clean == _CLEAN:
             self._scale, self._clean = min(self._scale * 2, _MOST_SCALE), 0
-        spike = _above(self._losses, loss, self._factor) or _above(self._norms, norm, self._factor)
+        # A norm that clipping would not touch does no harm, however small the others were.
+        loud = norm > self._clip and _above(self._norms, norm, self._factor)
+        spike = _above(self._losses, loss, self._factor) or loud
         # Spikes count too, so that a level that has risen for good becomes the new median.
         self._losses.append(loss)
         self._norms.append(norm)

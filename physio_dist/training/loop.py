@@ -162,7 +162,7 @@ def _backward(
         micro = to_device(prepared, slice(k * share.micro, (k + 1) * share.micro), engine.device)
         seed_dropout(options.run.seed, step, k, share.rank)
         predicted = engine(micro.x, micro.hidden, micro.valid)
-        terms = dual_mask_loss(predicted, micro.x, micro.intra, micro.inter, micro.valid)
+        terms = dual_mask_loss(predicted, micro.x, micro.intra, micro.inter, micro.valid, options.train.loss)
         w = micro.weight
         # DeepSpeed averages over ranks; times the world over the batch this is the mean over samples, however
         # unequally the ranks share them.

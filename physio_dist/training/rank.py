@@ -225,7 +225,7 @@ class _Rank:
             return pin(prepared) if torch.cuda.is_available() else prepared
 
         validation = Validation(
-            source, opts.val_samples, micro, self.mask, self.groups, seed, place.rank, place.world
+            source, opts.val_samples, micro, self.mask, self.groups, seed, opts.loss, place.rank, place.world
         )
         if validation.total == 0:
             why = "train.val_samples is 0" if not opts.val_samples else "the shard set's val split is empty"

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from safetensors.numpy import save as save_safetensors
 
 from physio_dist.models.criss_cross import UNIT_UV
-from physio_dist.models.masking import MaskConfig, dual_mask_loss, predict_interpolation, predict_zero
+from physio_dist.models.masking import MaskConfig, dual_mask_loss
+from physio_dist.models.predictors import predict_interpolation, predict_zero
 from physio_dist.shards.order import Ints, rank_slice
 from physio_dist.shards.stream import Source
 from physio_dist.training.engine import Engine
@@ -33,15 +34,15 @@ class Validation:
         source: opened shard sets.
         count: windows, at most; they are spread evenly over the split.
         size: windows a forward pass.
-        mask, groups, seed: as in training; the masks' purpose differs.
+        mask, groups, seed, loss: as in training; the masks' purpose differs.
         rank, world: of this process.
     """
 
     def __init__(
         self, source: Source, count: int, size: int, mask: MaskConfig, groups: Sequence[Sequence[int]], seed: int,
-        rank: int, world: int,
+        loss: str, rank: int, world: int,
     ) -> None:  # fmt: skip
-        self._source, self._size, self._rank = source, size, rank
+        self._source, self._size, self._rank, self._loss = source, size, rank, loss
         # Always with all leads, so that runs with and without lead dropping can be compared.
         self._mask, self._groups, self._seed = replace(mask, lead_drop=0.0), groups, seed
         members = source.members("val")
@@ -68,8 +69,8 @@ class Validation:
         """Validate after ``step`` (a collective).
 
         Returns:
-            ``val_loss``, ``val_intra``, ``val_inter`` and the same terms of the two predictors, in (100 uV)^2; and on
-            the first rank a safetensors file of some windows with masks and reconstructions.
+            ``val_loss``, ``val_intra``, ``val_inter`` and the same terms of the two predictors, in the unit of the
+            loss; and on the first rank a safetensors file of some windows with masks and reconstructions.
         """
         engine.train(False)
         sums = torch.zeros(1 + 6 * len(_PREDICTORS), dtype=torch.float64, device=engine.device)
@@ -79,7 +80,9 @@ class Validation:
             micro = to_device(prepared, slice(None), engine.device)
             predicted = engine(micro.x, micro.hidden, micro.valid).float()
             guesses = (predicted, predict_zero(micro.x), predict_interpolation(micro.x, micro.hidden, micro.valid))
-            terms = [dual_mask_loss(guess, micro.x, micro.intra, micro.inter, micro.valid) for guess in guesses]
+            terms = [
+                dual_mask_loss(guess, micro.x, micro.intra, micro.inter, micro.valid, self._loss) for guess in guesses
+            ]
             columns = [micro.weight]
             for t in terms:
                 w = micro.weight

@@ -20,9 +20,8 @@ from physio_dist.models.masking import (
     MaskConfig,
     draw_masks,
     dual_mask_loss,
-    predict_interpolation,
-    predict_zero,
 )
+from physio_dist.models.predictors import predict_interpolation, predict_zero
 from physio_dist.signals.montage import lead_layouts, mask_groups
 
 TWELVE = [[0, 1, 2, 3, 4, 5], *([lead] for lead in range(6, 12))]
@@ -299,6 +298,26 @@ def test_loss_is_the_mean_over_hidden_and_valid_samples(use_valid: bool) -> None
         for got, chosen in ((terms.loss, intra | inter), (terms.intra, intra), (terms.inter, inter)):
             torch.testing.assert_close(got[i], squared[chosen[i] & ok].mean())
     assert terms.has_intra.tolist() == terms.has_inter.tolist() == [1.0] * 5
+
+
+def test_relative_loss_is_by_the_lead_s_own_mean_square() -> None:
+    predicted, target, intra, inter, valid = problem()
+    # Leads of very different size, and one that is silent.
+    size = torch.logspace(-1, 2, 12)[:, None, None]
+    predicted, target = predicted * size, target * size
+    target[:, 3] = 0.0
+    target[~valid] = torch.nan
+    terms = dual_mask_loss(predicted, target, intra, inter, valid, "relative")
+    for i in range(5):
+        shares = torch.zeros(12, 10)
+        for c in range(12):
+            power = target[i, c][valid[i, c]].square().mean() if valid[i, c].any() else torch.tensor(0.0)
+            shares[c] = (predicted[i, c] - target[i, c]).square().mean(-1) / (power + 0.01)
+        for got, chosen in ((terms.loss, intra | inter), (terms.intra, intra), (terms.inter, inter)):
+            torch.testing.assert_close(got[i], shares[chosen[i] & valid[i]].mean())
+    loud = dual_mask_loss(torch.zeros_like(target), 1e3 * target.nan_to_num(), intra, inter, None, "relative")
+    quiet = dual_mask_loss(torch.zeros_like(target), 1e2 * target.nan_to_num(), intra, inter, None, "relative")
+    torch.testing.assert_close(loud.loss, quiet.loss, rtol=1e-3, atol=0)
 
 
 def test_a_term_that_is_absent_counts_zero() -> None:

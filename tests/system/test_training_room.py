@@ -41,9 +41,9 @@ def mixed(simulated: str, odd: str) -> str:
 @pytest.mark.parametrize(
     ("what", "uv_per_bit", "options"),
     [
-        ("loss", "1e19", ("train.precision=fp32", "zero.stage=1")),
-        ("gradient", "1e12", ("train.precision=fp32", "zero.stage=0")),
-        ("gradient", "1e12", ("train.precision=fp32", "zero.stage=1")),
+        ("loss", "1e19", ("train.loss=squared", "train.precision=fp32", "zero.stage=1")),
+        ("gradient", "1e12", ("train.loss=squared", "train.precision=fp32", "zero.stage=0")),
+        ("gradient", "1e12", ("train.loss=squared", "train.precision=fp32", "zero.stage=1")),
     ],
 )
 def test_a_sample_that_spoils_a_step_is_named_and_nothing_is_saved(
@@ -68,7 +68,7 @@ def test_a_sample_that_spoils_a_step_is_named_and_nothing_is_saved(
 def test_fp16_finds_a_scale_that_large_signals_bear(simulated: str, new_run: Make, tmp_path: Path) -> None:
     odd = odd_set(simulated, tmp_path / "odd", "1000")
     # A later sample of the odd set is too large for a forward pass too.
-    run = new_run("train.precision=fp16", "train.steps=6", mixed(simulated, odd))
+    run = new_run("train.loss=squared", "train.precision=fp16", "train.steps=6", mixed(simulated, odd))
     assert run() == 0, run.said()
     lines = list(run.metrics().values())
     assert lines[0]["loss_scale"] == 1024
@@ -79,7 +79,7 @@ def test_fp16_finds_a_scale_that_large_signals_bear(simulated: str, new_run: Mak
 
 
 def test_spikes_are_left_out_and_a_resumed_run_leaves_out_the_same(undisturbed: Make, new_run: Make) -> None:
-    options = ("train.spike_factor=1.1", "train.skip_spikes=true", "train.steps=40")
+    options = ("train.loss=squared", "train.spike_factor=1.1", "train.skip_spikes=true", "train.steps=40")
     reference, run = undisturbed(*options), new_run(*options)
     spikes = [step for step, line in reference.metrics().items() if line["skipped"]]
     assert spikes and min(spikes) > 20

@@ -42,6 +42,15 @@ def test_a_spike_is_one_against_the_runs_own_median() -> None:
     assert off(1e9, 1e9) is Verdict.TAKE
 
 
+def test_a_norm_that_clipping_leaves_alone_is_no_spike() -> None:
+    clipped, free = judge(spike_factor=10.0, clip=1.0), judge(spike_factor=10.0, clip=2.0)
+    for one in (clipped, free):
+        for _ in range(WINDOW):
+            one(1.0, 0.01)
+    assert clipped(1.0, 1.5) is Verdict.SPIKE
+    assert free(1.0, 1.5) is Verdict.TAKE
+
+
 def test_the_first_steps_are_no_spikes_and_a_level_that_stays_is_none() -> None:
     assert judge(spike_factor=2.0)(1e6, 1e6) is Verdict.TAKE
     risen = judge(spike_factor=2.0, skip_spikes=True)

@@ -60,7 +60,8 @@ def make_data(folder: Path, samples: int) -> None:
         made = [
             tar.Sample(f"walk-{start + i:08d}", {"ecg": sample}, {"simulated": True}) for i, sample in enumerate(piece)
         ]
-        with (bucket / f"ecg-{number:06d}.tar").open("wb") as out:
+        # In large writes, as a conversion and the node's cache make them: the page cache then has large pages.
+        with (bucket / f"ecg-{number:06d}.tar").open("wb", buffering=1 << 22) as out:
             tar.write(made, out)
     array.flush()
     adopt(str(bucket), IndexOptions(channels=",".join(ECG_12), val=0, test=0))

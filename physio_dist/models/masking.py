@@ -130,16 +130,17 @@ def draw_masks(
     channels = sum(len(group) for group in groups)
     if channels == 0 or sorted(c for group in groups for c in group) != list(range(channels)):
         raise ValueError(f"groups {groups!r} are not a partition of the channels 0..n-1")
-    shown = np.ones((len(positions), channels), dtype=np.bool_)
-    if config.lead_drop > 0.0:
-        if not config.layouts or patches < 2:
-            raise UserError(
-                f"mask.lead_drop={config.lead_drop}: windows of {channels} channels x {patches} patches leave nothing "
-                "to drop or to hide; it is for ECG of several leads and seconds"
-            )
-        shown = _shown(config, channels, seed, purpose, positions)
-        if valid is not None:
-            shown |= ~(shown & valid).any(axis=1, keepdims=True)
+    if config.lead_drop == 0.0:
+        whole = np.ones((len(positions), channels), dtype=np.bool_)
+        return DualMask(*_draw(config, groups, patches, seed, purpose, positions), whole)
+    if not config.layouts or patches < 2:
+        raise UserError(
+            f"mask.lead_drop={config.lead_drop}: windows of {channels} channels x {patches} patches leave nothing "
+            "to drop or to hide; it is for ECG of several leads and seconds"
+        )
+    shown = _shown(config, channels, seed, purpose, positions)
+    if valid is not None:
+        shown |= ~(shown & valid).any(axis=1, keepdims=True)
     intra = np.zeros((len(positions), channels, patches), dtype=np.bool_)
     inter = np.zeros_like(intra)
     for leads in np.unique(shown, axis=0):

@@ -34,7 +34,7 @@ RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 # Other jobs on the same node have ports and folders of their own.
 port=$((20000 + SLURM_JOB_ID % 1000 * 10))
-export RAY_FOLDER="/tmp/ray-$SLURM_JOB_ID"
+export NODE_DIR="/tmp/ray-$SLURM_JOB_ID"
 
 steps=()
 trap 'kill -TERM "${steps[@]}" 2>/dev/null; wait' EXIT
@@ -47,8 +47,8 @@ start_ray() {  # start_ray NODES OPTIONS-OF-SRUN -- OPTIONS-OF-RAY-START
     # Each node counts its own GPUs. What `ray start` leaves in its folder goes with it.
     # shellcheck disable=SC2016  # these are the node's variables
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --overlap "${of_srun[@]}" bash -c '
-        trap "rm -rf $RAY_FOLDER" EXIT
-        ray start "$@" --block --temp-dir "$RAY_FOLDER" --num-cpus "${SLURM_CPUS_PER_TASK:-1}" \
+        trap "rm -rf $NODE_DIR" EXIT
+        ray start "$@" --block --temp-dir "$NODE_DIR" --num-cpus "${SLURM_CPUS_PER_TASK:-1}" \
             --num-gpus "${SLURM_GPUS_ON_NODE:-0}" --disable-usage-stats & ray=$!
         trap "kill -TERM $ray" TERM
         wait $ray; wait $ray' - "$@" &

@@ -37,21 +37,18 @@ port=$((20000 + SLURM_JOB_ID % 1000 * 10))
 export NODE_DIR="/tmp/ray-$SLURM_JOB_ID"
 
 steps=()
-trap 'kill -TERM "${steps[@]}" 2>/dev/null; wait' EXIT
+trap 'kill -TERM "${steps[@]}" 2>/dev/null; wait; srun --overlap rm -rf "$NODE_DIR"' EXIT
 
 start_ray() {  # start_ray NODES OPTIONS-OF-SRUN -- OPTIONS-OF-RAY-START
     local nodes=$1 of_srun=()
     shift
     while [ "$1" != -- ]; do of_srun+=("$1"); shift; done
     shift
-    # Each node counts its own GPUs. What `ray start` leaves in its folder goes with it.
+    # Each node counts its own GPUs.
     # shellcheck disable=SC2016  # these are the node's variables
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --overlap "${of_srun[@]}" bash -c '
-        trap "rm -rf $NODE_DIR" EXIT
-        ray start "$@" --block --temp-dir "$NODE_DIR" --num-cpus "${SLURM_CPUS_PER_TASK:-1}" \
-            --num-gpus "${SLURM_GPUS_ON_NODE:-0}" --disable-usage-stats & ray=$!
-        trap "kill -TERM $ray" TERM
-        wait $ray; wait $ray' - "$@" &
+        exec ray start "$@" --block --temp-dir "$NODE_DIR" --num-cpus "${SLURM_CPUS_PER_TASK:-1}" \
+            --num-gpus "${SLURM_GPUS_ON_NODE:-0}" --disable-usage-stats' - "$@" &
     steps+=($!)
 }
 

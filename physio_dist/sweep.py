@@ -304,6 +304,10 @@ class Ledger:
         """Of all trials that have ended, in the order of the plan."""
         return [self.ended[trial.name] for trial in self.trials if trial.name in self.ended]
 
+    def counts(self) -> dict[str, float]:
+        """How many trials there are, have ended, are at work."""
+        return {"trials": len(self.trials), "trials_done": len(self.ended), "trials_running": len(self._running)}
+
     def lines(self) -> bytes:
         """``trials.jsonl`` in the order of the plan."""
         lines = [json.dumps(to_line(record, self._max_epochs)) + "\n" for record in self.records()]

@@ -29,13 +29,14 @@ MAY_KNOW = {
     "spread": {"cluster", "shards", "storage", "errors", "exits", ""},
     "sweep": {"downstream", "training", "shards", "storage", "config", "errors"},
     "board": set(),
+    "gauges": {"board", "config"},
     "errors": set(),
     "lifeline": set(),
     "exits": {"errors"},
 }
 HOMES = {
     "deepspeed": {"training/engine.py", "training/rank.py"},
-    "ray": {"cluster.py", "foldwise.py", "launch.py", "spread.py", "tune.py"},
+    "ray": {"cluster.py", "foldwise.py", "gauges.py", "launch.py", "spread.py", "tune.py"},
     "sklearn": {f"downstream/{name}.py" for name in ("handmade", "metrics", "splits", "study")} | {"report/heldout.py"},
     "wfdb": {"signals/readers/wfdb_records.py", "downstream/handmade.py"},
     "h5py": {"signals/readers/code15.py"},

@@ -13,7 +13,7 @@ if [ $# = 0 ]; then
     echo '== ruff';  ruff check .
     echo '== mypy';  mypy
     echo '== shellcheck, hadolint'
-    shellcheck tools/*.sh .ci/run
+    shellcheck tools/*.sh cluster/*.sh .ci/run
     hadolint Dockerfile
 fi
 echo '== pytest'

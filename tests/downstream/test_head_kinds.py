@@ -246,14 +246,6 @@ def test_permuted_labels_are_at_chance(kind: str) -> None:
     assert len(set(areas)) == 10 and 0.4 < np.mean(areas) < 0.6
 
 
-def outcome(study: Study, configs: Sequence[dict[str, Any]]) -> Any:
-    records = [
-        TrialRecord(f"{row}-{i}", row, one, list(train(study, row, one)))
-        for row in SEARCHED for i, one in enumerate(configs)
-    ]  # fmt: skip
-    return conclude(study, records, lambda _: None)
-
-
 def test_rows_of_missing_modalities_noise_and_calibration() -> None:
     """ECG missing in some windows; heads of two kinds to choose from; twice the same bytes."""
     study, how = simulated("late", modality_dropout=[0.0, 0.5], head=["late", "gated"])
@@ -262,8 +254,13 @@ def test_rows_of_missing_modalities_noise_and_calibration() -> None:
     valid[3, 1] = False
     study = changed(study, valid={"ecg": valid})
     study.options.tune.calibrate = study.options.tune.noise_control = True
+    study.options.tune.max_epochs = 8
     configs = [{**how, "modality_dropout": 0.5}, {**how, "head": "gated", "modality_dropout": 0.5}]
-    found = outcome(study, configs)
+    records = [
+        TrialRecord(f"{row}-{i}", row, one, list(train(study, row, one)))
+        for row in SEARCHED for i, one in enumerate(configs)
+    ]  # fmt: skip
+    found = conclude(study, records, lambda _: None)
     rows = {row["name"]: row for row in found.results["rows"]}
     assert list(rows)[5:] == ["fused", "fused_ecg_only", "fused_eeg_only", "noise_ecg", "noise_eeg"]
     assert [rows[name]["modalities"] for name in list(rows)[6:]] == [["ecg"], ["eeg"], ["eeg"], ["ecg"]]
@@ -280,7 +277,7 @@ def test_rows_of_missing_modalities_noise_and_calibration() -> None:
         np.testing.assert_allclose(
             tensors["probability.fused"][mine], tensors["probability.fused_eeg_only"][mine], atol=1e-6
         )
-    again = outcome(study, configs[::-1])
+    again = conclude(study, records[::-1], lambda _: None)
     assert json.dumps(again.results) == json.dumps(found.results) and again.predictions == found.predictions
 
 

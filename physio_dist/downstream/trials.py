@@ -17,7 +17,7 @@ from physio_dist.downstream.metrics import auc
 from physio_dist.downstream.splits import Fold, permuted
 from physio_dist.downstream.tasks import Table
 from physio_dist.errors import UserError
-from physio_dist.models.fusion import Reduction, reduction
+from physio_dist.models.fusion import Head, Reduction, reduction
 from physio_dist.models.fusion_heads import input_kind
 from physio_dist.shards.order import number_of, permutation
 
@@ -266,6 +266,29 @@ def views(study: Study, row: str, choices: Sequence[Choice], wanted: Sequence[st
     return _ensembles(study, row, choices, [study.table.label], [""], wanted)[0]
 
 
+def kept_heads(study: Study, row: str, choices: Sequence[Choice]) -> list[list[Head]]:
+    """The heads behind :func:`predict`, for each fold one of each inner split.
+
+    They stand by themselves: state and ``about()`` bring them back, and given what ``models.fusion.tokens`` makes of an
+    encoder's features, with the kind that ``models.fusion_heads.input_kind`` tells, the mean of the softmax of their
+    logits is the probability that the study reports.
+    """
+    found = []
+    for number, (fold, choice) in enumerate(zip(study.folds, choices, strict=True)):
+        heads = _trained(study, _jobs(study, row, choice.config, number, study.table.label), choice)
+        if study.options.tune.calibrate:
+            heads.calibrate([rows for _, rows in fold.inner])
+        found.append([heads.head(i) for i in range(len(fold.inner))])
+    return found
+
+
+def _trained(study: Study, jobs: Sequence[Job], choice: Choice) -> Heads:
+    heads = Heads(jobs, len(study.table.classes), choice.config)
+    for _ in range(choice.epoch):
+        heads.epoch()
+    return heads
+
+
 def _ensembles(
     study: Study, row: str, choices: Sequence[Choice], labels: Sequence[Ints], purposes: Sequence[str],
     wanted: Sequence[str] = ("all",),
@@ -281,9 +304,7 @@ def _ensembles(
         step = max(1, _MOST_HEADS // each)
         for start in range(0, len(jobs), step):
             mine = jobs[start : start + step]
-            heads = Heads([job for some in mine for job in some], len(study.table.classes), choice.config)
-            for _ in range(choice.epoch):
-                heads.epoch()
+            heads = _trained(study, [job for some in mine for job in some], choice)
             tested = [fold.test] * len(heads.jobs)
             flat = {"uncalibrated": heads.probability(tested)} if "uncalibrated" in wanted else {}
             if study.options.tune.calibrate:

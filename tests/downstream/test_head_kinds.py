@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from physio_dist.downstream.heads import Heads, Job
 from physio_dist.downstream.metrics import auc, calibration_error, temperature_of
 from physio_dist.downstream.study import SEARCHED, Study, TrialRecord, conclude, train
-from physio_dist.downstream.trials import Choice, control, noisy, predict, reductions_of, views
+from physio_dist.downstream.trials import Choice, control, kept_heads, noisy, predict, reductions_of, views
 from physio_dist.errors import UserError
-from physio_dist.models.fusion_heads import build
+from physio_dist.models.fusion_heads import build, input_kind
 from physio_dist.search_options import HEADS
 
 N = 90
@@ -294,6 +294,20 @@ def test_temperatures_come_from_validation_people_and_move_no_window_past_anothe
     label[study.folds[0].test] = 1 - label[study.folds[0].test]
     other = replace(study, table=replace(TABLE, label=label))
     assert np.array_equal(views(other, "fused", choices, ["all"])["all"][0], found["all"][0])
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_that_are_kept_give_the_probabilities_of_the_study(kind: str) -> None:
+    study, how = simulated(kind)
+    study.options.tune.calibrate = True
+    choices = [Choice(how, 3, 0.5)] * 3
+    wanted = predict(study, "fused", choices)
+    for number, (fold, heads) in enumerate(zip(study.folds, kept_heads(study, "fused", choices), strict=True)):
+        keys = study.keys_of("fused", input_kind({**how, "pooling": "mean"}), number)
+        x = {signal: torch.from_numpy(study.inputs[key][fold.test]) for signal, key in keys.items()}
+        with torch.no_grad():
+            found = torch.stack([head(x).softmax(1) for head in heads]).mean(0)
+        np.testing.assert_allclose(found.numpy(), wanted[number], atol=1e-5)
 
 
 def test_a_modality_that_nobody_to_train_on_has_is_told() -> None:

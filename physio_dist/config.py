@@ -15,6 +15,9 @@ from physio_dist.options import option_types as option_types
 from physio_dist.options import plain_name as _run_name
 from physio_dist.options import refuse_another as refuse_another
 from physio_dist.options import to_yaml as to_yaml
+from physio_dist.search_options import POOLINGS as POOLINGS
+from physio_dist.search_options import SearchOptions as SearchOptions
+from physio_dist.search_options import check_search
 
 PRESETS = ("tiny", "base", "large", "xl")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -160,23 +163,10 @@ class TuneOptions:
     features: str = ""
     # Evaluations with labels permuted by recording within people, as a control for leakage.
     permutations: int = 0
-
-
-@dataclass
-class SearchOptions:
-    """What a sweep chooses from; a range is [low, high], drawn evenly on a logarithmic axis."""
-
-    # Over patches (mean or mean and standard deviation), with channels averaged or kept apart.
-    pooling: list[str] = field(default_factory=lambda: ["mean", "mean_std", "channels_mean", "channels_mean_std"])
-    # Principal components that are kept of each modality's pooled features.
-    components: list[int] = field(default_factory=lambda: [16, 64])
-    # Hidden layers; 0 is a linear head.
-    depth: list[int] = field(default_factory=lambda: [0, 1, 2])
-    width: list[int] = field(default_factory=lambda: [32, 64, 128])
-    dropout: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.5])
-    label_smoothing: list[float] = field(default_factory=lambda: [0.0, 0.1])
-    lr: list[float] = field(default_factory=lambda: [3e-4, 3e-2])
-    weight_decay: list[float] = field(default_factory=lambda: [1e-4, 1.0])
+    # Fit the temperature of each head's probabilities on its validation people.
+    calibrate: bool = False
+    # Rows with one modality replaced by noise, as a control: they should gain nothing over the other alone.
+    noise_control: bool = False
 
 
 @dataclass
@@ -317,12 +307,11 @@ def workers(cluster: ClusterOptions) -> tuple[int, int]:
 
 TASKS = ("labels", "eegmat")
 PROTOCOLS = ("grouped_kfold", "loso", "holdout")
-POOLINGS = ("mean", "mean_std", "channels_mean", "channels_mean_std")
 
 
 def check_tune(options: TuneConfig) -> None:
     """Refuse values no sweep could use, before anything is read or started."""
-    tune, search = options.tune, options.search
+    tune = options.tune
     _run_name(options.run.name)
     _one_of("tune.task", tune.task, TASKS)
     _one_of("tune.protocol", tune.protocol, PROTOCOLS)
@@ -340,20 +329,7 @@ def check_tune(options: TuneConfig) -> None:
         folders = list(value.values()) if isinstance(value, dict) else [value]
         if not folders or not all(isinstance(folder, str) and folder for folder in folders):
             raise UserError(f"tune.{name} must be a folder or {{fold: folder}}, not {value!r}")
-    for name in ("pooling", "components", "depth", "width", "dropout", "label_smoothing"):
-        if not getattr(search, name):
-            raise UserError(f"search.{name} is empty: there is nothing to choose from")
-    for kind in search.pooling:
-        _one_of("search.pooling", kind, POOLINGS)
-    if min(search.depth) < 0 or min(search.width) < 1 or min(search.components) < 1:
-        raise UserError("search.depth must not be negative, search.width and search.components must be at least 1")
-    for name in ("dropout", "label_smoothing"):
-        for value in getattr(search, name):
-            _between(f"search.{name}", value, 0.0, 0.9)
-    for name in ("lr", "weight_decay"):
-        span = getattr(search, name)
-        if len(span) != 2 or not 0 < span[0] <= span[1] < math.inf:
-            raise UserError(f"search.{name}={span}: it must be [low, high] with 0 < low <= high")
+    check_search(options.search)
 
 
 def mixture(index: Any) -> list[tuple[str, float]]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
 
-from physio_dist.downstream.metrics import METRICS, auc_interval, confusion, score
+from physio_dist.downstream.metrics import METRICS, auc_interval, calibration_error, confusion, score
 from physio_dist.downstream.splits import Fold
 from physio_dist.downstream.tasks import Table
 from physio_dist.shards.index import key_table
@@ -33,6 +33,7 @@ class Row:
         probability: for each fold ``[test row, class]``.
         config: for each fold what was selected, or None.
         epoch: for each fold the epoch that was selected, or None.
+        uncalibrated: the same before temperatures were fitted; None where none were.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     probability: Sequence[Floats]
     config: Sequence[dict[str, Any] | None]
     epoch: Sequence[int | None]
+    uncalibrated: Sequence[Floats] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,14 @@ def row_of(row: Row, table: Table, folds: Sequence[Fold], seed: int) -> dict[str
         for fold, each, config, epoch in zip(folds, row.probability, row.config, row.epoch, strict=True)
     ]
     interval = auc_interval(label, probability, table.person[tested], seed)
+    errors = {"ece": calibration_error(label, probability)}
+    if row.uncalibrated is not None:
+        errors["ece_before"] = calibration_error(label, np.concatenate(list(row.uncalibrated)))
     return {
         "name": row.name,
         "modalities": list(row.modalities),
         **_rounded(score(label, probability)),
+        **_rounded(errors),
         "auc_ci": None if interval is None else [round(area, _DIGITS) for area in interval],
         "per_fold": per_fold,
         "spread": {name: _spread([fold[name] for fold in per_fold]) for name in METRICS},

@@ -20,17 +20,29 @@ from physio_dist.downstream.splits import Fold, folds_of
 from physio_dist.downstream.tasks import SIGNALS, Table, label_name, load_table, need_both
 from physio_dist.downstream.trials import MODALITIES as MODALITIES
 from physio_dist.downstream.trials import SEARCHED as SEARCHED
-from physio_dist.downstream.trials import Choice, Study, TrialRecord, control, predict, reductions_of, select
+from physio_dist.downstream.trials import (
+    Choice,
+    Study,
+    TrialRecord,
+    control,
+    noisy,
+    predict,
+    reductions_of,
+    select,
+    views,
+)
 from physio_dist.downstream.trials import candidates as candidates
 from physio_dist.downstream.trials import train as train
 from physio_dist.errors import DataError, UserError
-from physio_dist.models.fusion import pool
-from physio_dist.shards.index import ShardSet, open_set
+from physio_dist.models.fusion import tokens
+from physio_dist.models.fusion_heads import input_kind
+from physio_dist.shards.index import ShardSet, open_set, read_sidecar
 
 Say = Callable[[str], None]
 
 ROWS = ("majority", "untrained", "handmade", "ecg", "eeg", "fused")
-"""Rows of every study, in the order of ``results.json``; simulated data adds ``bound_ecg bound_eeg bound_fused``."""
+"""Rows of every study, in the order of ``results.json``. ``search.modality_dropout`` adds ``fused_ecg_only
+fused_eeg_only``, ``tune.noise_control`` ``noise_ecg noise_eeg``, simulated data ``bound_ecg bound_eeg bound_fused``."""
 
 # Windows pooled at a time: features of patches are much larger than what becomes of them.
 _WINDOWS = 256
@@ -62,6 +74,7 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
     shards = open_set(tune.data)
     need_both(shards)
     table = load_table(tune.data, tune.task, tune.label)
+    valid = _valid(shards, table)
     folds = tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, seed))
     backbones = {signal: _backbones(options, signal, folds, table, shards) for signal in SIGNALS}
     encoders: dict[str, tuple[str, ...]] = {}
@@ -74,14 +87,37 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
                 folder = f"{signal}-{backbone.sha256[:16]}-{shards.fingerprint[:16]}"
                 where = storage.join(features_url, folder)
                 embed(backbone, tune.data, where, say)
-                for kind in dict.fromkeys(options.search.pooling):
+                for kind in _kinds(options):
                     inputs[f"{signal}/{backbone.sha256}/{kind}"] = _pooled(open_features(where), table, kind, where)
     measured = {name: values[table.sample] for name, values in handmade(tune.data, say).items()}
     say("principal components of what each head is trained on")
-    reductions = reductions_of(inputs, encoders, folds, max(options.search.components))
+    reductions = reductions_of(inputs, encoders, folds, max(options.search.components), valid)
     about = {signal: _about(backbones[signal], folds) for signal in SIGNALS}
-    notes = tuple(_notes(options, shards, table, folds, backbones))
-    return Study(options, table, folds, encoders, inputs, measured, reductions, about, notes)
+    notes = tuple(_notes(options, shards, table, folds, backbones, valid))
+    return Study(options, table, folds, encoders, inputs, measured, reductions, about, notes, valid)
+
+
+def _kinds(options: TuneConfig) -> list[str]:
+    """What heads may be given of a modality."""
+    search = options.search
+    return list(dict.fromkeys(input_kind({"pooling": p, "head": head}) for head in search.head for p in search.pooling))
+
+
+def _valid(shards: ShardSet, table: Table) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which channels are valid, ``[n, channel]``, of each signal that lacks some.
+
+    Raises:
+        UserError: no labelled window has a valid channel of a signal.
+    """
+    sidecar = read_sidecar(shards)
+    found = {signal: sidecar.valid[signal][table.sample] for signal in SIGNALS}
+    for signal, channels in found.items():
+        if not channels.any():
+            raise UserError(
+                f"tune.data={shards.url}: the {signal.upper()} is missing in all {len(channels)} labelled windows (no "
+                "channel is valid); fusion needs some windows with it. `physio-dist probe` takes a single signal"
+            )
+    return {signal: channels for signal, channels in found.items() if not channels.all()}
 
 
 def _backbones(
@@ -115,7 +151,7 @@ def _pooled(features: Features, table: Table, kind: str, where: str) -> npt.NDAr
     for start in range(0, len(table.sample), _WINDOWS):
         rows = table.sample[start : start + _WINDOWS]
         values, valid = features.values[rows], features.valid[rows]
-        parts.append(pool(torch.from_numpy(values), torch.from_numpy(valid), kind).numpy())
+        parts.append(tokens(torch.from_numpy(values), torch.from_numpy(valid), kind)[0].numpy())
     return np.concatenate(parts)
 
 
@@ -136,8 +172,9 @@ def _about(backbones: list[Backbone], folds: tuple[Fold, ...]) -> dict[str, Any]
 
 
 def _notes(
-    options: TuneConfig, shards: ShardSet, table: Table, folds: tuple[Fold, ...], backbones: dict[str, list[Backbone]]
-) -> list[str]:
+    options: TuneConfig, shards: ShardSet, table: Table, folds: tuple[Fold, ...], backbones: dict[str, list[Backbone]],
+    valid: dict[str, npt.NDArray[np.bool_]],
+) -> list[str]:  # fmt: skip
     tune = options.tune
     notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_RULE}."]
     if table.simulated:
@@ -147,6 +184,12 @@ def _notes(
     fewer = [f"{fold.name} ({len(fold.inner)})" for fold in folds if len(fold.inner) < tune.val_folds]
     if fewer:
         notes.append(f"Too few people for tune.val_folds={tune.val_folds} groups in fold {', '.join(fewer)}.")
+    for signal, known in valid.items():
+        if lacking := int((~known.any(axis=1)).sum()):
+            notes.append(
+                f"The {signal.upper()} is missing in {lacking} of {len(known)} windows: heads answer from the other "
+                f"signal, the row {signal} without any, from the classes' frequencies."
+            )
     for signal, those in backbones.items():
         distinct = list({backbone.sha256: backbone for backbone in those}.values())
         if any(backbone.people is None for backbone in distinct):
@@ -185,8 +228,12 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
     rows = {"majority": majority(table, folds), "handmade": _handmade_row(study)}
     for name, choices in chosen.items():
         say(f"testing {name}: the selected heads of {len(folds)} folds")
-        rows[name] = _searched_row(study, name, choices)
-    ordered = [*(rows[name] for name in ROWS), *bounds(table, folds)]
+        rows |= _searched_rows(study, name, choices)
+    if study.options.tune.noise_control:
+        say("training fused heads with noise in place of each modality")
+        rows |= _noise_rows(study, chosen["fused"])
+    extra = [name for name in rows if name not in ROWS]
+    ordered = [*(rows[name] for name in (*ROWS, *extra)), *bounds(table, folds)]
     found = [row_of(row, table, folds, seed) for row in ordered]
     tested = np.concatenate([fold.test for fold in folds])
     results: dict[str, Any] = {
@@ -225,8 +272,24 @@ def _handmade_row(study: Study) -> Row:
     return Row("handmade", SIGNALS, [one.probability for one in fitted], [{"C": one.c} for one in fitted], none)
 
 
-def _searched_row(study: Study, name: str, choices: list[Choice]) -> Row:
-    return Row(
-        name, MODALITIES[name], predict(study, name, choices), [choice.config for choice in choices],
-        [choice.epoch for choice in choices],
-    )  # fmt: skip
+def _searched_rows(study: Study, name: str, choices: list[Choice]) -> dict[str, Row]:
+    """A row that was searched for; with ``fused`` also what its heads say with a modality withheld."""
+    wanted = ["all", *(["uncalibrated"] if study.options.tune.calibrate else [])]
+    withheld = list(MODALITIES[name]) if name == "fused" and max(study.options.search.modality_dropout) > 0 else []
+    found = views(study, name, choices, [*wanted, *withheld])
+    configs, epochs = [choice.config for choice in choices], [choice.epoch for choice in choices]
+    rows = {name: Row(name, MODALITIES[name], found["all"], configs, epochs, found.get("uncalibrated"))}
+    for signal in withheld:
+        rows[f"{name}_{signal}_only"] = Row(f"{name}_{signal}_only", (signal,), found[signal], configs, epochs)
+    return rows
+
+
+def _noise_rows(study: Study, choices: list[Choice]) -> dict[str, Row]:
+    """What fused heads make of one modality and noise; ``noise_ecg`` has the EEG alone to go by."""
+    configs, epochs = [choice.config for choice in choices], [choice.epoch for choice in choices]
+    rows = {}
+    for signal in SIGNALS:
+        others = tuple(name for name in SIGNALS if name != signal)
+        probability = predict(noisy(study, signal), "fused", choices)
+        rows[f"noise_{signal}"] = Row(f"noise_{signal}", others, probability, configs, epochs)
+    return rows

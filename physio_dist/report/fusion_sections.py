@@ -42,6 +42,8 @@ OPTIONS = (
     "tune.scheduler",
     "tune.max_epochs",
     "tune.permutations",
+    "tune.calibrate",
+    "tune.noise_control",
     "run.seed",
 )
 
@@ -269,7 +271,9 @@ def _forest_caption(sweep: Sweep) -> str:
 
 def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
     bounded = any(math.isfinite(_bound_auc(sweep, row)) for row in rows)
-    head = ["Input", *COLUMNS.values(), *(["Best possible AUC", "Way reached"] if bounded else [])]
+    calibrated = any(math.isfinite(row.ece) for row in rows)
+    error = ["Calibration error"] if calibrated else []
+    head = ["Input", *COLUMNS.values(), *error, *(["Best possible AUC", "Way reached"] if bounded else [])]
     lines = []
     for row in rows:
         cells = [Cell(label_of(row.name), colour=colour_of(row.name))]
@@ -279,6 +283,9 @@ def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
             cells.append(Cell(metric(row.scores[name]), more=more))
             if name == "auc":
                 cells.append(Cell(span(*row.interval) or "–"))
+        if calibrated:
+            before = f"before {metric(row.ece_before)}" if math.isfinite(row.ece_before) else ""
+            cells.append(Cell(metric(row.ece), more=before))
         if bounded:
             bound = sweep.bound(row)
             share = reached(row, bound)
@@ -291,6 +298,12 @@ def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
         caption += " The interval is that of the ROC-AUC, over people."
     if any(len(row.folds) > 1 for row in rows):
         caption += " ±: standard deviation over folds."
+    if calibrated:
+        caption += " Calibration error: how far probabilities are from how often they are right (15 bins)."
+    if any(math.isfinite(row.ece_before) for row in rows):
+        caption += " Before: without the temperatures, which were fitted on validation people."
+    if any(row.name.endswith("_only") for row in rows):
+        caption += " Shown: the fused heads with the other signal withheld at the test."
     if bounded:
         caption += (
             " Best possible: reached by somebody who could read the simulator's hidden drives of the same signals. "

@@ -19,7 +19,8 @@ CHANCE = 0.5
 def summarise_sweep(sweep: Sweep, held: HeldOut | None) -> Summary:
     """The summary of a sweep; whatever it does not tell is left out or shown as a dash."""
     badge, text = badge_of(sweep.simulated())
-    verdicts = [_headline(sweep), _others(sweep), *_gain(sweep, held), _reached(sweep), _control(sweep)]
+    verdicts = [_headline(sweep), _others(sweep), *_gain(sweep, held), *_one_signal(sweep), _reached(sweep)]
+    verdicts.append(_control(sweep))
     told = [verdict for verdict in verdicts if verdict]
     return Summary(sweep.name, badge, text, told, _facts(sweep, held), None, kicker="sweep of a fusion head")
 
@@ -116,6 +117,24 @@ def _gain(sweep: Sweep, held: HeldOut | None) -> list[str]:
         if one is not None and math.isfinite(one.low):
             text += f", 95 % interval {signed(one.low)} to {signed(one.high)}{_meaning(one)}"
         told.append(text + ".")
+    return told
+
+
+def _one_signal(sweep: Sweep) -> list[str]:
+    """What is left of the fused row where it has one signal only, or one and noise."""
+    told = []
+    for what, names in (
+        ("With one signal withheld at the test", {"fused_ecg_only": "ecg", "fused_eeg_only": "eeg"}),
+        ("Control with noise in place of one signal", {"noise_ecg": "eeg", "noise_eeg": "ecg"}),
+    ):
+        parts = []
+        for name, left in names.items():
+            row, single = sweep.row(name), sweep.row(left)
+            if row is not None and single is not None:
+                against = f"{label_of(left)} {metric(single.scores['auc'])}"
+                parts.append(f"{label_of(name)} {with_interval(row)} against {against}")
+        if parts:
+            told.append(f"{what}: {'; '.join(parts)}.")
     return told
 
 

@@ -45,7 +45,8 @@ class Row:
     """One kind of input over all held-out people.
 
     ``scores`` has all of ``METRICS``, NaN where undefined; ``interval`` is that of the AUC, NaN where unknown;
-    ``spread`` is the standard deviation over folds; ``confusion`` counts, ``[true class, predicted class]``.
+    ``spread`` is the standard deviation over folds; ``confusion`` counts, ``[true class, predicted class]``; ``ece`` is
+    the expected calibration error, NaN where not told, ``ece_before`` that before temperatures were fitted.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Row:
     folds: list[FoldResult]
     spread: dict[str, float]
     confusion: Ints | None
+    ece: float = math.nan
+    ece_before: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,8 @@ def _rows(results: dict[str, Any], classes: Sequence[str]) -> list[Row]:
                 folds=[_fold(fold, where) for fold in folds or []],
                 spread=_scores(spread or {}, where),
                 confusion=_confusion(entry.get("confusion"), len(classes), where),
+                ece=_float(entry.get("ece"), "ece", where),
+                ece_before=_float(entry.get("ece_before"), "ece_before", where),
             )
         )
     return made

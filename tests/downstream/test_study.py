@@ -277,6 +277,37 @@ def test_a_study_is_prepared_from_a_set_and_encoders(made: Path) -> None:
             assert len(list(train(study, row, {**CONFIG, "pooling": kind}))) == 2
 
 
+def test_windows_without_a_modality_are_part_of_a_study(tmp_path: Path, made: Path) -> None:
+    facts = facts_of(people=6, recordings=2, windows=2)
+    valid = np.ones((24, 2), dtype=bool)
+    valid[[0, 7, 9]] = False
+    valid[4, 1] = False
+    paired(str(tmp_path / "set"), facts, valid={"eeg": valid})
+    options = options_of(made, data=str(tmp_path / "set"))
+    options.search.head, options.search.pooling = ["concat", "cross_attention"], ["mean_std", "channels_attention"]
+    options.search.modality_dropout = [0.5]
+    study = prepare(options, str(tmp_path / "features"), quiet)
+    assert list(study.valid) == ["eeg"] and np.array_equal(study.valid["eeg"], valid)
+    kinds = {key.split("/")[2]: x.shape[1:] for key, x in study.inputs.items() if key.startswith("eeg")}
+    assert kinds == {"mean_std": (160,), "channels_attention": (2, 80), "attention": (2, 80)}
+    assert any("The EEG is missing in 3 of 24 windows" in note for note in study.notes)
+    assert all(np.isfinite(x).all() for x in study.inputs.values())
+    config = {**CONFIG, "modality_dropout": 0.5, "head": "cross_attention", "pooling": "mean_std"}
+    records = [TrialRecord(row, row, config, list(train(study, row, config))) for row in SEARCHED]
+    outcome = conclude(study, records, quiet)
+    assert [row["name"] for row in outcome.results["rows"]][5:] == ["fused", "fused_ecg_only", "fused_eeg_only"]
+    tensors = load_tensors(outcome.predictions)
+    assert all(np.isfinite(values).all() for name, values in tensors.items() if name.startswith("probability"))
+
+
+def test_a_modality_that_is_missing_in_all_windows_is_told(tmp_path: Path, made: Path) -> None:
+    facts = facts_of(people=6, recordings=2, windows=2)
+    paired(str(tmp_path / "set"), facts, valid={"ecg": np.zeros((24, 2), dtype=bool)})
+    with pytest.raises(UserError, match=r"the ECG is missing in all 24 labelled windows"):
+        prepare(options_of(made, data=str(tmp_path / "set")), str(tmp_path / "features"), quiet)
+    assert not storage.names(str(tmp_path / "features"))
+
+
 def test_a_folder_a_fold(made: Path) -> None:
     given = {0: str(made / "eeg"), "1": str(made / "eeg2"), 2: str(made / "eeg")}
     options = options_of(made, eeg_encoder=given)

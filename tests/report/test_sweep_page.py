@@ -163,6 +163,24 @@ def test_the_results_decide_what_is_simulated(tmp_path, simulated, data):
     assert any(attrs.get("class") == "badge" for _, attrs in page.tags) == simulated
 
 
+def test_rows_of_missing_signals_noise_and_calibration(tmp_path):
+    tensors = predictions_of(asked=True, bounds=True)
+    document = results_of(tensors, CLASSES, simulated=True)
+    for row in document["rows"]:
+        row["ece"] = 0.123 if row["name"] == "fused" else 0.05
+    next(row for row in document["rows"] if row["name"] == "fused")["ece_before"] = 0.234
+    content = {"results": json.dumps(document).encode(), "predictions": predictions_file(tensors, CLASSES, 4)}
+    _, page = page_of(write_sweep(tmp_path, **content))
+    areas = {row["name"]: three(row["auc"]) for row in document["rows"]}
+    for name, called in (("fused_ecg_only", "Fused, ECG shown"), ("noise_eeg", "ECG + noise for EEG")):
+        assert called in page.text and areas[name] in page.text
+        assert f"{called} {areas[name]} (" in page.text and f") against ECG alone {areas['ecg']}" in page.text
+    assert "Calibration error" in page.text and "0.123" in page.text and "before 0.234" in page.text
+    assert "With one signal withheld at the test" in page.text and "with noise in place of one signal" in page.text
+    plain, _ = page_of(write_sweep(tmp_path / "plain"))
+    assert "Calibration error" not in plain and "withheld" not in plain and "noise" not in plain
+
+
 def test_recorded_signals_have_no_bound(tmp_path):
     _, page = page_of(write_sweep(tmp_path))
     assert "est possible" not in page.text

@@ -70,6 +70,8 @@ def _version73(path: Path, variable: str, field: str) -> Iterator[tuple[str, Any
                 if name != field:
                     yield name, _of_hdf5(file, item)
                 elif not _refers(item):
+                    if _of_hdf5(file, item) == []:
+                        continue
                     raise NotSuchError(f"{variable}.{field} is no array of cells")
                 else:
                     # HDF5 has MATLAB's dimensions in reverse, so that its rows are MATLAB's columns.

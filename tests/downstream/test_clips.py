@@ -84,7 +84,9 @@ BAD: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = {
     "no rest": (
         [one for one in watched() if one["labels"]["phase"] == "stimulus"], REST, ["tune.baseline=subtract: no window"],
     ),
-    "one class": ([{**one, "labels": {**one["labels"], "valence": 5}} for one in watched()], {}, ["only the value high"]),
+    "one class": (
+        [{**one, "labels": {**one["labels"], "valence": 5}} for one in watched()], {}, ["only the value high"],
+    ),
 }  # fmt: skip
 
 

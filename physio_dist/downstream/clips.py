@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +34,20 @@ class Rest:
     before: Ints
 
 
+def need_clips(known: Collection[str], name: str, data: str) -> None:
+    """Refuse a set whose labels ``known`` do not tell clips apart.
+
+    Raises:
+        UserError: there is no label of that name.
+    """
+    if name not in known:
+        hint = f"; {closest(name, known)}" if closest(name, known) else ""
+        raise UserError(
+            f"tune.clip={name}: no window of {data} says by that label which clip it is of; it has "
+            f"{', '.join(sorted(known))}{hint}. Give tune.clip=NAME, or a protocol that does not ask for clips"
+        )
+
+
 def clips_of(
     labels: Sequence[dict[str, Any]], recording: Sequence[tuple[str, str] | None], name: str, data: str
 ) -> Ints:  # fmt: skip
@@ -53,13 +67,6 @@ def clips_of(
     """
     asked = f"tune.clip={name}"
     found = [one.get(name) for one in labels]
-    known = {word for one in labels for word in one}
-    if name not in known:
-        hint = f"; {closest(name, known)}" if closest(name, known) else ""
-        raise UserError(
-            f"{asked}: no window of {data} says by that label which clip it is of; it has "
-            f"{', '.join(sorted(known))}{hint}. Give tune.clip=NAME, or a protocol that does not ask for clips"
-        )
     if missing := sum(value is None for value in found):
         raise UserError(f"{asked}: {missing} of {len(found)} windows of {data} do not say which clip they are of")
     words = [json.dumps(value) for value in found]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist.config import DataOptions
-from physio_dist.downstream.clips import PHASE, STIMULUS, Rest, clips_of, rests_of
+from physio_dist.downstream.clips import PHASE, STIMULUS, Rest, clips_of, need_clips, rests_of
 from physio_dist.errors import UserError, closest
 from physio_dist.shards import tar
 from physio_dist.shards.cache import ShardCache
@@ -141,6 +141,8 @@ def load_table(
         hint = closest(name, known)
         there = f"; it has {', '.join(sorted(known))}" + (f"; {hint}" if hint else "")
         raise UserError(f"{option}={name}: no window of {shards.url} has that label{there}")
+    if clip:
+        need_clips(known, clip, data)
     values = [one.get(name) for one in labels]
     if task == "dreamer":
         values = [None if one.get(PHASE, STIMULUS) != STIMULUS else one.get(name) for one in labels]

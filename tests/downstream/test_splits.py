@@ -117,10 +117,11 @@ def clips(table: Table, rows: np.ndarray) -> set[int]:
     return set(table.clip[rows].tolist())
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.integers(3, 10), st.integers(4, 18), st.integers(2, 4), st.integers(2, 3), st.integers(0, 9))
+@pytest.mark.parametrize(
+    ("n", "k", "folds", "val_folds", "seed"), [(3, 9, 3, 2, 0), (8, 18, 5, 3, 1), (5, 12, 2, 4, 2)]
+)  # fmt: skip
 def test_clip_disjoint_never_trains_on_a_clip_it_tests(n: int, k: int, folds: int, val_folds: int, seed: int) -> None:
-    table = watched(n, max(k, folds + 2), seed=seed)
+    table = watched(n, k, seed=seed)
     made = folds_of(table, "clip_disjoint", folds, val_folds, seed)
     assert np.array_equal(np.sort(np.concatenate([fold.test for fold in made])), np.arange(len(table.label)))
     for fold in made:
@@ -131,10 +132,11 @@ def test_clip_disjoint_never_trains_on_a_clip_it_tests(n: int, k: int, folds: in
             assert set(table.label[train]) == set(table.label[valid]) == {0, 1}
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.integers(6, 8), st.integers(8, 12), st.integers(2, 3), st.integers(2, 3), st.integers(0, 9))
+@pytest.mark.parametrize(
+    ("n", "k", "folds", "val_folds", "seed"), [(9, 12, 3, 2, 0), (12, 18, 2, 3, 1), (9, 15, 2, 2, 2)]
+)  # fmt: skip
 def test_person_and_clip_shares_neither(n: int, k: int, folds: int, val_folds: int, seed: int) -> None:
-    table = watched(n, k, windows=2, seed=seed)
+    table = watched(n, k, seed=seed)
     made = folds_of(table, "person_and_clip", folds, val_folds, seed)
     assert len(made) == folds**2 and [fold.name for fold in made] == [str(i) for i in range(folds**2)]
     assert np.array_equal(np.sort(np.concatenate([fold.test for fold in made])), np.arange(len(table.label)))
@@ -149,7 +151,7 @@ def test_person_and_clip_shares_neither(n: int, k: int, folds: int, val_folds: i
 
 
 def test_leaky_window_divides_recordings_and_is_the_only_one_that_does() -> None:
-    table = watched(people=8, clips=6, windows=12)
+    table = watched(people=9, clips=12, windows=6)
     for protocol in PROTOCOLS:
         if protocol == "holdout":
             continue
@@ -158,7 +160,7 @@ def test_leaky_window_divides_recordings_and_is_the_only_one_that_does() -> None
         for fold in made:
             pairs = [(fold.test, fold.train), *fold.inner]
             shared = [len(set(table.recording[a]) & set(table.recording[b])) for a, b in pairs]
-            assert min(shared) > 40 if protocol == "leaky_window" else max(shared) == 0
+            assert min(shared) > 50 if protocol == "leaky_window" else max(shared) == 0
             if protocol == "leaky_window":
                 assert abs(table.label[fold.test].mean() - table.label.mean()) < 0.02
     assert folds_of(table, "leaky_window", 3, 3, 0)[0].test.tolist() != (

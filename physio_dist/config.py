@@ -18,6 +18,7 @@ from physio_dist.options import to_yaml as to_yaml
 from physio_dist.search_options import POOLINGS as POOLINGS
 from physio_dist.search_options import SearchOptions as SearchOptions
 from physio_dist.search_options import check_search
+from physio_dist.task_options import TaskOptions, check_task
 
 PRESETS = ("tiny", "base", "large", "xl")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -135,21 +136,12 @@ class PretrainConfig:
 
 
 @dataclass
-class TuneOptions:
+class TuneOptions(TaskOptions):
     # Shard set with both signals and labels.
     data: str = "???"
     # An export's folder, or {fold: folder}; for EEG also a CBraMod checkpoint (.pth or .safetensors) by URL.
     ecg_encoder: Any = "???"
     eeg_encoder: Any = "???"
-    # labels: classes are the values that the label takes; eegmat: rest (0) against arithmetic (1).
-    task: str = "labels"
-    # Name of the label; a task of its own has a default.
-    label: str | None = None
-    # grouped_kfold, loso (one person a fold) or holdout (the shard set's test split).
-    protocol: str = "grouped_kfold"
-    folds: int = 5
-    # Groups of training people that take turns as validation people, on which configurations are selected.
-    val_folds: int = 3
     # Configurations that are tried; each for every kind of input.
     trials: int = 32
     # asha stops what falls behind; fifo lets every trial finish.
@@ -305,21 +297,16 @@ def workers(cluster: ClusterOptions) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-TASKS = ("labels", "eegmat")
-PROTOCOLS = ("grouped_kfold", "loso", "holdout")
 
 
 def check_tune(options: TuneConfig) -> None:
     """Refuse values no sweep could use, before anything is read or started."""
     tune = options.tune
     _run_name(options.run.name)
-    _one_of("tune.task", tune.task, TASKS)
-    _one_of("tune.protocol", tune.protocol, PROTOCOLS)
+    check_task(tune)
     _one_of("tune.scheduler", tune.scheduler, ("asha", "fifo"))
     if not tune.data:
         raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
-    if tune.task == "labels" and not tune.label:
-        raise UserError("tune.task=labels needs tune.label, the name of a label of the shard set")
     for name, least in (("folds", 2), ("val_folds", 2), ("trials", 1), ("max_epochs", 1), ("permutations", 0)):
         if getattr(tune, name) < least:
             raise UserError(f"tune.{name}={getattr(tune, name)}: it must be at least {least}")

@@ -22,7 +22,10 @@ def tune(*words: str, file: str | None = None) -> TuneConfig:
     ("word", "told"),
     [
         ("tune.task=dremer", "tune.task=dremer: it must be one of labels, eegmat"),
-        ("tune.protocol=kfold", "tune.protocol=kfold: it must be one of grouped_kfold, loso, holdout; did you mean"),
+        ("tune.protocol=kfold", "tune.protocol=kfold: it must be one of grouped_kfold, loso, holdout, clip"),
+        ("tune.protocol=leaky", "tune.protocol=leaky: it must be one of"),
+        ("tune.neutral=middle", "tune.neutral=middle: it must be one of high, low, drop"),
+        ("tune.baseline=subtract", "tune.baseline=subtract is for tune.task=dreamer"),
         ("tune.scheduler=none", "tune.scheduler=none: it must be one of asha, fifo"),
         ("tune.label=", "tune.task=labels needs tune.label"),
         ("tune.folds=1", "tune.folds=1: it must be at least 2"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
+from scipy.stats import ttest_1samp
 
 from physio_dist.downstream.metrics import METRICS, auc_interval, calibration_error, confusion, score
 from physio_dist.downstream.splits import Fold
@@ -132,13 +133,25 @@ def bounds(table: Table, folds: Sequence[Fold]) -> list[Row]:
 
 
 def permuted_part(observed: float | None, areas: Sequence[float]) -> dict[str, Any]:
-    """The control in ``results.json``: p counts the observed labels as one of the permutations."""
+    """The control in ``results.json``: p counts the observed labels as one of the permutations.
+
+    ``p_leak`` is of a one-sided t test that the permuted AUCs have a mean above 0.5: labels that mean nothing are told
+    apart only by what the same person or recording brings to both sides of a split.
+    """
     reached = sum(area >= (math.inf if observed is None else observed) for area in areas)
     return {
         "n": len(areas),
         "auc": [round(area, _DIGITS) for area in areas],
+        "mean": round(float(np.mean(areas)), _DIGITS) if areas else None,
+        "p_leak": _above_chance(areas),
         "p": None if observed is None or not areas else round((1 + reached) / (len(areas) + 1), _DIGITS),
     }
+
+
+def _above_chance(areas: Sequence[float]) -> float | None:
+    if len(areas) < 2 or np.ptp(areas) == 0:
+        return None
+    return float(f"{ttest_1samp(areas, 0.5, alternative='greater').pvalue:.3g}")
 
 
 def predictions(rows: Sequence[Row], table: Table, folds: Sequence[Fold]) -> bytes:

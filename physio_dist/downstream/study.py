@@ -13,11 +13,12 @@ import torch
 from physio_dist import storage
 from physio_dist.config import TuneConfig, check_tune
 from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_overlap, untrained
+from physio_dist.downstream.clips import since_rest
 from physio_dist.downstream.features import Features, check_fits, embed, open_features
 from physio_dist.downstream.handmade import handmade, logistic
 from physio_dist.downstream.results import Outcome, Row, bounds, majority, permuted_part, predictions, row_of
-from physio_dist.downstream.splits import Fold, folds_of
-from physio_dist.downstream.tasks import SIGNALS, Table, label_name, load_table, need_both
+from physio_dist.downstream.splits import LEAKY_NOTE, Fold, can_permute, folds_of
+from physio_dist.downstream.tasks import SIGNALS, Table, label_name, load_table, need_both, published
 from physio_dist.downstream.trials import MODALITIES as MODALITIES
 from physio_dist.downstream.trials import SEARCHED as SEARCHED
 from physio_dist.downstream.trials import (
@@ -37,6 +38,7 @@ from physio_dist.errors import DataError, UserError
 from physio_dist.models.fusion import tokens
 from physio_dist.models.fusion_heads import input_kind
 from physio_dist.shards.index import ShardSet, open_set, read_sidecar
+from physio_dist.task_options import LEAKY
 
 Say = Callable[[str], None]
 
@@ -50,11 +52,21 @@ _PROTOCOL = {
     "grouped_kfold": "groups of people take turns as test people; nobody is on two sides of a fold",
     "loso": "each person takes a turn as the only test person (leave one subject out)",
     "holdout": "the test people are those of the shard set's test split",
+    "clip_disjoint": "groups of clips take turns as test clips; people are shared: whoever is tested also trains, with "
+    "other clips, so this says nothing about new people",
+    "person_and_clip": "groups of people and groups of clips take turns together; neither the person nor the clip of a "
+    "test window trains or selects",
+    LEAKY: LEAKY_NOTE,
 }
-_RULE = (
-    "for each fold on its own the configuration and epoch with the best mean AUC on its validation people, who are "
-    "groups of those not tested that take turns; test windows get the mean probability of the fold's inner models"
-)
+
+
+def _rule(protocol: str) -> str:
+    who = {"clip_disjoint": "clips", "person_and_clip": "people and clips", LEAKY: "windows"}.get(protocol, "people")
+    return (
+        f"for each fold on its own the configuration and epoch with the best mean AUC on its validation {who}, which "
+        "are groups of those not tested that take turns; test windows get the mean probability of the fold's inner "
+        "models"
+    )
 
 
 def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
@@ -73,9 +85,18 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
     tune, seed = options.tune, options.run.seed
     shards = open_set(tune.data)
     need_both(shards)
-    table = load_table(tune.data, tune.task, tune.label)
+    table = load_table(
+        tune.data, tune.task, tune.label, neutral=tune.neutral, clip=tune.clip_name, rest=tune.baseline != "none"
+    )
     valid = _valid(shards, table)
     folds = tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, seed))
+    if tune.protocol == LEAKY:
+        say(LEAKY_NOTE)
+    if tune.permutations and not can_permute(table):
+        raise UserError(
+            f"tune.permutations={tune.permutations}: nobody has recordings of two classes, so permuting labels within "
+            "people changes none; set tune.permutations=0"
+        )
     backbones = {signal: _backbones(options, signal, folds, table, shards) for signal in SIGNALS}
     encoders: dict[str, tuple[str, ...]] = {}
     inputs: dict[str, npt.NDArray[np.float32]] = {}
@@ -89,7 +110,10 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
                 embed(backbone, tune.data, where, say)
                 for kind in _kinds(options):
                     inputs[f"{signal}/{backbone.sha256}/{kind}"] = _pooled(open_features(where), table, kind, where)
-    measured = {name: values[table.sample] for name, values in handmade(tune.data, say).items()}
+    measured = {
+        name: since_rest(values.__getitem__, table.sample, table.rest)
+        for name, values in handmade(tune.data, say).items()
+    }
     say("principal components of what each head is trained on")
     reductions = reductions_of(inputs, encoders, folds, max(options.search.components), valid)
     about = {signal: _about(backbones[signal], folds) for signal in SIGNALS}
@@ -147,12 +171,16 @@ def _backbones(
 def _pooled(features: Features, table: Table, kind: str, where: str) -> npt.NDArray[np.float32]:
     if [features.keys[i] for i in table.sample] != table.keys:
         raise DataError(f"{where} holds features of other windows than the shard set's; remove it")
-    parts = []
-    for start in range(0, len(table.sample), _WINDOWS):
-        rows = table.sample[start : start + _WINDOWS]
-        values, valid = features.values[rows], features.valid[rows]
-        parts.append(tokens(torch.from_numpy(values), torch.from_numpy(valid), kind)[0].numpy())
-    return np.concatenate(parts)
+
+    def of(sample: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        parts = []
+        for start in range(0, len(sample), _WINDOWS):
+            rows = sample[start : start + _WINDOWS]
+            values, valid = features.values[rows], features.valid[rows]
+            parts.append(tokens(torch.from_numpy(values), torch.from_numpy(valid), kind)[0].numpy())
+        return np.concatenate(parts)
+
+    return since_rest(of, table.sample, table.rest)
 
 
 def _about(backbones: list[Backbone], folds: tuple[Fold, ...]) -> dict[str, Any]:
@@ -176,14 +204,14 @@ def _notes(
     valid: dict[str, npt.NDArray[np.bool_]],
 ) -> list[str]:  # fmt: skip
     tune = options.tune
-    notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_RULE}."]
+    notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_rule(tune.protocol)}."]
     if table.simulated:
         notes.append("SIMULATED signals: the figures say that the software works, and nothing about people.")
-    if left := shards.nsamples - len(table.keys):
-        notes.append(f"{left} of {shards.nsamples} windows do not have the label and are left out.")
+    notes += table.notes
     fewer = [f"{fold.name} ({len(fold.inner)})" for fold in folds if len(fold.inner) < tune.val_folds]
     if fewer:
-        notes.append(f"Too few people for tune.val_folds={tune.val_folds} groups in fold {', '.join(fewer)}.")
+        what = "clips" if tune.protocol == "clip_disjoint" else "people"
+        notes.append(f"Too few {what} for tune.val_folds={tune.val_folds} groups in fold {', '.join(fewer)}.")
     for signal, known in valid.items():
         if lacking := int((~known.any(axis=1)).sum()):
             notes.append(
@@ -239,6 +267,7 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
     results: dict[str, Any] = {
         "task": study.options.tune.task,
         "protocol": study.options.tune.protocol,
+        "leaky": study.options.tune.protocol == LEAKY,
         "label": label_name(study.options.tune.task, study.options.tune.label),
         "classes": list(table.classes),
         "simulated": table.simulated,
@@ -250,7 +279,7 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
         ],
         "encoders": study.about,
         "selection": {
-            "rule": _RULE,
+            "rule": _rule(study.options.tune.protocol),
             "metric": "auc",
             "trials": {name: sum(record.row == name for record in records) for name in SEARCHED},
             "val_auc": {name: [round(choice.val_auc, 6) for choice in choices] for name, choices in chosen.items()},
@@ -258,6 +287,8 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
         "notes": list(study.notes),
         "rows": found,
     }
+    if row := published(results["task"], results["label"]):
+        results["published"] = row
     if repeats := study.options.tune.permutations:
         say(f"training fused heads on labels permuted by recording within people, {repeats} times")
         observed = next(row["auc"] for row in found if row["name"] == "fused")

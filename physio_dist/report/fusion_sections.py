@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from physio_dist.report import fusion_plots as plots
-from physio_dist.report import setting
+from physio_dist.report import protocol, setting
 from physio_dist.report.drawing import percent
 from physio_dist.report.fusion_plots import colour_of, label_of, metric, span
 from physio_dist.report.fusion_summary import CHANCE, better_single, gains, p_word, reached, signed
@@ -35,6 +35,9 @@ COLUMNS = {
 OPTIONS = (
     "tune.task",
     "tune.label",
+    "tune.neutral",
+    "tune.baseline",
+    "tune.clip",
     "tune.protocol",
     "tune.folds",
     "tune.val_folds",
@@ -64,7 +67,7 @@ def baselines(sweep: Sweep, held: HeldOut | None) -> Section:
     figures = []
     if any(math.isfinite(line.value) for line in lines):
         figures = [Figure([plots.forest(lines, CHANCE, _forest_alt(rows))], _forest_caption(sweep), wide=True)]
-    tables = [_score_table(sweep, rows)]
+    tables = [table for table in (_score_table(sweep, rows), protocol.published(sweep)) if table is not None]
     if (table := _gain_table(sweep, held)) is not None:
         tables.append(table)
     absent = [label_of(name) for name in ROWS if sweep.row(name) is None]
@@ -195,6 +198,8 @@ def control(sweep: Sweep, held: HeldOut | None) -> Section:
     )
     if math.isfinite(p):
         caption += f" p = {p_word(p)}; with {auc.size} permutations it cannot fall below {p_word(1 / (auc.size + 1))}."
+    if math.isfinite(leak := sweep.permuted.p_leak):
+        caption += f" That their mean is above chance has p = {p_word(leak)}."
     caption += f" {_size(sweep)}"
     image = plots.permuted_strip(auc, observed, alt)
     return Section(title, anchor, figures=[Figure([image], caption.strip(), wide=True)])

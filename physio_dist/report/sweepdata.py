@@ -62,10 +62,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Permuted:
-    """AUCs under permuted labels, NaNs left out, and the p value (NaN where unknown)."""
+    """AUCs under permuted labels, NaNs left out; the p value of the observed one, and that of their mean being above
+    chance, which tells of a leak (NaN where unknown)."""
 
     auc: Floats
     p: float
+    p_leak: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -353,7 +355,8 @@ def _permuted(value: Any) -> Permuted | None:
     if not isinstance(value, dict) or not isinstance(value.get("auc"), list):
         raise UserError(f"{RESULTS}: 'permuted' is not an object with a list 'auc'")
     auc = np.array([_float(entry, "auc", f"{RESULTS}, permuted") for entry in value["auc"]])
-    return Permuted(auc[np.isfinite(auc)], _float(value.get("p"), "p", f"{RESULTS}, permuted"))
+    p, leak = (_float(value.get(name), name, f"{RESULTS}, permuted") for name in ("p", "p_leak"))
+    return Permuted(auc[np.isfinite(auc)], p, leak)
 
 
 def _count(value: Any) -> int | None:

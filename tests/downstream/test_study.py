@@ -197,7 +197,8 @@ def test_bounds_know_how_frequent_the_classes_are() -> None:
 
 
 def test_p_counts_the_observed_labels_among_the_permutations() -> None:
-    assert permuted_part(0.7, [0.5, 0.7, 0.6, 0.8]) == {"n": 4, "auc": [0.5, 0.7, 0.6, 0.8], "p": 0.6}
+    part = permuted_part(0.7, [0.5, 0.7, 0.6, 0.8])
+    assert (part["n"], part["auc"], part["p"], part["mean"]) == (4, [0.5, 0.7, 0.6, 0.8], 0.6, 0.65)
     assert permuted_part(0.9, [0.5] * 19)["p"] == 0.05
     assert permuted_part(None, [0.5])["p"] is None and permuted_part(0.5, [])["p"] is None
 
@@ -331,6 +332,55 @@ def test_an_encoder_that_knows_test_people_is_refused_in_their_fold_only(made: P
     assert True in knows.values() and False in knows.values()
     clean = {name: str(made / ("ecg" if knows[name] else "knows")) for name in knows}
     assert prepare(options_of(made, ecg_encoder=clean), str(made / "features"), quiet)
+
+
+def test_dreamers_windows_lose_the_rest_before_their_clip(made: Path, tmp_path: Path) -> None:
+    facts = [
+        {
+            "person": f"p{person}", "record": f"p{person}-{clip}-{phase}", "source": "built",
+            "labels": {"clip": clip, "phase": phase, **({"arousal": 1 + (person + 2 * clip) % 5} if n else {})},
+        }
+        for person in range(6) for clip in range(4) for phase, n in (("baseline", 0), ("stimulus", 1))
+        for _ in range(n + 1)
+    ]  # fmt: skip
+    paired(str(tmp_path / "set"), facts)
+    options = options_of(tmp_path, task="dreamer", label="arousal", neutral="drop", protocol="leaky_window")
+    options.tune.ecg_encoder, options.tune.eeg_encoder = str(made / "ecg"), str(made / "eeg")
+    options.search.pooling = ["mean"]
+    said: list[str] = []
+    as_they_are = prepare(options, str(tmp_path / "features"), said.append)
+    assert any(line.startswith("LEAKY SPLIT") for line in said)
+    options.tune.baseline = "subtract"
+    study = prepare(options, str(tmp_path / "features"), quiet)
+    assert [study.table.keys[i] for i in range(3)] == [as_they_are.table.keys[i] for i in range(3)]
+    rest = study.table.rest
+    assert rest is not None
+    assert len(study.table.label) == 48 - sum(one["labels"].get("arousal") == 3 for one in facts) < 48
+    for key, x in study.inputs.items():
+        signal, sha, _ = key.split("/")
+        (folder,) = [f for f in storage.names(str(tmp_path / "features")) if f.startswith(f"{signal}-{sha[:16]}-")]
+        features = open_features(str(tmp_path / "features" / folder))
+        own = [rest.sample[rest.of == before][0] for before in rest.before]
+        still = pool(features.values[own], features.valid[own], "mean").numpy()
+        np.testing.assert_allclose(x, as_they_are.inputs[key] - still, rtol=1e-4, atol=1e-5)
+    records = [TrialRecord(row, row, {**CONFIG, "depth": 0}, list(train(study, row, CONFIG))) for row in SEARCHED]
+    results = conclude(study, records, quiet).results
+    assert results["leaky"] is True and results["published"]["value"] == 0.8479
+    notes = " ".join(results["notes"])
+    for words in ("LEAKY SPLIT", "tune.neutral=drop: arousal is high above 3", "tune.baseline=subtract"):
+        assert words in notes
+    options.tune.protocol, options.tune.clip = "clip_disjoint", "film"
+    with pytest.raises(UserError, match=r"tune\.clip=film"):
+        prepare(options, str(tmp_path / "features"), quiet)
+
+
+def test_labels_that_are_constant_over_people_cannot_be_permuted(made: Path, tmp_path: Path) -> None:
+    facts = [{"person": f"p{i // 2}", "record": str(i), "labels": {"x": i // 2 % 2}} for i in range(16)]
+    paired(str(tmp_path / "set"), facts)
+    options = options_of(tmp_path, task="labels", label="x", permutations=3, ecg_encoder=str(made / "ecg"))
+    options.tune.eeg_encoder = str(made / "eeg")
+    with pytest.raises(UserError, match="nobody has recordings of two classes"):
+        prepare(options, str(tmp_path / "features"), quiet)
 
 
 def test_an_encoder_of_other_corpora_is_noted(made: Path, tmp_path: Path) -> None:

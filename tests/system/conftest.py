@@ -25,15 +25,13 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def undisturbed(simulated: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """Runs that nothing disturbed, made once for each set of options."""
-    folder = tmp_path_factory.mktemp("undisturbed")
     made: dict[frozenset[str], Run] = {}
 
     def get(*options: str) -> Run:
         # What the configuration says anyway makes no other run.
         given = frozenset(options) - {"zero.stage=1", "train.precision=fp32"}
         if given not in made:
-            run = Run(folder / f"{len(made)}", "run", simulated, tuple(sorted(given)))
-            run.folder.mkdir()
+            run = Run(tmp_path_factory.mktemp("undisturbed"), "run", simulated, tuple(sorted(given)))
             assert run() == 0, run.said()
             made[given] = run
         return made[given]

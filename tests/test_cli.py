@@ -155,7 +155,7 @@ def test_help_and_version_are_told(cli: Cli) -> None:
     for words in (["--help"], ["shard", "--help"], ["shard", "-h"]):
         done = cli(*words)
         assert (done.returncode, done.stderr) == (0, "")
-    assert "cpsc2018, edf, simulate, wfdb" in cli("shard", "--help").stdout
+    assert "cpsc2018, dreamer, edf, simulate, wfdb" in cli("shard", "--help").stdout
 
 
 def test_the_console_script_is_the_same_program(small: Path) -> None:

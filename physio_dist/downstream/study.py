@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,13 @@ import torch
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig, check_tune
-from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_overlap, untrained
+from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_overlap, untrained, urls_of
 from physio_dist.downstream.features import Features, check_fits, embed, open_features
+from physio_dist.downstream.folds import folds_for
 from physio_dist.downstream.handmade import handmade, logistic
 from physio_dist.downstream.results import Outcome, Row, bounds, majority, permuted_part, predictions, row_of
-from physio_dist.downstream.splits import Fold, folds_of
-from physio_dist.downstream.tasks import SIGNALS, Table, label_name, load_table, need_both
+from physio_dist.downstream.splits import Fold
+from physio_dist.downstream.tasks import SIGNALS, Table, label_name
 from physio_dist.downstream.trials import MODALITIES as MODALITIES
 from physio_dist.downstream.trials import SEARCHED as SEARCHED
 from physio_dist.downstream.trials import Choice, Study, TrialRecord, control, predict, reductions_of, select
@@ -25,7 +26,7 @@ from physio_dist.downstream.trials import candidates as candidates
 from physio_dist.downstream.trials import train as train
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.fusion import pool
-from physio_dist.shards.index import ShardSet, open_set
+from physio_dist.shards.index import ShardSet
 
 Say = Callable[[str], None]
 
@@ -59,10 +60,7 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
     """
     check_tune(options)
     tune, seed = options.tune, options.run.seed
-    shards = open_set(tune.data)
-    need_both(shards)
-    table = load_table(tune.data, tune.task, tune.label)
-    folds = tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, seed))
+    shards, table, folds = folds_for(options)
     backbones = {signal: _backbones(options, signal, folds, table, shards) for signal in SIGNALS}
     encoders: dict[str, tuple[str, ...]] = {}
     inputs: dict[str, npt.NDArray[np.float32]] = {}
@@ -90,14 +88,11 @@ def _backbones(
     """The encoder of each fold."""
     given = getattr(options.tune, f"{signal}_encoder")
     names = [fold.name for fold in folds]
-    if isinstance(given, Mapping):
-        urls = {str(name): str(url) for name, url in given.items()}
-        missing, unknown = [n for n in names if n not in urls], sorted(set(urls) - set(names))
-        if missing or unknown:
-            what = f"has none for fold {', '.join(missing)}" if missing else f"names unknown folds {', '.join(unknown)}"
-            raise UserError(f"tune.{signal}_encoder {what}; the folds are {', '.join(names)}")
-    else:
-        urls = dict.fromkeys(names, str(given))
+    urls = urls_of(given, names)
+    missing, unknown = [n for n in names if n not in urls], sorted(set(urls) - set(names))
+    if missing or unknown:
+        what = f"has none for fold {', '.join(missing)}" if missing else f"names unknown folds {', '.join(unknown)}"
+        raise UserError(f"tune.{signal}_encoder {what}; the folds are {', '.join(names)}")
     opened = {url: open_backbone(url, signal) for url in dict.fromkeys(urls.values())}
     for url, backbone in opened.items():
         check_fits(backbone, shards)

@@ -11,7 +11,9 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
         build-essential ca-certificates git openssh-client numactl procps python3 python3-dev python3-venv rsync tini wget \
     && rm -rf /var/lib/apt/lists/*
 
-RUN useradd --create-home --shell /bin/bash --uid 10001 physio
+# A volume that is mounted over the cache takes its owner from here.
+RUN useradd --create-home --shell /bin/bash --uid 10001 physio \
+    && install -d -o physio -g physio /home/physio/.cache /home/physio/.cache/physio-dist
 # By number, so that a cluster can see that it is not root.
 USER 10001
 WORKDIR /home/physio/physio-dist

@@ -6,7 +6,9 @@ A module of its own, because the process that keeps the board should not have to
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -19,6 +21,10 @@ class Board:
         at_once: whether this ends the run for all ranks, who may be waiting for the one that ended.
         ranks: that are at work now.
         losses: what was lost so far, an entry a broken group of workers.
+        line: the newest figures that the first rank told, by the names of ``metrics.jsonl``.
+        stepped: when it told them last, in seconds since 1970; at first when the board was put up.
+        commits: when the board was put up, and when the newest two checkpoints of these ranks were committed.
+        nonfinite: whether a loss or gradient that was no finite number has ended the run.
     """
 
     stop: str | None = None
@@ -26,6 +32,10 @@ class Board:
     at_once: bool = False
     ranks: set[int] = field(default_factory=set)
     losses: list[str] = field(default_factory=list)
+    line: dict[str, Any] = field(default_factory=dict)
+    stepped: float = field(default_factory=time.time)
+    commits: list[float] = field(default_factory=lambda: [time.time()])
+    nonfinite: bool = False
 
 
 class BoardActor:
@@ -51,10 +61,23 @@ class BoardActor:
         self._board.ranks.add(rank)
         return self._board
 
+    async def tell(self, line: dict[str, Any]) -> None:
+        """Of the first rank, after a step."""
+        self._board.line.update(line)
+        self._board.stepped = time.time()
+
+    async def tell_commit(self) -> None:
+        self._board.commits = [self._board.commits[0], *self._board.commits[1:][-1:], time.time()]
+
+    async def tell_nonfinite(self) -> None:
+        self._board.nonfinite = True
+
     async def tell_end(self, status: int, message: str, at_once: bool) -> None:
         if self._board.end is None:
             self._board.end, self._board.at_once = (status, message), at_once
 
     async def tell_loss(self, what: str) -> None:
         self._board.ranks.clear()
+        # What passed until the next checkpoint would be no interval; the age of the newest is.
+        self._board.commits = [self._board.commits[-1]]
         self._board.losses.append(what)

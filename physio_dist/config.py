@@ -15,6 +15,10 @@ from physio_dist.options import option_types as option_types
 from physio_dist.options import plain_name as _run_name
 from physio_dist.options import refuse_another as refuse_another
 from physio_dist.options import to_yaml as to_yaml
+from physio_dist.search_options import POOLINGS as POOLINGS
+from physio_dist.search_options import SearchOptions as SearchOptions
+from physio_dist.search_options import check_search
+from physio_dist.task_options import TaskOptions, check_task
 
 PRESETS = ("tiny", "base", "large", "xl")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -132,21 +136,12 @@ class PretrainConfig:
 
 
 @dataclass
-class TuneOptions:
+class TuneOptions(TaskOptions):
     # Shard set with both signals and labels.
     data: str = "???"
     # An export's folder, with {fold} for the fold's name, or {fold: folder}; for EEG also a CBraMod checkpoint by URL.
     ecg_encoder: Any = "???"
     eeg_encoder: Any = "???"
-    # labels: classes are the values that the label takes; eegmat: rest (0) against arithmetic (1).
-    task: str = "labels"
-    # Name of the label; a task of its own has a default.
-    label: str | None = None
-    # grouped_kfold, loso (one person a fold) or holdout (the shard set's test split).
-    protocol: str = "grouped_kfold"
-    folds: int = 5
-    # Groups of training people that take turns as validation people, on which configurations are selected.
-    val_folds: int = 3
     # Configurations that are tried; each for every kind of input.
     trials: int = 32
     # asha stops what falls behind; fifo lets every trial finish.
@@ -160,23 +155,10 @@ class TuneOptions:
     features: str = ""
     # Evaluations with labels permuted by recording within people, as a control for leakage.
     permutations: int = 0
-
-
-@dataclass
-class SearchOptions:
-    """What a sweep chooses from; a range is [low, high], drawn evenly on a logarithmic axis."""
-
-    # Over patches (mean or mean and standard deviation), with channels averaged or kept apart.
-    pooling: list[str] = field(default_factory=lambda: ["mean", "mean_std", "channels_mean", "channels_mean_std"])
-    # Principal components that are kept of each modality's pooled features.
-    components: list[int] = field(default_factory=lambda: [16, 64])
-    # Hidden layers; 0 is a linear head.
-    depth: list[int] = field(default_factory=lambda: [0, 1, 2])
-    width: list[int] = field(default_factory=lambda: [32, 64, 128])
-    dropout: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.5])
-    label_smoothing: list[float] = field(default_factory=lambda: [0.0, 0.1])
-    lr: list[float] = field(default_factory=lambda: [3e-4, 3e-2])
-    weight_decay: list[float] = field(default_factory=lambda: [1e-4, 1.0])
+    # Fit the temperature of each head's probabilities on its validation people.
+    calibrate: bool = False
+    # Rows with one modality replaced by noise, as a control: they should gain nothing over the other alone.
+    noise_control: bool = False
 
 
 @dataclass
@@ -315,22 +297,16 @@ def workers(cluster: ClusterOptions) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-TASKS = ("labels", "eegmat")
-PROTOCOLS = ("grouped_kfold", "loso", "holdout")
-POOLINGS = ("mean", "mean_std", "channels_mean", "channels_mean_std")
 
 
 def check_tune(options: TuneConfig) -> None:
     """Refuse values no sweep could use, before anything is read or started."""
-    tune, search = options.tune, options.search
+    tune = options.tune
     _run_name(options.run.name)
-    _one_of("tune.task", tune.task, TASKS)
-    _one_of("tune.protocol", tune.protocol, PROTOCOLS)
+    check_task(tune)
     _one_of("tune.scheduler", tune.scheduler, ("asha", "fifo"))
     if not tune.data:
         raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
-    if tune.task == "labels" and not tune.label:
-        raise UserError("tune.task=labels needs tune.label, the name of a label of the shard set")
     for name, least in (("folds", 2), ("val_folds", 2), ("trials", 1), ("max_epochs", 1), ("permutations", 0)):
         if getattr(tune, name) < least:
             raise UserError(f"tune.{name}={getattr(tune, name)}: it must be at least {least}")
@@ -340,20 +316,7 @@ def check_tune(options: TuneConfig) -> None:
         folders = list(value.values()) if isinstance(value, dict) else [value]
         if not folders or not all(isinstance(folder, str) and folder for folder in folders):
             raise UserError(f"tune.{name} must be a folder or {{fold: folder}}, not {value!r}")
-    for name in ("pooling", "components", "depth", "width", "dropout", "label_smoothing"):
-        if not getattr(search, name):
-            raise UserError(f"search.{name} is empty: there is nothing to choose from")
-    for kind in search.pooling:
-        _one_of("search.pooling", kind, POOLINGS)
-    if min(search.depth) < 0 or min(search.width) < 1 or min(search.components) < 1:
-        raise UserError("search.depth must not be negative, search.width and search.components must be at least 1")
-    for name in ("dropout", "label_smoothing"):
-        for value in getattr(search, name):
-            _between(f"search.{name}", value, 0.0, 0.9)
-    for name in ("lr", "weight_decay"):
-        span = getattr(search, name)
-        if len(span) != 2 or not 0 < span[0] <= span[1] < math.inf:
-            raise UserError(f"search.{name}={span}: it must be [low, high] with 0 < low <= high")
+    check_search(options.search)
 
 
 def mixture(index: Any) -> list[tuple[str, float]]:

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -26,13 +26,13 @@ import ray
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
-from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from physio_dist import cluster, config, exits
 from physio_dist.board import Board, BoardActor
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
+from physio_dist.gauges import LINE, Gauges, figures
 from physio_dist.training.rundir import map_urls
 
 # What a step, its checkpoint and the end of the ranks may take once a stop was asked for; a rank gives itself 60 s.
@@ -40,27 +40,21 @@ _STOP_S = 90.0
 # A lost node is worth waiting for a while, even where nobody announced an autoscaler.
 _REPLACE_S = 60.0
 _TELL_S = 10.0
-_METRICS = ("step", "samples", "loss", "val_loss", "lr", "grad_norm", "samples_per_s", "data_wait_frac")
+# Between two words of the first rank to the driver about steps alone.
+_TELL_STEP_S = 1.0
 _GOES_ON = "the same command goes on from the newest checkpoint"
 _NOT_BEGUN = "stopped before training began; the same command starts it"
 
 
 class Watcher(ray.train.UserCallback):  # type: ignore[misc]
-    """What the controller of the Ray Train run passes on: losses to the board, metrics to Ray's own."""
+    """What the controller of the Ray Train run passes on to the board."""
 
-    def __init__(self, board: Any, run: str) -> None:
-        self._board, self._run = board, run
-        self._gauges: dict[str, Any] = {}
+    def __init__(self, board: Any) -> None:
+        self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         told = [f"rank {rank}: {_last_line(error)}" for rank, error in sorted(worker_exceptions.items())]
         self._board.tell_loss.remote("; ".join(told))
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        for name, value in metrics[0].items():
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(f"physio_dist_{name}", f"{name} at the newest checkpoint", ("run",))
-            self._gauges[name].set(float(value), tags={"run": self._run})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,6 +95,7 @@ class Launch:
         self.gpus = 1.0 if gpu == "true" or (gpu == "auto" and cluster.room(0.0, 1.0) > 0) else 0.0
         self.cpus = options.cluster.cpus_per_worker
         self.url = f"{options.run.dir.rstrip('/')}/{options.run.name}"
+        self._gauges = Gauges(self.url)
         self._asked: str | None = None
         self._failure: BaseException | None = None
 
@@ -147,7 +142,7 @@ class Launch:
                 name=self.options.run.name,
                 storage_path=storage,
                 failure_config=ray.train.FailureConfig(max_failures=self.options.cluster.max_failures),
-                callbacks=[Watcher(board, self.url)],
+                callbacks=[Watcher(board)],
                 worker_runtime_env=hidden,
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
             ),
@@ -182,6 +177,7 @@ class Launch:
         while True:
             thread.join(0.3)
             now: Board = ray.get(board.read.remote())
+            self._gauges.set(figures(now, self.options.train, time.time()))
             if not thread.is_alive() or now.at_once:
                 return now
             clock = time.monotonic()
@@ -260,6 +256,7 @@ def train_one_rank(given: dict[str, Any]) -> None:
 
     choose_accelerator()
     from physio_dist.training import rank
+    from physio_dist.training.blame import NonFiniteError
 
     stop = StopFlag()
 
@@ -271,12 +268,20 @@ def train_one_rank(given: dict[str, Any]) -> None:
             ray.get(board.tell_end.remote(EXIT_STOPPED, _NOT_BEGUN, True))
 
     threading.Thread(target=listen, name="stop-listener", daemon=True).start()
+
+    def committed(step: int, line: dict[str, Any]) -> None:
+        if me == 0:
+            board.tell_commit.remote()
+        _report(step, line)
+
     try:
-        rank.run(options, stop, _report)
+        rank.run(options, stop, committed, _teller(board))
     except rank.PeerLostError as error:
         _say(str(error))
         raise
     except PhysioError as error:
+        if isinstance(error, NonFiniteError):
+            ray.get(board.tell_nonfinite.remote())
         # All ranks come to a stop together. From other errors the rest does not hear: it waits in a collective.
         ray.get(board.tell_end.remote(error.exit_status, str(error), not isinstance(error, Stopped)))
     except Exception:
@@ -286,8 +291,24 @@ def train_one_rank(given: dict[str, Any]) -> None:
 
 def _report(step: int, line: dict[str, Any]) -> None:
     """Hand the newest metrics to Ray (a collective)."""
-    known = {name: line[name] for name in _METRICS if line.get(name) is not None}
-    ray.train.report({**known, "step": step})
+    ray.train.report({**_known(line), "step": step})
+
+
+def _teller(board: Any) -> Callable[[dict[str, Any]], None]:
+    """What the first rank tells the driver with: every line of metrics, and steps now and then."""
+    told = 0.0
+
+    def tell(line: dict[str, Any]) -> None:
+        nonlocal told
+        if len(line) > 1 or time.monotonic() - told > _TELL_STEP_S:
+            told = time.monotonic()
+            board.tell.remote(_known(line))
+
+    return tell
+
+
+def _known(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in LINE if line.get(name) is not None}
 
 
 def _last_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from physio_dist.downstream.metrics import METRICS
 from physio_dist.downstream.trials import SEARCHED, TrialRecord, candidates
 from physio_dist.errors import UserError
 from physio_dist.shards.index import open_set
+from physio_dist.task_options import LEAKY, SHARED_PEOPLE
 from physio_dist.training.rundir import CONFIG, RunDir
 
 TRIALS, RESULTS, PREDICTIONS, DATA, BOARD = (
@@ -304,6 +305,10 @@ class Ledger:
         """Of all trials that have ended, in the order of the plan."""
         return [self.ended[trial.name] for trial in self.trials if trial.name in self.ended]
 
+    def counts(self) -> dict[str, float]:
+        """How many trials there are, have ended, are at work."""
+        return {"trials": len(self.trials), "trials_done": len(self.ended), "trials_running": len(self._running)}
+
     def lines(self) -> bytes:
         """``trials.jsonl`` in the order of the plan."""
         lines = [json.dumps(to_line(record, self._max_epochs)) + "\n" for record in self.records()]
@@ -356,22 +361,28 @@ class Ledger:
 def table(results: dict[str, Any]) -> list[str]:
     """The rows of ``results.json`` as lines of text, metrics over the pooled windows of all held-out people."""
     simulated = "SIMULATED signals: " if results.get("simulated") else ""
-    head = f"{'':14}{'accuracy':>10}{'balanced':>10}{'macro F1':>10}{'ROC-AUC':>10}{'95% interval':>16}{'PR-AUC':>10}"
+    head = f"{'':16}{'accuracy':>10}{'balanced':>10}{'macro F1':>10}{'ROC-AUC':>10}{'95% interval':>16}{'PR-AUC':>10}"
+    who = "people" if results["protocol"] in SHARED_PEOPLE else "held-out people"
     lines = [
-        f"{simulated}{results['task']}, {results['protocol']}: {results['windows']} windows of {results['people']} "
-        "held-out people",
+        f"{simulated}{results['task']}, {results['protocol']}: {results['windows']} windows of "
+        f"{results['people']} {who}",
         head,
     ]
+    if leaky := results["protocol"] == LEAKY:
+        lines.insert(0, "LEAKY SPLIT: windows of the same people and recordings train and test; no row below holds")
     for row in results["rows"]:
+        name = row["name"] + " LEAKY" * leaky
         values = {name: "-" if row.get(name) is None else f"{row[name]:.3f}" for name in METRICS}
         span = row.get("auc_ci")
         known = span is not None and None not in span
         interval = f"{span[0]:.3f} to {span[1]:.3f}" if known and span is not None else "-"
         lines.append(
-            f"{row['name']:14}{values['accuracy']:>10}{values['balanced_accuracy']:>10}{values['macro_f1']:>10}"
+            f"{name:16}{values['accuracy']:>10}{values['balanced_accuracy']:>10}{values['macro_f1']:>10}"
             f"{values['auc']:>10}{interval:>16}{values['pr_auc']:>10}"
         )
     if any(row["name"].startswith("bound_") for row in results["rows"]):
         lines.append("bound_*: the best that the simulator's hidden state allows")
+    if paper := results.get("published"):
+        lines.append(f"{paper['source']} reports {paper['metric']} {paper['value']:.4f}; unknown: {paper['unknown']}")
     lines += [f"note: {note}" for note in results.get("notes", [])]
     return lines

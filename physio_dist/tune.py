@@ -29,6 +29,7 @@ from physio_dist.downstream.backbones import CBRAMOD
 from physio_dist.downstream.trials import Study
 from physio_dist.errors import EXIT_FAULT, PhysioError
 from physio_dist.foldwise import FoldwiseAsha, line_of
+from physio_dist.gauges import Gauges
 from physio_dist.training.lease import Lease, end_process
 from physio_dist.training.rundir import CONFIG, RunDir
 
@@ -134,10 +135,16 @@ class _Reporter(_OfDriver, tune.Callback):  # type: ignore[misc]
 
     def __init__(self, ledger: sweep.Ledger, last: dict[str, dict[str, int]], say: Callable[[str], None]) -> None:
         self._ledger, self._last, self._say, self._shown = ledger, last, say, _Shown()
+        self._gauges = Gauges(ledger.run.url)
+        self._show()
+
+    def _show(self) -> None:
+        self._gauges.set(self._ledger.counts())
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ledger.start(_name(trial))
         self._shown.start(trial)
+        self._show()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "failure" in result:
@@ -150,6 +157,7 @@ class _Reporter(_OfDriver, tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._shown.end(trial)
         self._ledger.end(_name(trial), self._last.get(_name(trial), {}))
+        self._show()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(f"the worker of trial {_name(trial)} is lost; the trial starts again ({_why(trial)})")

@@ -314,6 +314,11 @@ def test_the_table(run: RunDir) -> None:
     assert len({len(line) for line in lines[1:4]}) == 1
     assert "the best that the simulator's hidden state allows" in lines[4]
     assert lines[5] == "note: mind this"
+    leaky = sweep.table({**results, "protocol": "leaky_window", "simulated": False})
+    assert leaky[0].startswith("LEAKY SPLIT") and leaky[1].endswith("48 windows of 6 people")
+    assert all(line.split()[1] == "LEAKY" for line in leaky[3:5])
+    paper = {"source": "arXiv 1", "metric": "auc", "value": 0.8479, "unknown": "the split"}
+    assert "arXiv 1 reports auc 0.8479; unknown: the split" in sweep.table({**results, "published": paper})
     real = sweep.table({**results, "simulated": False, "rows": results["rows"][:1], "notes": []})
     assert real[0].startswith("labels, holdout")
     assert len(real) == 3

@@ -60,6 +60,19 @@ say "installing $torch"
 say "installing physio-dist${extras:+[$extras]}"
 "$venv/bin/pip" install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
 
+# Its package would start a server, so the one program is taken out of it.
+if [[ " $* " == *" test "* ]] && ! PATH="$venv/bin:$PATH" command -v promtool >/dev/null; then
+    say "fetching promtool"
+    folder=$(mktemp -d)
+    [ "$(id -u)" != 0 ] || apt-get update -qq
+    if ! (cd "$folder" && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb .) >/dev/null 2>&1; then
+        echo "tools/setup.sh: promtool is missing: put it on the PATH (it comes with Prometheus) and start again" >&2
+        exit 2
+    fi
+    install "$folder/usr/bin/promtool" "$venv/bin/promtool"
+    rm -rf "$folder"
+fi
+
 if [ -f "$stamp" ] && [ "$(sed 1,/^---$/d "$stamp")" = "$wanted" ]; then
     done_before=$(sed '/^---$/,$d' "$stamp")
 fi

@@ -17,8 +17,8 @@ from physio_dist.options import between
 from physio_dist.shards.index import SPLITS, ShardSet, Sidecar, open_set, read_sidecar, split_of
 from physio_dist.shards.views import publish_views, view_of
 
-# Protocols in which groups of whole people take turns.
-_TURNS = ("grouped_kfold", "loso")
+# Protocols in which people take turns as test people, and nobody trains in a fold that tests them.
+_TURNS = ("grouped_kfold", "loso", "person_and_clip")
 
 
 @dataclass
@@ -48,7 +48,7 @@ def check_folds(options: FoldsConfig) -> None:
     if options.tune.protocol not in _TURNS:
         raise UserError(
             f"tune.protocol={options.tune.protocol} has no people who take turns, so there is nothing to make a view "
-            f"for each of; it takes {' or '.join(_TURNS)}. Under holdout the test people are the shard set's own test "
+            f"for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's own test "
             "split: pretrain on tune.data itself"
         )
     between("split.val", options.split.val, 0.0, 1.0)
@@ -64,7 +64,9 @@ def folds_for(options: TuneConfig) -> tuple[ShardSet, Table, tuple[Fold, ...]]:
     tune = options.tune
     shards = open_set(tune.data)
     need_both(shards)
-    table = load_table(tune.data, tune.task, tune.label)
+    table = load_table(
+        tune.data, tune.task, tune.label, neutral=tune.neutral, clip=tune.clip_name, rest=tune.baseline != "none"
+    )
     return shards, table, tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, options.run.seed))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from scipy.stats import rankdata
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score
 
@@ -72,6 +74,44 @@ def score(label: Ints, probability: Floats) -> dict[str, float | None]:
         "auc": auc(label, probability),
         "pr_auc": pr_auc(label, probability),
     }
+
+
+def calibration_error(label: Ints, probability: Floats, bins: int = 15) -> float | None:
+    """Expected calibration error (Guo et al. 2017): how far the probability of the predicted class is from how often it
+    is right, in bins of equal width, the mean over windows. None without windows.
+
+    Args:
+        label: int ``[n]``.
+        probability: ``[n, class]``.
+        bins: how many.
+    """
+    if len(label) == 0:
+        return None
+    sure, right = probability.max(axis=1).astype(np.float64), probability.argmax(axis=1) == label
+    place = np.minimum((sure * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(place, weights=right - sure, minlength=bins)
+    return float(np.abs(gaps).sum() / len(label))
+
+
+def temperature_of(label: Ints, logits: Floats) -> float:
+    """By what to divide logits so that their softmax is the most likely; 1 where that is not defined.
+
+    Args:
+        label: int ``[n]``.
+        logits: ``[n, class]``.
+
+    Returns:
+        Between 0.05 and 20: few windows that are all right would have them grow without end.
+    """
+    if len(label) == 0 or not np.isfinite(logits).all():
+        return 1.0
+    x, rows = logits.astype(np.float64), np.arange(len(label))
+
+    def loss(scale: float) -> float:
+        return -float(log_softmax(x / np.exp(scale), axis=1)[rows, label].mean())
+
+    most = np.log(20.0)
+    return float(np.exp(minimize_scalar(loss, bounds=(-most, most), method="bounded", options={"xatol": 1e-4}).x))
 
 
 def confusion(label: Ints, probability: Floats) -> list[list[int]]:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
+from scipy.stats import ttest_1samp
 
-from physio_dist.downstream.metrics import METRICS, auc_interval, confusion, score
+from physio_dist.downstream.metrics import METRICS, auc_interval, calibration_error, confusion, score
 from physio_dist.downstream.splits import Fold
 from physio_dist.downstream.tasks import Table
 from physio_dist.shards.index import key_table
@@ -33,6 +34,7 @@ class Row:
         probability: for each fold ``[test row, class]``.
         config: for each fold what was selected, or None.
         epoch: for each fold the epoch that was selected, or None.
+        uncalibrated: the same before temperatures were fitted; None where none were.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Row:
     probability: Sequence[Floats]
     config: Sequence[dict[str, Any] | None]
     epoch: Sequence[int | None]
+    uncalibrated: Sequence[Floats] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,14 @@ def row_of(row: Row, table: Table, folds: Sequence[Fold], seed: int) -> dict[str
         for fold, each, config, epoch in zip(folds, row.probability, row.config, row.epoch, strict=True)
     ]
     interval = auc_interval(label, probability, table.person[tested], seed)
+    errors = {"ece": calibration_error(label, probability)}
+    if row.uncalibrated is not None:
+        errors["ece_before"] = calibration_error(label, np.concatenate(list(row.uncalibrated)))
     return {
         "name": row.name,
         "modalities": list(row.modalities),
         **_rounded(score(label, probability)),
+        **_rounded(errors),
         "auc_ci": None if interval is None else [round(area, _DIGITS) for area in interval],
         "per_fold": per_fold,
         "spread": {name: _spread([fold[name] for fold in per_fold]) for name in METRICS},
@@ -126,13 +133,25 @@ def bounds(table: Table, folds: Sequence[Fold]) -> list[Row]:
 
 
 def permuted_part(observed: float | None, areas: Sequence[float]) -> dict[str, Any]:
-    """The control in ``results.json``: p counts the observed labels as one of the permutations."""
+    """The control in ``results.json``: p counts the observed labels as one of the permutations.
+
+    ``p_leak`` is of a one-sided t test that the permuted AUCs have a mean above 0.5: labels that mean nothing are told
+    apart only by what the same person or recording brings to both sides of a split.
+    """
     reached = sum(area >= (math.inf if observed is None else observed) for area in areas)
     return {
         "n": len(areas),
         "auc": [round(area, _DIGITS) for area in areas],
+        "mean": round(float(np.mean(areas)), _DIGITS) if areas else None,
+        "p_leak": _above_chance(areas),
         "p": None if observed is None or not areas else round((1 + reached) / (len(areas) + 1), _DIGITS),
     }
+
+
+def _above_chance(areas: Sequence[float]) -> float | None:
+    if len(areas) < 2 or np.ptp(areas) == 0:
+        return None
+    return float(f"{ttest_1samp(areas, 0.5, alternative='greater').pvalue:.3g}")
 
 
 def predictions(rows: Sequence[Row], table: Table, folds: Sequence[Fold]) -> bytes:

@@ -13,25 +13,39 @@ import torch
 from physio_dist import storage
 from physio_dist.config import TuneConfig, check_tune
 from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_overlap, untrained, urls_of
+from physio_dist.downstream.clips import since_rest
 from physio_dist.downstream.features import Features, check_fits, embed, open_features
 from physio_dist.downstream.folds import folds_for
 from physio_dist.downstream.handmade import handmade, logistic
 from physio_dist.downstream.results import Outcome, Row, bounds, majority, permuted_part, predictions, row_of
-from physio_dist.downstream.splits import Fold
-from physio_dist.downstream.tasks import SIGNALS, Table, label_name
+from physio_dist.downstream.splits import LEAKY_NOTE, Fold, can_permute
+from physio_dist.downstream.tasks import SIGNALS, Table, label_name, published
 from physio_dist.downstream.trials import MODALITIES as MODALITIES
 from physio_dist.downstream.trials import SEARCHED as SEARCHED
-from physio_dist.downstream.trials import Choice, Study, TrialRecord, control, predict, reductions_of, select
+from physio_dist.downstream.trials import (
+    Choice,
+    Study,
+    TrialRecord,
+    control,
+    noisy,
+    predict,
+    reductions_of,
+    select,
+    views,
+)
 from physio_dist.downstream.trials import candidates as candidates
 from physio_dist.downstream.trials import train as train
 from physio_dist.errors import DataError, UserError
-from physio_dist.models.fusion import pool
-from physio_dist.shards.index import ShardSet
+from physio_dist.models.fusion import tokens
+from physio_dist.models.fusion_heads import input_kind
+from physio_dist.shards.index import ShardSet, read_sidecar
+from physio_dist.task_options import LEAKY
 
 Say = Callable[[str], None]
 
 ROWS = ("majority", "untrained", "handmade", "ecg", "eeg", "fused")
-"""Rows of every study, in the order of ``results.json``; simulated data adds ``bound_ecg bound_eeg bound_fused``."""
+"""Rows of every study, in the order of ``results.json``. ``search.modality_dropout`` adds ``fused_ecg_only
+fused_eeg_only``, ``tune.noise_control`` ``noise_ecg noise_eeg``, simulated data ``bound_ecg bound_eeg bound_fused``."""
 
 # Windows pooled at a time: features of patches are much larger than what becomes of them.
 _WINDOWS = 256
@@ -39,11 +53,21 @@ _PROTOCOL = {
     "grouped_kfold": "groups of people take turns as test people; nobody is on two sides of a fold",
     "loso": "each person takes a turn as the only test person (leave one subject out)",
     "holdout": "the test people are those of the shard set's test split",
+    "clip_disjoint": "groups of clips take turns as test clips; people are shared: whoever is tested also trains, with "
+    "other clips, so this says nothing about new people",
+    "person_and_clip": "groups of people and groups of clips take turns together; neither the person nor the clip of a "
+    "test window trains or selects",
+    LEAKY: LEAKY_NOTE,
 }
-_RULE = (
-    "for each fold on its own the configuration and epoch with the best mean AUC on its validation people, who are "
-    "groups of those not tested that take turns; test windows get the mean probability of the fold's inner models"
-)
+
+
+def _rule(protocol: str) -> str:
+    who = {"clip_disjoint": "clips", "person_and_clip": "people and clips", LEAKY: "windows"}.get(protocol, "people")
+    return (
+        f"for each fold on its own the configuration and epoch with the best mean AUC on its validation {who}, which "
+        "are groups of those not tested that take turns; test windows get the mean probability of the fold's inner "
+        "models"
+    )
 
 
 def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
@@ -61,6 +85,14 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
     check_tune(options)
     tune, seed = options.tune, options.run.seed
     shards, table, folds = folds_for(options)
+    valid = _valid(shards, table)
+    if tune.protocol == LEAKY:
+        say(LEAKY_NOTE)
+    if tune.permutations and not can_permute(table):
+        raise UserError(
+            f"tune.permutations={tune.permutations}: nobody has recordings of two classes, so permuting labels within "
+            "people changes none; set tune.permutations=0"
+        )
     backbones = {signal: _backbones(options, signal, folds, table, shards) for signal in SIGNALS}
     encoders: dict[str, tuple[str, ...]] = {}
     inputs: dict[str, npt.NDArray[np.float32]] = {}
@@ -72,14 +104,40 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
                 folder = f"{signal}-{backbone.sha256[:16]}-{shards.fingerprint[:16]}"
                 where = storage.join(features_url, folder)
                 embed(backbone, tune.data, where, say)
-                for kind in dict.fromkeys(options.search.pooling):
+                for kind in _kinds(options):
                     inputs[f"{signal}/{backbone.sha256}/{kind}"] = _pooled(open_features(where), table, kind, where)
-    measured = {name: values[table.sample] for name, values in handmade(tune.data, say).items()}
+    measured = {
+        name: since_rest(values.__getitem__, table.sample, table.rest)
+        for name, values in handmade(tune.data, say).items()
+    }
     say("principal components of what each head is trained on")
-    reductions = reductions_of(inputs, encoders, folds, max(options.search.components))
+    reductions = reductions_of(inputs, encoders, folds, max(options.search.components), valid)
     about = {signal: _about(backbones[signal], folds) for signal in SIGNALS}
-    notes = tuple(_notes(options, shards, table, folds, backbones))
-    return Study(options, table, folds, encoders, inputs, measured, reductions, about, notes)
+    notes = tuple(_notes(options, shards, table, folds, backbones, valid))
+    return Study(options, table, folds, encoders, inputs, measured, reductions, about, notes, valid)
+
+
+def _kinds(options: TuneConfig) -> list[str]:
+    """What heads may be given of a modality."""
+    search = options.search
+    return list(dict.fromkeys(input_kind({"pooling": p, "head": head}) for head in search.head for p in search.pooling))
+
+
+def _valid(shards: ShardSet, table: Table) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which channels are valid, ``[n, channel]``, of each signal that lacks some.
+
+    Raises:
+        UserError: no labelled window has a valid channel of a signal.
+    """
+    sidecar = read_sidecar(shards)
+    found = {signal: sidecar.valid[signal][table.sample] for signal in SIGNALS}
+    for signal, channels in found.items():
+        if not channels.any():
+            raise UserError(
+                f"tune.data={shards.url}: the {signal.upper()} is missing in all {len(channels)} labelled windows (no "
+                "channel is valid); fusion needs some windows with it. `physio-dist probe` takes a single signal"
+            )
+    return {signal: channels for signal, channels in found.items() if not channels.all()}
 
 
 def _backbones(
@@ -106,12 +164,16 @@ def _backbones(
 def _pooled(features: Features, table: Table, kind: str, where: str) -> npt.NDArray[np.float32]:
     if [features.keys[i] for i in table.sample] != table.keys:
         raise DataError(f"{where} holds features of other windows than the shard set's; remove it")
-    parts = []
-    for start in range(0, len(table.sample), _WINDOWS):
-        rows = table.sample[start : start + _WINDOWS]
-        values, valid = features.values[rows], features.valid[rows]
-        parts.append(pool(torch.from_numpy(values), torch.from_numpy(valid), kind).numpy())
-    return np.concatenate(parts)
+
+    def of(sample: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        parts = []
+        for start in range(0, len(sample), _WINDOWS):
+            rows = sample[start : start + _WINDOWS]
+            values, valid = features.values[rows], features.valid[rows]
+            parts.append(tokens(torch.from_numpy(values), torch.from_numpy(valid), kind)[0].numpy())
+        return np.concatenate(parts)
+
+    return since_rest(of, table.sample, table.rest)
 
 
 def _about(backbones: list[Backbone], folds: tuple[Fold, ...]) -> dict[str, Any]:
@@ -131,17 +193,24 @@ def _about(backbones: list[Backbone], folds: tuple[Fold, ...]) -> dict[str, Any]
 
 
 def _notes(
-    options: TuneConfig, shards: ShardSet, table: Table, folds: tuple[Fold, ...], backbones: dict[str, list[Backbone]]
-) -> list[str]:
+    options: TuneConfig, shards: ShardSet, table: Table, folds: tuple[Fold, ...], backbones: dict[str, list[Backbone]],
+    valid: dict[str, npt.NDArray[np.bool_]],
+) -> list[str]:  # fmt: skip
     tune = options.tune
-    notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_RULE}."]
+    notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_rule(tune.protocol)}."]
     if table.simulated:
         notes.append("SIMULATED signals: the figures say that the software works, and nothing about people.")
-    if left := shards.nsamples - len(table.keys):
-        notes.append(f"{left} of {shards.nsamples} windows do not have the label and are left out.")
+    notes += table.notes
     fewer = [f"{fold.name} ({len(fold.inner)})" for fold in folds if len(fold.inner) < tune.val_folds]
     if fewer:
-        notes.append(f"Too few people for tune.val_folds={tune.val_folds} groups in fold {', '.join(fewer)}.")
+        what = "clips" if tune.protocol == "clip_disjoint" else "people"
+        notes.append(f"Too few {what} for tune.val_folds={tune.val_folds} groups in fold {', '.join(fewer)}.")
+    for signal, known in valid.items():
+        if lacking := int((~known.any(axis=1)).sum()):
+            notes.append(
+                f"The {signal.upper()} is missing in {lacking} of {len(known)} windows: heads answer from the other "
+                f"signal, the row {signal} without any, from the classes' frequencies."
+            )
     for signal, those in backbones.items():
         distinct = list({backbone.sha256: backbone for backbone in those}.values())
         if any(backbone.people is None for backbone in distinct):
@@ -180,13 +249,18 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
     rows = {"majority": majority(table, folds), "handmade": _handmade_row(study)}
     for name, choices in chosen.items():
         say(f"testing {name}: the selected heads of {len(folds)} folds")
-        rows[name] = _searched_row(study, name, choices)
-    ordered = [*(rows[name] for name in ROWS), *bounds(table, folds)]
+        rows |= _searched_rows(study, name, choices)
+    if study.options.tune.noise_control:
+        say("training fused heads with noise in place of each modality")
+        rows |= _noise_rows(study, chosen["fused"])
+    extra = [name for name in rows if name not in ROWS]
+    ordered = [*(rows[name] for name in (*ROWS, *extra)), *bounds(table, folds)]
     found = [row_of(row, table, folds, seed) for row in ordered]
     tested = np.concatenate([fold.test for fold in folds])
     results: dict[str, Any] = {
         "task": study.options.tune.task,
         "protocol": study.options.tune.protocol,
+        "leaky": study.options.tune.protocol == LEAKY,
         "label": label_name(study.options.tune.task, study.options.tune.label),
         "classes": list(table.classes),
         "simulated": table.simulated,
@@ -198,7 +272,7 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
         ],
         "encoders": study.about,
         "selection": {
-            "rule": _RULE,
+            "rule": _rule(study.options.tune.protocol),
             "metric": "auc",
             "trials": {name: sum(record.row == name for record in records) for name in SEARCHED},
             "val_auc": {name: [round(choice.val_auc, 6) for choice in choices] for name, choices in chosen.items()},
@@ -206,6 +280,8 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
         "notes": list(study.notes),
         "rows": found,
     }
+    if row := published(results["task"], results["label"]):
+        results["published"] = row
     if repeats := study.options.tune.permutations:
         say(f"training fused heads on labels permuted by recording within people, {repeats} times")
         observed = next(row["auc"] for row in found if row["name"] == "fused")
@@ -220,8 +296,24 @@ def _handmade_row(study: Study) -> Row:
     return Row("handmade", SIGNALS, [one.probability for one in fitted], [{"C": one.c} for one in fitted], none)
 
 
-def _searched_row(study: Study, name: str, choices: list[Choice]) -> Row:
-    return Row(
-        name, MODALITIES[name], predict(study, name, choices), [choice.config for choice in choices],
-        [choice.epoch for choice in choices],
-    )  # fmt: skip
+def _searched_rows(study: Study, name: str, choices: list[Choice]) -> dict[str, Row]:
+    """A row that was searched for; with ``fused`` also what its heads say with a modality withheld."""
+    wanted = ["all", *(["uncalibrated"] if study.options.tune.calibrate else [])]
+    withheld = list(MODALITIES[name]) if name == "fused" and max(study.options.search.modality_dropout) > 0 else []
+    found = views(study, name, choices, [*wanted, *withheld])
+    configs, epochs = [choice.config for choice in choices], [choice.epoch for choice in choices]
+    rows = {name: Row(name, MODALITIES[name], found["all"], configs, epochs, found.get("uncalibrated"))}
+    for signal in withheld:
+        rows[f"{name}_{signal}_only"] = Row(f"{name}_{signal}_only", (signal,), found[signal], configs, epochs)
+    return rows
+
+
+def _noise_rows(study: Study, choices: list[Choice]) -> dict[str, Row]:
+    """What fused heads make of one modality and noise; ``noise_ecg`` has the EEG alone to go by."""
+    configs, epochs = [choice.config for choice in choices], [choice.epoch for choice in choices]
+    rows = {}
+    for signal in SIGNALS:
+        others = tuple(name for name in SIGNALS if name != signal)
+        probability = predict(noisy(study, signal), "fused", choices)
+        rows[f"noise_{signal}"] = Row(f"noise_{signal}", others, probability, configs, epochs)
+    return rows

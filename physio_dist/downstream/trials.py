@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from physio_dist.config import TuneConfig
+from physio_dist.config import SearchOptions, TuneConfig
 from physio_dist.downstream.heads import Heads, Job
 from physio_dist.downstream.metrics import auc
 from physio_dist.downstream.splits import Fold, permuted
 from physio_dist.downstream.tasks import Table
 from physio_dist.errors import UserError
-from physio_dist.models.fusion import Reduction, reduction
+from physio_dist.models.fusion import Head, Reduction, reduction
+from physio_dist.models.fusion_heads import input_kind
 from physio_dist.shards.order import number_of, permutation
 
 Floats = npt.NDArray[np.floating]
@@ -28,6 +29,9 @@ SEARCHED = ("fused", "ecg", "eeg", "untrained")
 
 MODALITIES = {"fused": ("ecg", "eeg"), "ecg": ("ecg",), "eeg": ("eeg",), "untrained": ("ecg", "eeg")}
 
+_FIRST = ("pooling", "components", "depth", "width", "dropout", "label_smoothing", "lr", "weight_decay")
+# Choices that came later: where there is none a configuration is what it was without them, and so are its trials.
+_LATER = ("head", "modality_dropout", "class_weight")
 # Heads trained at a time in the control with permuted labels.
 _MOST_HEADS = 64
 
@@ -41,11 +45,13 @@ class Study:
         table: the labelled windows.
         folds: their divisions.
         encoders: ``ecg``, ``eeg``, ``untrained_ecg``, ``untrained_eeg`` -> hash of each fold's encoder.
-        inputs: ``<signal>/<hash>/<pooling>`` -> pooled features float32 ``[n, f]``, rows as in the table.
+        inputs: ``<signal>/<hash>/<pooling>`` -> pooled features float32 ``[n, f]`` or ``[n, token, f]``, rows as in the
+            table.
         handmade: hand-made features of each signal, float64 ``[n, f]``.
         reductions: ``<key of inputs>/<fold>/<inner split>`` -> what the rows to train on say of these features.
         about: what ``results.json`` says of the encoders.
         notes: what a reader of the results has to know.
+        valid: of each signal bool ``[n, channel]``; a signal that is not named is there in all windows.
     """
 
     options: TuneConfig
@@ -57,6 +63,12 @@ class Study:
     reductions: dict[str, Reduction]
     about: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    valid: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
+
+    def there(self, key: str) -> npt.NDArray[np.bool_] | None:
+        """bool ``[n, token]`` or ``[n, 1]``: which windows have what is at this key of ``inputs``; None: all."""
+        signal, _, kind = key.split("/")
+        return shown(self.valid.get(signal), kind)
 
     def keys_of(self, row: str, pooling: str, fold: int) -> dict[str, str]:
         """The keys of what heads of a row are given in a fold, for each modality."""
@@ -103,11 +115,13 @@ def candidates(options: TuneConfig) -> list[dict[str, Any]]:
     A Latin hypercube (McKay, Beckman, Conover 1979): each option's values are visited equally often, as far as they go.
 
     Returns:
-        Objects with ``pooling components depth width dropout label_smoothing lr weight_decay``.
+        Objects with ``pooling components depth width dropout label_smoothing lr weight_decay``, and those of ``head
+        modality_dropout class_weight`` for which another value than the default could be chosen.
     """
     n, search, seed = options.tune.trials, options.search, options.run.seed
     found: list[dict[str, Any]] = [{} for _ in range(n)]
-    for name in ("pooling", "components", "depth", "width", "dropout", "label_smoothing", "lr", "weight_decay"):
+    later = [name for name in _LATER if getattr(search, name) != getattr(SearchOptions(), name)]
+    for name in (*_FIRST, *later):
         choices, stratum = getattr(search, name), permutation(n, "search", seed, name)
         for i in range(n):
             u = (int(stratum[i]) + number_of("search", seed, name, i) / 2**64) / n
@@ -120,30 +134,58 @@ def candidates(options: TuneConfig) -> list[dict[str, Any]]:
     return found
 
 
-def _jobs(study: Study, row: str, pooling: str, fold: int, label: Ints, purpose: str = "") -> list[Job]:
+def shown(valid: npt.NDArray[np.bool_] | None, kind: str) -> npt.NDArray[np.bool_] | None:
+    """What is there of inputs of a kind, ``[n, token]`` or ``[n, 1]``; channels are ``valid``, ``[n, channel]``."""
+    if valid is None or kind == "channels_attention":
+        return valid
+    return np.asarray(valid.any(axis=1, keepdims=True))
+
+
+def _jobs(study: Study, row: str, config: Mapping[str, Any], fold: int, label: Ints, purpose: str = "") -> list[Job]:
     """A fold's heads, one for each inner split."""
-    keys, name = study.keys_of(row, pooling, fold), study.folds[fold].name
+    keys, name = study.keys_of(row, input_kind(config), fold), study.folds[fold].name
     inputs = {signal: study.inputs[key] for signal, key in keys.items()}
+    there = {signal: known for signal, key in keys.items() if (known := study.there(key)) is not None}
     found = []
     for i, (rows, _) in enumerate(study.folds[fold].inner):
         reductions = {signal: study.reductions[f"{key}/{name}/{i}"] for signal, key in keys.items()}
-        found.append(Job(inputs, reductions, label, rows, f"{study.options.run.seed}/{row}/{name}/{i}{purpose}"))
+        found.append(Job(inputs, reductions, label, rows, f"{study.options.run.seed}/{row}/{name}/{i}{purpose}", there))
     return found
 
 
 def reductions_of(
     inputs: Mapping[str, npt.NDArray[np.float32]], encoders: Mapping[str, Sequence[str]], folds: Sequence[Fold],
-    most: int,
+    most: int, valid: Mapping[str, npt.NDArray[np.bool_]] | None = None,
 ) -> dict[str, Reduction]:  # fmt: skip
-    """What each inner split's rows to train on say of the features that its heads are given: ``Study.reductions``."""
+    """What each inner split's rows to train on say of the features that its heads are given: ``Study.reductions``.
+
+    Windows in which a signal is missing (``Study.valid``), and channels that are as tokens, have no part in it.
+
+    Raises:
+        UserError: a signal is missing in all rows of some inner split.
+    """
     found = {}
     for key, values in inputs.items():
-        signal, sha256, _ = key.split("/")
+        signal, sha256, kind = key.split("/")
+        there = shown((valid or {}).get(signal), kind)
         for number, fold in enumerate(folds):
             if sha256 in (encoders[signal][number], encoders[f"untrained_{signal}"][number]):
                 for i, (rows, _) in enumerate(fold.inner):
-                    found[f"{key}/{fold.name}/{i}"] = reduction(values[rows], most)
+                    mine = values[rows]
+                    if there is not None:
+                        mine = _kept(mine, there[rows])
+                    if not len(mine):
+                        raise UserError(
+                            f"fold {fold.name}: the {signal.upper()} is missing in all windows of the people that some "
+                            "head would be trained on; use fewer folds, or a set in which more people have it"
+                        )
+                    found[f"{key}/{fold.name}/{i}"] = reduction(mine.reshape(-1, mine.shape[-1]), most)
     return found
+
+
+def _kept(values: npt.NDArray[np.float32], there: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """The vectors, ``[any, f]``, that are there."""
+    return values[there[:, 0]] if values.ndim == 2 else values[np.broadcast_to(there, values.shape[:2])]
 
 
 def train(study: Study, row: str, config: dict[str, Any]) -> Iterator[dict[str, float]]:
@@ -161,7 +203,7 @@ def train(study: Study, row: str, config: dict[str, Any]) -> Iterator[dict[str, 
         people of that fold, the mean over its inner splits, and ``val_auc``: the mean over folds.
     """
     label, folds = study.table.label, study.folds
-    jobs = [job for fold in range(len(folds)) for job in _jobs(study, row, config["pooling"], fold, label)]
+    jobs = [job for fold in range(len(folds)) for job in _jobs(study, row, config, fold, label)]
     valid = [rows for fold in folds for _, rows in fold.inner]
     owner = [fold.name for fold in folds for _ in fold.inner]
     heads = Heads(jobs, len(study.table.classes), config)
@@ -215,30 +257,80 @@ def predict(study: Study, row: str, choices: Sequence[Choice]) -> list[Floats]:
     Returns:
         For each fold float32 ``[test row, class]``: the mean of the probabilities of its inner splits' heads.
     """
-    return _ensembles(study, row, choices, [study.table.label], [""])[0]
+    return views(study, row, choices, ["all"])["all"]
+
+
+def views(study: Study, row: str, choices: Sequence[Choice], wanted: Sequence[str]) -> dict[str, list[Floats]]:
+    """The same, and what else is asked for: ``uncalibrated`` probabilities, or a modality's name: the others withheld
+    from the very same heads."""
+    return _ensembles(study, row, choices, [study.table.label], [""], wanted)[0]
+
+
+def kept_heads(study: Study, row: str, choices: Sequence[Choice]) -> list[list[Head]]:
+    """The heads behind :func:`predict`, for each fold one of each inner split.
+
+    They stand by themselves: state and ``about()`` bring them back, and given what ``models.fusion.tokens`` makes of an
+    encoder's features, with the kind that ``models.fusion_heads.input_kind`` tells, the mean of the softmax of their
+    logits is the probability that the study reports.
+    """
+    found = []
+    for number, (fold, choice) in enumerate(zip(study.folds, choices, strict=True)):
+        heads = _trained(study, _jobs(study, row, choice.config, number, study.table.label), choice)
+        if study.options.tune.calibrate:
+            heads.calibrate([rows for _, rows in fold.inner])
+        found.append([heads.head(i) for i in range(len(fold.inner))])
+    return found
+
+
+def _trained(study: Study, jobs: Sequence[Job], choice: Choice) -> Heads:
+    heads = Heads(jobs, len(study.table.classes), choice.config)
+    for _ in range(choice.epoch):
+        heads.epoch()
+    return heads
 
 
 def _ensembles(
-    study: Study, row: str, choices: Sequence[Choice], labels: Sequence[Ints], purposes: Sequence[str]
-) -> list[list[Floats]]:
+    study: Study, row: str, choices: Sequence[Choice], labels: Sequence[Ints], purposes: Sequence[str],
+    wanted: Sequence[str] = ("all",),
+) -> list[dict[str, list[Floats]]]:  # fmt: skip
     """The same for each of some ways to label the windows, for each fold."""
-    found: list[list[Floats]] = [[] for _ in labels]
+    found: list[dict[str, list[Floats]]] = [{view: [] for view in wanted} for _ in labels]
     for number, (fold, choice) in enumerate(zip(study.folds, choices, strict=True)):
         jobs = [
-            _jobs(study, row, choice.config["pooling"], number, label, purpose)
+            _jobs(study, row, choice.config, number, label, purpose)
             for label, purpose in zip(labels, purposes, strict=True)
         ]
-        step = max(1, _MOST_HEADS // len(fold.inner))
+        each = len(fold.inner)
+        step = max(1, _MOST_HEADS // each)
         for start in range(0, len(jobs), step):
             mine = jobs[start : start + step]
-            heads = Heads([job for each in mine for job in each], len(study.table.classes), choice.config)
-            for _ in range(choice.epoch):
-                heads.epoch()
-            flat = heads.probability([fold.test] * len(heads.jobs))
+            heads = _trained(study, [job for some in mine for job in some], choice)
+            tested = [fold.test] * len(heads.jobs)
+            flat = {"uncalibrated": heads.probability(tested)} if "uncalibrated" in wanted else {}
+            if study.options.tune.calibrate:
+                heads.calibrate([rows for _, rows in fold.inner] * len(mine))
+            for view in [view for view in wanted if view not in flat]:
+                flat[view] = heads.probability(tested, None if view == "all" else view)
             for i in range(len(mine)):
-                part = flat[i * len(fold.inner) : (i + 1) * len(fold.inner)]
-                found[start + i].append(np.stack(part).mean(axis=0, dtype=np.float64).astype(np.float32))
+                for view in wanted:
+                    part = np.stack(flat[view][i * each : (i + 1) * each])
+                    found[start + i][view].append(part.mean(axis=0, dtype=np.float64).astype(np.float32))
     return found
+
+
+def noisy(study: Study, signal: str) -> Study:
+    """The study with one signal's features replaced by noise, drawn for each window on its own."""
+    inputs = {}
+    for key, values in study.inputs.items():
+        if key.startswith(f"{signal}/"):
+            rng = np.random.Generator(np.random.Philox(key=number_of("noise", study.options.run.seed, key)))
+            values = rng.standard_normal(values.shape, dtype=np.float32)
+        inputs[key] = values
+    # Where the signal was missing would tell of the window too.
+    valid = {name: known for name, known in study.valid.items() if name != signal}
+    most = max(study.options.search.components)
+    reductions = reductions_of(inputs, study.encoders, study.folds, most, valid)
+    return replace(study, inputs=inputs, valid=valid, reductions=reductions)
 
 
 def control(study: Study, choices: Sequence[Choice], repeats: int) -> list[float]:
@@ -255,6 +347,6 @@ def control(study: Study, choices: Sequence[Choice], repeats: int) -> list[float
     rows = np.concatenate([fold.test for fold in study.folds])
     areas = []
     for label, parts in zip(labels, _ensembles(study, "fused", choices, labels, purposes), strict=True):
-        if (area := auc(label[rows], np.concatenate(parts))) is not None:
+        if (area := auc(label[rows], np.concatenate(parts["all"]))) is not None:
             areas.append(area)
     return areas

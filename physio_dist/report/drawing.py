@@ -25,6 +25,10 @@ ROW_COLOURS = {
     "ecg": "#D55E00",
     "eeg": "#0072B2",
     "fused": "#1c1c1c",
+    "fused_ecg_only": "#E69F00",
+    "fused_eeg_only": "#56B4E9",
+    "noise_ecg": "#6f8fa6",
+    "noise_eeg": "#a68a6f",
 }
 INK = "#1c1c1c"
 SOFT = "#6b6b6b"

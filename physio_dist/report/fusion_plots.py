@@ -26,9 +26,23 @@ LABELS = {
     "ecg": "ECG alone",
     "eeg": "EEG alone",
     "fused": "Fused ECG + EEG",
+    "fused_ecg_only": "Fused, ECG shown",
+    "fused_eeg_only": "Fused, EEG shown",
+    "noise_ecg": "EEG + noise for ECG",
+    "noise_eeg": "ECG + noise for EEG",
 }
 # On a drawing with little room.
-SHORT = {"majority": "majority", "untrained": "untrained", "handmade": "hand-made", "ecg": "ECG", "eeg": "EEG"}
+SHORT = {
+    "majority": "majority",
+    "untrained": "untrained",
+    "handmade": "hand-made",
+    "ecg": "ECG",
+    "eeg": "EEG",
+    "fused_ecg_only": "fused, ECG",
+    "fused_eeg_only": "fused, EEG",
+    "noise_ecg": "EEG + noise",
+    "noise_eeg": "ECG + noise",
+}
 SHADE = "#08518c"
 # From this share on white figures read better than black ones on it.
 DARK_FROM = 0.72

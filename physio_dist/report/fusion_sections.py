@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from physio_dist.report import fusion_plots as plots
-from physio_dist.report import setting
+from physio_dist.report import protocol, setting
 from physio_dist.report.drawing import percent
 from physio_dist.report.fusion_plots import colour_of, label_of, metric, span
 from physio_dist.report.fusion_summary import CHANCE, better_single, gains, p_word, reached, signed
@@ -35,6 +35,9 @@ COLUMNS = {
 OPTIONS = (
     "tune.task",
     "tune.label",
+    "tune.neutral",
+    "tune.baseline",
+    "tune.clip",
     "tune.protocol",
     "tune.folds",
     "tune.val_folds",
@@ -42,6 +45,8 @@ OPTIONS = (
     "tune.scheduler",
     "tune.max_epochs",
     "tune.permutations",
+    "tune.calibrate",
+    "tune.noise_control",
     "run.seed",
 )
 
@@ -62,7 +67,7 @@ def baselines(sweep: Sweep, held: HeldOut | None) -> Section:
     figures = []
     if any(math.isfinite(line.value) for line in lines):
         figures = [Figure([plots.forest(lines, CHANCE, _forest_alt(rows))], _forest_caption(sweep), wide=True)]
-    tables = [_score_table(sweep, rows)]
+    tables = [table for table in (_score_table(sweep, rows), protocol.published(sweep)) if table is not None]
     if (table := _gain_table(sweep, held)) is not None:
         tables.append(table)
     absent = [label_of(name) for name in ROWS if sweep.row(name) is None]
@@ -193,6 +198,8 @@ def control(sweep: Sweep, held: HeldOut | None) -> Section:
     )
     if math.isfinite(p):
         caption += f" p = {p_word(p)}; with {auc.size} permutations it cannot fall below {p_word(1 / (auc.size + 1))}."
+    if math.isfinite(leak := sweep.permuted.p_leak):
+        caption += f" That their mean is above chance has p = {p_word(leak)}."
     caption += f" {_size(sweep)}"
     image = plots.permuted_strip(auc, observed, alt)
     return Section(title, anchor, figures=[Figure([image], caption.strip(), wide=True)])
@@ -269,7 +276,9 @@ def _forest_caption(sweep: Sweep) -> str:
 
 def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
     bounded = any(math.isfinite(_bound_auc(sweep, row)) for row in rows)
-    head = ["Input", *COLUMNS.values(), *(["Best possible AUC", "Way reached"] if bounded else [])]
+    calibrated = any(math.isfinite(row.ece) for row in rows)
+    error = ["Calibration error"] if calibrated else []
+    head = ["Input", *COLUMNS.values(), *error, *(["Best possible AUC", "Way reached"] if bounded else [])]
     lines = []
     for row in rows:
         cells = [Cell(label_of(row.name), colour=colour_of(row.name))]
@@ -279,6 +288,9 @@ def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
             cells.append(Cell(metric(row.scores[name]), more=more))
             if name == "auc":
                 cells.append(Cell(span(*row.interval) or "–"))
+        if calibrated:
+            before = f"before {metric(row.ece_before)}" if math.isfinite(row.ece_before) else ""
+            cells.append(Cell(metric(row.ece), more=before))
         if bounded:
             bound = sweep.bound(row)
             share = reached(row, bound)
@@ -291,6 +303,12 @@ def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
         caption += " The interval is that of the ROC-AUC, over people."
     if any(len(row.folds) > 1 for row in rows):
         caption += " ±: standard deviation over folds."
+    if calibrated:
+        caption += " Calibration error: how far probabilities are from how often they are right (15 bins)."
+    if any(math.isfinite(row.ece_before) for row in rows):
+        caption += " Before: without the temperatures, which were fitted on validation people."
+    if any(row.name.endswith("_only") for row in rows):
+        caption += " Shown: the fused heads with the other signal withheld at the test."
     if bounded:
         caption += (
             " Best possible: reached by somebody who could read the simulator's hidden drives of the same signals. "

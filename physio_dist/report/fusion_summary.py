@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from physio_dist.report import protocol
 from physio_dist.report.drawing import percent
 from physio_dist.report.fusion_plots import label_of, metric, span
 from physio_dist.report.heldout import Difference, HeldOut, difference
@@ -14,12 +15,17 @@ from physio_dist.report.summary import Summary, badge_of, duration
 from physio_dist.report.sweepdata import Row, Sweep
 
 CHANCE = 0.5
+# Permuted labels that are told apart beyond this level speak of a leak.
+LEAK_P = 0.001
 
 
 def summarise_sweep(sweep: Sweep, held: HeldOut | None) -> Summary:
     """The summary of a sweep; whatever it does not tell is left out or shown as a dash."""
     badge, text = badge_of(sweep.simulated())
-    verdicts = [_headline(sweep), _others(sweep), *_gain(sweep, held), _reached(sweep), _control(sweep)]
+    if protocol.is_leaky(sweep):
+        badge, text = " ".join(filter(None, ("LEAKY", badge))), " ".join(filter(None, (protocol.BADGE, text)))
+    verdicts = [_headline(sweep), _others(sweep), *_gain(sweep, held), *_one_signal(sweep), _reached(sweep)]
+    verdicts.append(_control(sweep))
     told = [verdict for verdict in verdicts if verdict]
     return Summary(sweep.name, badge, text, told, _facts(sweep, held), None, kicker="sweep of a fusion head")
 
@@ -30,19 +36,6 @@ def classes_in_words(sweep: Sweep) -> str:
     named = sweep.classes if len(sweep.classes) <= 6 else [*sweep.classes[:5], f"{len(sweep.classes) - 5} more"]
     apart = " against ".join(named) if len(named) == 2 else ", ".join(named)
     return f"{label} ({apart})" if label and apart else label or apart or "the classes"
-
-
-def protocol_in_words(sweep: Sweep) -> str:
-    """How people were held out."""
-    protocol, folds = sweep.word("protocol"), sweep.count("folds")
-    number = "" if folds is None else f"{folds} "
-    if protocol == "grouped_kfold":
-        return f"{number}folds of whole people; each person is held out once"
-    if protocol == "loso":
-        return f"leave one person out, {number}folds" if number else "leave one person out"
-    if protocol == "holdout":
-        return "one fixed group of people, held out from everything"
-    return protocol or "not told"
 
 
 def with_interval(row: Row) -> str:
@@ -86,7 +79,8 @@ def _headline(sweep: Sweep) -> str:
     interval = f" (95 % interval over people {inside})" if inside else ""
     windows, people = sweep.count("windows"), sweep.count("people")
     on = f" on {windows:,} windows" if windows is not None else ""
-    on += f" of {people:,} held-out {'person' if people == 1 else 'people'}" if people is not None else ""
+    held = "" if protocol.shares_people(sweep) else "held-out "
+    on += f" of {people:,} {held}{'person' if people == 1 else 'people'}" if people is not None else ""
     return f"Fused ECG + EEG tells {classes_in_words(sweep)} with {kind} {metric(fused.scores['auc'])}{interval}{on}."
 
 
@@ -119,6 +113,24 @@ def _gain(sweep: Sweep, held: HeldOut | None) -> list[str]:
     return told
 
 
+def _one_signal(sweep: Sweep) -> list[str]:
+    """What is left of the fused row where it has one signal only, or one and noise."""
+    told = []
+    for what, names in (
+        ("With one signal withheld at the test", {"fused_ecg_only": "ecg", "fused_eeg_only": "eeg"}),
+        ("Control with noise in place of one signal", {"noise_ecg": "eeg", "noise_eeg": "ecg"}),
+    ):
+        parts = []
+        for name, left in names.items():
+            row, single = sweep.row(name), sweep.row(left)
+            if row is not None and single is not None:
+                against = f"{label_of(left)} {metric(single.scores['auc'])}"
+                parts.append(f"{label_of(name)} {with_interval(row)} against {against}")
+        if parts:
+            told.append(f"{what}: {'; '.join(parts)}.")
+    return told
+
+
 def _meaning(one: Difference) -> str:
     if one.low > 0:
         return ""
@@ -141,9 +153,11 @@ def _control(sweep: Sweep) -> str:
         return ""
     auc = sweep.permuted.auc
     p = f", p = {p_word(sweep.permuted.p)}" if math.isfinite(sweep.permuted.p) else ""
+    leak = sweep.permuted.p_leak
+    above = f"; above chance with p = {p_word(leak)}, which is what a split that leaks does" if leak < LEAK_P else ""
     return (
         f"Control with labels permuted by recording within people ({auc.size} times): mean AUC "
-        f"{metric(float(np.mean(auc)))}, highest {metric(float(auc.max()))}{p}."
+        f"{metric(float(np.mean(auc)))}, highest {metric(float(auc.max()))}{p}{above}."
     )
 
 
@@ -157,7 +171,9 @@ def _facts(sweep: Sweep, held: HeldOut | None) -> list[Fact]:
     windows, people = sweep.count("windows"), sweep.count("people")
     if windows is not None:
         facts.append(Fact("Held-out windows", f"{windows:,}", "each predicted once"))
-    if people is not None:
+    if people is not None and protocol.shares_people(sweep):
+        facts.append(Fact("People tested", f"{people:,}", "they are in training too"))
+    elif people is not None:
         facts.append(Fact("Held-out people", f"{people:,}", "never in training or selection of their fold"))
     if sweep.classes:
         more = ", ".join(sweep.classes)
@@ -165,7 +181,7 @@ def _facts(sweep: Sweep, held: HeldOut | None) -> list[Fact]:
             count = np.bincount(held.predictions.label, minlength=len(sweep.classes))
             more = ", ".join(f"{name} {n:,}" for name, n in zip(sweep.classes, count, strict=True))
         facts.append(Fact("Classes", f"{len(sweep.classes)}", more))
-    facts.append(Fact("Protocol", sweep.word("protocol") or "–", protocol_in_words(sweep)))
+    facts.append(Fact("Protocol", sweep.word("protocol") or "–", protocol.in_words(sweep)))
     if sweep.trials:
         stopped = sum(trial.stopped for trial in sweep.trials)
         facts.append(Fact("Trials", f"{len(sweep.trials):,}", f"{stopped:,} stopped early"))

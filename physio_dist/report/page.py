@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from physio_dist.errors import UserError
-from physio_dist.report import fusion_sections, sections, setting, sweep_section
+from physio_dist.report import fusion_sections, protocol, sections, setting, sweep_section
 from physio_dist.report.drawing import style
 from physio_dist.report.fusion_summary import summarise_sweep
 from physio_dist.report.heldout import HeldOut
@@ -106,6 +106,8 @@ def _sweep(sweep: Sweep) -> _Chapter:
     held = None if sweep.predictions is None else HeldOut.of(sweep.predictions)
     with style():
         drawn = [section(sweep, held) for section in SWEEP_SECTIONS]
+    if protocol.is_leaky(sweep):
+        drawn = [protocol.labelled(section) for section in drawn]
     told = sweep.results.get("notes")
     notes = [str(note) for note in told] if isinstance(told, list) else []
     return _Chapter(summarise_sweep(sweep, held), drawn, notes)

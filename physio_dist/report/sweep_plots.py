@@ -20,8 +20,13 @@ from physio_dist.report.sweepdata import Trial, same_config
 
 # Light to dark in one direction of lightness, so that it reads without colour too; never as light as the paper.
 SCALE = LinearSegmentedColormap.from_list("auc", ["#eed36a", "#9cc878", "#4aa58a", "#2f7fa8", "#2b55a0"])
-AXES = ("pooling", "components", "depth", "width", "dropout", "label_smoothing", "lr", "weight_decay")
+AXES = (
+    "head", "pooling", "components", "depth", "width", "dropout", "modality_dropout", "label_smoothing",
+    "class_weight", "lr", "weight_decay",
+)  # fmt: skip
 TITLES = {
+    "modality_dropout": "modality\ndropout",
+    "class_weight": "class\nweight",
     "label_smoothing": "label\nsmoothing",
     "lr": "learning\nrate",
     "weight_decay": "weight\ndecay",

@@ -45,7 +45,8 @@ class Row:
     """One kind of input over all held-out people.
 
     ``scores`` has all of ``METRICS``, NaN where undefined; ``interval`` is that of the AUC, NaN where unknown;
-    ``spread`` is the standard deviation over folds; ``confusion`` counts, ``[true class, predicted class]``.
+    ``spread`` is the standard deviation over folds; ``confusion`` counts, ``[true class, predicted class]``; ``ece`` is
+    the expected calibration error, NaN where not told, ``ece_before`` that before temperatures were fitted.
     """
 
     name: str
@@ -55,14 +56,18 @@ class Row:
     folds: list[FoldResult]
     spread: dict[str, float]
     confusion: Ints | None
+    ece: float = math.nan
+    ece_before: float = math.nan
 
 
 @dataclass(frozen=True)
 class Permuted:
-    """AUCs under permuted labels, NaNs left out, and the p value (NaN where unknown)."""
+    """AUCs under permuted labels, NaNs left out; the p value of the observed one, and that of their mean being above
+    chance, which tells of a leak (NaN where unknown)."""
 
     auc: Floats
     p: float
+    p_leak: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -293,6 +298,8 @@ def _rows(results: dict[str, Any], classes: Sequence[str]) -> list[Row]:
                 folds=[_fold(fold, where) for fold in folds or []],
                 spread=_scores(spread or {}, where),
                 confusion=_confusion(entry.get("confusion"), len(classes), where),
+                ece=_float(entry.get("ece"), "ece", where),
+                ece_before=_float(entry.get("ece_before"), "ece_before", where),
             )
         )
     return made
@@ -348,7 +355,8 @@ def _permuted(value: Any) -> Permuted | None:
     if not isinstance(value, dict) or not isinstance(value.get("auc"), list):
         raise UserError(f"{RESULTS}: 'permuted' is not an object with a list 'auc'")
     auc = np.array([_float(entry, "auc", f"{RESULTS}, permuted") for entry in value["auc"]])
-    return Permuted(auc[np.isfinite(auc)], _float(value.get("p"), "p", f"{RESULTS}, permuted"))
+    p, leak = (_float(value.get(name), name, f"{RESULTS}, permuted") for name in ("p", "p_leak"))
+    return Permuted(auc[np.isfinite(auc)], p, leak)
 
 
 def _count(value: Any) -> int | None:

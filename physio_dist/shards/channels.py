@@ -8,13 +8,14 @@ from dataclasses import replace
 
 from physio_dist.config import ShardConfig
 from physio_dist.errors import UserError, nearest
-from physio_dist.signals.montage import ECG_12, EEG_19, ELECTRODES, ONE_LEAD, ecg_name, electrode
+from physio_dist.signals.montage import ECG_12, EEG_19, ELECTRODES, ONE_LEAD, SECOND_LEAD, ecg_name, electrode
 from physio_dist.signals.readers import Reader
 from physio_dist.signals.recording import RecordError
 from physio_dist.signals.windows import WindowSpec
 
 # In place of names: those that the first readable record has.
 _FOUND = "found"
+_ECG_ORDER = (*ECG_12, ONE_LEAD, SECOND_LEAD)
 # The 19 first, in the order of CBraMod's pretraining.
 _EEG_ORDER = (*EEG_19, *(name for name in ELECTRODES if name not in EEG_19))
 
@@ -30,7 +31,7 @@ def spec_of(options: ShardConfig) -> WindowSpec:
         raise UserError("signals: name at least one of ecg, eeg")
     return WindowSpec(
         rate=window.rate, seconds=window.seconds,
-        leads=_names("leads", options.leads, ecg_name, (*ECG_12, ONE_LEAD)) or ECG_12,
+        leads=_names("leads", options.leads, ecg_name, _ECG_ORDER) or ECG_12,
         band=(window.low, window.high), uv_per_bit=window.uv_per_bit, missing=options.missing, signals=signals,
         eeg_channels=_names("eeg.channels", eeg.channels, electrode, ELECTRODES) or EEG_19,
         eeg_band=(eeg.low, eeg.high), eeg_uv_per_bit=eeg.uv_per_bit, min_leads=options.min_leads,
@@ -62,7 +63,7 @@ def with_found(reads: Reader, source: str, records: Sequence[str], options: Shar
         with contextlib.suppress(RecordError):
             recording = reads.read(source, record)
             break
-    standard = {"ecg": (ecg_name, (*ECG_12, ONE_LEAD)), "eeg": (electrode, _EEG_ORDER)}
+    standard = {"ecg": (ecg_name, _ECG_ORDER), "eeg": (electrode, _EEG_ORDER)}
     names = dict.fromkeys(standard, "")
     for signal in (name for name, asked in wanted.items() if asked):
         if recording is None or signal not in recording.signals:

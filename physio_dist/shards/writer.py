@@ -229,7 +229,8 @@ def _seen(job: Job, spool: str) -> dict[str, str]:
     if not reader_named(job.reader).simulated:
         meaning = f"{job.input} is not the folder that it is where the command was started; all nodes have to share it"
         # Some of its names, because a folder without them may be the place where nothing is mounted.
-        paths = sorted(str(path) for path in Path(job.input).iterdir())
+        folder = Path(job.input)
+        paths = sorted(str(path) for path in (folder.iterdir() if folder.is_dir() else [folder]))
         seen = dict.fromkeys(paths[:: len(paths) // _LOOKED_AT + 1], meaning)
     if storage.is_local(spool):
         mark = storage.join(spool, f"seen-{uuid.uuid4().hex}")

@@ -37,6 +37,8 @@ _PREFIX = re.compile(r"^(?:(?:ecg|ekg|lead)[\s_:\-]*)+", re.IGNORECASE)
 
 ONE_LEAD = "ECG"
 """The lead of a recorder that has one and does not say which: no standard lead, and never taken for one."""
+SECOND_LEAD = "ECG2"
+"""The other lead of a recorder that has two and does not say which; the first is `ONE_LEAD`."""
 
 EEG_19 = (
     "Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8", "T7", "T8", "P7", "P8", "Fz", "Cz", "Pz",
@@ -80,7 +82,12 @@ def electrode(name: str) -> str | None:
 
 
 def ecg_name(name: str) -> str | None:
-    """The standard name of an ECG lead, or `ONE_LEAD` for an ECG of an unnamed lead: ``ECG ECG``, ``EEG EKG1-REF``."""
+    """The standard name of an ECG lead, or `ONE_LEAD` for an ECG of an unnamed lead: ``ECG ECG``, ``EEG EKG1-REF``.
+
+    `SECOND_LEAD` goes by that name alone.
+    """
+    if name.strip().upper() == SECOND_LEAD:
+        return SECOND_LEAD
     return canonical(name) or (ONE_LEAD if _ONE_LEAD_LABEL.fullmatch(name.strip()) else None)
 
 

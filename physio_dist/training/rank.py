@@ -46,6 +46,8 @@ from physio_dist.training.watchdog import Watchdog
 
 # Takes the step of a checkpoint and the newest line of metrics, which only the first rank has.
 Committed = Callable[[int, dict[str, Any]], None]
+# Takes {"step": N} after each step, and lines of metrics.
+Told = Callable[[dict[str, Any]], None]
 # A launcher ends the other ranks within about a second of one's death.
 _LAUNCHER_S = 5.0
 
@@ -54,13 +56,14 @@ class PeerLostError(PhysioError):
     """Another rank is gone; this one cannot go on alone."""
 
 
-def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = None) -> None:
+def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = None, told: Told | None = None) -> None:
     """Pretrain as one rank.
 
     Args:
         options: of the run; the same on every rank.
         stop: looked at once a step.
         committed: called on every rank after each committed checkpoint.
+        told: called on the first rank with what it knows newest.
 
     Raises:
         PhysioError: everything that has a documented status.
@@ -102,7 +105,7 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
             # Only now, so that a start that is refused leaves no run behind, and changes none.
             write_config(run_dir, options)
         records = Records(options, place, run_dir, source, say, attempt)
-        mine = _Rank(options, place, source, model, mask, stop, records, held, committed)
+        mine = _Rank(options, place, source, model, mask, stop, records, held, committed, told)
         mine.train(order, found, start)
     except RuntimeError as error:
         # What the collectives say when a peer is gone.
@@ -203,11 +206,12 @@ class _Rank:
 
     def __init__(
         self, options: PretrainConfig, place: Place, source: Source, model: MaskedModel, mask: MaskConfig,
-        stop: StopFlag, records: Records, held: lease.Lease | None, committed: Committed | None,
+        stop: StopFlag, records: Records, held: lease.Lease | None, committed: Committed | None, told: Told | None,
     ) -> None:  # fmt: skip
         self.options, self.place, self.source = options, place, source
         self.model, self.mask, self.stop, self.records, self.held = model, mask, stop, records, held
         self.committed = committed
+        self.told = told if told is not None and place.rank == 0 else _nothing
         self.groups = mask_groups(source.info.channels)
         self.first = place.rank == 0
 
@@ -248,8 +252,8 @@ class _Rank:
         ):  # fmt: skip
             hooks = Hooks(
                 at=watchdog.at,
-                begin=profiled.at,
-                log=records.log if self.first else _nothing,
+                begin=lambda step: self._begin(step, profiled),
+                log=self._log if self.first else _nothing,
                 trace=records.trace if opts.trace else None,
                 examples=records.examples,
                 warn=records.say,
@@ -277,6 +281,14 @@ class _Rank:
                 raise
         records.close()
         records.say(f"done: {opts.steps} steps; `physio-dist report {run.url}` draws the report")
+
+    def _begin(self, step: int, profiled: ProfiledSteps) -> None:
+        profiled.at(step)
+        self.told({"step": step - 1})
+
+    def _log(self, line: dict[str, Any]) -> None:
+        self.records.log(line)
+        self.told(self.records.newest)
 
     def _keep_profile(self, trace: bytes) -> None:
         storage.write_bytes(self.records.run_dir.file("profile.json"), trace)

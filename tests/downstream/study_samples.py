@@ -127,9 +127,10 @@ def features_of(label: np.ndarray, strength: float, d: int, seed: int, scale: fl
     return (scale * x + 3.0 * scale).astype(np.float32)
 
 
-def job_of(inputs: Mapping[str, np.ndarray], label: np.ndarray, rows: np.ndarray, purpose: str) -> Job:
+def job_of(inputs: Mapping[str, np.ndarray], label: np.ndarray, rows: np.ndarray, purpose: str, **more: Any) -> Job:
     """A head to train whose inputs are reduced by its own rows."""
-    return Job(inputs, {name: reduction(x[rows], 64) for name, x in inputs.items()}, label, rows, purpose)
+    reductions = {name: reduction(x[rows].reshape(-1, x.shape[-1]), 64) for name, x in inputs.items()}
+    return Job(inputs, reductions, label, rows, purpose, **more)
 
 
 def study_of(
@@ -161,7 +162,7 @@ def study_of(
 def changed(study: Study, **fields: Any) -> Study:
     """The study with other fields, and what follows from them."""
     other = replace(study, **fields)
-    return replace(other, reductions=reductions_of(other.inputs, other.encoders, other.folds, 64))
+    return replace(other, reductions=reductions_of(other.inputs, other.encoders, other.folds, 64, other.valid))
 
 
 def with_label(study: Study, label: np.ndarray) -> Study:

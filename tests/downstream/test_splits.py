@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from study_samples import table_of
 
-from physio_dist.downstream.splits import Fold, folds_of, labelled, permuted
+from physio_dist.downstream.splits import Fold, can_permute, folds_of, labelled, permuted
 from physio_dist.downstream.tasks import Table
 from physio_dist.errors import UserError
+from physio_dist.task_options import PROTOCOLS
 
 
 def people(table: Table, rows: np.ndarray) -> set[int]:
@@ -104,6 +105,76 @@ def test_fewer_people_than_groups_make_fewer_groups() -> None:
     assert [len(fold.inner) for fold in folds_of(table, "grouped_kfold", 2, 3, 0)] == [2, 2]
 
 
+def watched(people: int = 9, clips: int = 6, windows: int = 2, classes: int = 2, seed: int = 0) -> Table:
+    """Everybody sees every clip; what they make of it is drawn."""
+    table = table_of(people, clips, windows, classes, seed)
+    drawn = np.random.default_rng(seed).integers(0, classes, people * clips)
+    return replace(table, label=drawn[table.recording], clip=table.recording % clips)
+
+
+def clips(table: Table, rows: np.ndarray) -> set[int]:
+    assert table.clip is not None
+    return set(table.clip[rows].tolist())
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "folds", "val_folds", "seed"), [(3, 9, 3, 2, 0), (8, 18, 5, 3, 1), (5, 12, 2, 4, 2)]
+)  # fmt: skip
+def test_clip_disjoint_never_trains_on_a_clip_it_tests(n: int, k: int, folds: int, val_folds: int, seed: int) -> None:
+    table = watched(n, k, seed=seed)
+    made = folds_of(table, "clip_disjoint", folds, val_folds, seed)
+    assert np.array_equal(np.sort(np.concatenate([fold.test for fold in made])), np.arange(len(table.label)))
+    for fold in made:
+        assert people(table, fold.test) == people(table, fold.train) == people(table, np.arange(len(table.label)))
+        for train, valid in fold.inner:
+            assert not clips(table, fold.test) & (clips(table, train) | clips(table, valid))
+            assert not clips(table, train) & clips(table, valid)
+            assert set(table.label[train]) == set(table.label[valid]) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "folds", "val_folds", "seed"), [(9, 12, 3, 2, 0), (12, 18, 2, 3, 1), (9, 15, 2, 2, 2)]
+)  # fmt: skip
+def test_person_and_clip_shares_neither(n: int, k: int, folds: int, val_folds: int, seed: int) -> None:
+    table = watched(n, k, seed=seed)
+    made = folds_of(table, "person_and_clip", folds, val_folds, seed)
+    assert len(made) == folds**2 and [fold.name for fold in made] == [str(i) for i in range(folds**2)]
+    assert np.array_equal(np.sort(np.concatenate([fold.test for fold in made])), np.arange(len(table.label)))
+    for fold in made:
+        others = ~np.isin(table.person, table.person[fold.test]) & ~np.isin(table.clip, table.clip[fold.test])
+        assert np.array_equal(fold.train, np.flatnonzero(others))
+        assert 2 <= len(fold.inner) <= val_folds
+        for train, valid in fold.inner:
+            assert set(train.tolist()) | set(valid.tolist()) <= set(fold.train.tolist())
+            assert not people(table, train) & people(table, valid) and not clips(table, train) & clips(table, valid)
+            assert set(table.label[train]) == set(table.label[valid]) == {0, 1}
+
+
+def test_leaky_window_divides_recordings_and_is_the_only_one_that_does() -> None:
+    table = watched(people=9, clips=12, windows=6)
+    for protocol in PROTOCOLS:
+        if protocol == "holdout":
+            continue
+        made = folds_of(table, protocol, 3, 3, 0)
+        assert np.array_equal(np.sort(np.concatenate([fold.test for fold in made])), np.arange(len(table.label)))
+        for fold in made:
+            pairs = [(fold.test, fold.train), *fold.inner]
+            shared = [len(set(table.recording[a]) & set(table.recording[b])) for a, b in pairs]
+            assert min(shared) > 50 if protocol == "leaky_window" else max(shared) == 0
+            if protocol == "leaky_window":
+                assert abs(table.label[fold.test].mean() - table.label.mean()) < 0.02
+    assert folds_of(table, "leaky_window", 3, 3, 0)[0].test.tolist() != (
+        folds_of(table, "leaky_window", 3, 3, 1)[0].test.tolist()
+    )
+
+
+def test_there_is_something_to_permute_where_somebody_has_two_classes() -> None:
+    table = table_of(6, recordings=2)
+    assert can_permute(table)
+    each = (np.searchsorted(np.unique(table.person), table.person) % 2).astype(np.int64)
+    assert not can_permute(replace(table, label=each))
+
+
 def with_split(table: Table, code: int, rows: slice) -> Table:
     split = table.split.copy()
     split[rows] = code
@@ -122,7 +193,18 @@ BAD = {
     "all held out": (with_split(table_of(4), 2, slice(None)), "holdout", 2, ["leaves 0 people", "at least 2"]),
     "two people": (table_of(2), "loso", 2, ["at least 3 people", "2 have"]),
     "one left": (table_of(2), "grouped_kfold", 2, ["fold 0 leaves 1 people", "at least 2"]),
-    "class of one person": (rare(table_of(5)), "grouped_kfold", 3, ["tune.folds=3", "too few people"]),
+    "class of one person": (
+        rare(table_of(5)), "grouped_kfold", 3, ["tune.folds=3", "too few people (class0 in 4, class1 in 1)"],
+    ),
+    "fewer clips than folds": (watched(clips=3), "clip_disjoint", 5, ["tune.folds=5", "only 3 clips", "clip is never"]),
+    "fewer clips than folds, crossed": (watched(clips=3), "person_and_clip", 4, ["tune.folds=4", "only 3 clips"]),
+    "fewer people than folds, crossed": (watched(people=3), "person_and_clip", 4, ["tune.folds=4", "only 3 people"]),
+    "fewer windows than folds": (table_of(2, 1, 2), "leaky_window", 5, ["tune.folds=5", "only 4 windows"]),
+    "class of one clip": (
+        replace(watched(), label=(watched().clip == 0).astype(np.int64)), "clip_disjoint", 3,
+        ["too few clips", "class0 in 5, class1 in 1"],
+    ),
+    "class of one person, crossed": (rare(watched()), "person_and_clip", 3, ["class1 in 1", "too few people"]),
     "class of one person, loso": (rare(table_of(5)), "loso", 3, ["fold", "class0, class1", "too few people"]),
 }  # fmt: skip
 

@@ -197,7 +197,8 @@ def test_bounds_know_how_frequent_the_classes_are() -> None:
 
 
 def test_p_counts_the_observed_labels_among_the_permutations() -> None:
-    assert permuted_part(0.7, [0.5, 0.7, 0.6, 0.8]) == {"n": 4, "auc": [0.5, 0.7, 0.6, 0.8], "p": 0.6}
+    part = permuted_part(0.7, [0.5, 0.7, 0.6, 0.8])
+    assert (part["n"], part["auc"], part["p"], part["mean"]) == (4, [0.5, 0.7, 0.6, 0.8], 0.6, 0.65)
     assert permuted_part(0.9, [0.5] * 19)["p"] == 0.05
     assert permuted_part(None, [0.5])["p"] is None and permuted_part(0.5, [])["p"] is None
 
@@ -277,6 +278,37 @@ def test_a_study_is_prepared_from_a_set_and_encoders(made: Path) -> None:
             assert len(list(train(study, row, {**CONFIG, "pooling": kind}))) == 2
 
 
+def test_windows_without_a_modality_are_part_of_a_study(tmp_path: Path, made: Path) -> None:
+    facts = facts_of(people=6, recordings=2, windows=2)
+    valid = np.ones((24, 2), dtype=bool)
+    valid[[0, 7, 9]] = False
+    valid[4, 1] = False
+    paired(str(tmp_path / "set"), facts, valid={"eeg": valid})
+    options = options_of(made, data=str(tmp_path / "set"))
+    options.search.head, options.search.pooling = ["concat", "cross_attention"], ["mean_std", "channels_attention"]
+    options.search.modality_dropout = [0.5]
+    study = prepare(options, str(tmp_path / "features"), quiet)
+    assert list(study.valid) == ["eeg"] and np.array_equal(study.valid["eeg"], valid)
+    kinds = {key.split("/")[2]: x.shape[1:] for key, x in study.inputs.items() if key.startswith("eeg")}
+    assert kinds == {"mean_std": (160,), "channels_attention": (2, 80), "attention": (2, 80)}
+    assert any("The EEG is missing in 3 of 24 windows" in note for note in study.notes)
+    assert all(np.isfinite(x).all() for x in study.inputs.values())
+    config = {**CONFIG, "modality_dropout": 0.5, "head": "cross_attention", "pooling": "mean_std"}
+    records = [TrialRecord(row, row, config, list(train(study, row, config))) for row in SEARCHED]
+    outcome = conclude(study, records, quiet)
+    assert [row["name"] for row in outcome.results["rows"]][5:] == ["fused", "fused_ecg_only", "fused_eeg_only"]
+    tensors = load_tensors(outcome.predictions)
+    assert all(np.isfinite(values).all() for name, values in tensors.items() if name.startswith("probability"))
+
+
+def test_a_modality_that_is_missing_in_all_windows_is_told(tmp_path: Path, made: Path) -> None:
+    facts = facts_of(people=6, recordings=2, windows=2)
+    paired(str(tmp_path / "set"), facts, valid={"ecg": np.zeros((24, 2), dtype=bool)})
+    with pytest.raises(UserError, match=r"the ECG is missing in all 24 labelled windows"):
+        prepare(options_of(made, data=str(tmp_path / "set")), str(tmp_path / "features"), quiet)
+    assert not storage.names(str(tmp_path / "features"))
+
+
 def test_a_folder_a_fold(made: Path) -> None:
     given = {0: str(made / "eeg"), "1": str(made / "eeg2"), 2: str(made / "eeg")}
     options = options_of(made, eeg_encoder=given)
@@ -307,6 +339,55 @@ def test_an_encoder_that_knows_test_people_is_refused_in_their_fold_only(made: P
     assert True in knows.values() and False in knows.values()
     clean = {name: str(made / ("ecg" if knows[name] else "knows")) for name in knows}
     assert prepare(options_of(made, ecg_encoder=clean), str(made / "features"), quiet)
+
+
+def test_dreamers_windows_lose_the_rest_before_their_clip(made: Path, tmp_path: Path) -> None:
+    facts = [
+        {
+            "person": f"p{person}", "record": f"p{person}-{clip}-{phase}", "source": "built",
+            "labels": {"clip": clip, "phase": phase, **({"arousal": 1 + (person + 2 * clip) % 5} if n else {})},
+        }
+        for person in range(6) for clip in range(4) for phase, n in (("baseline", 0), ("stimulus", 1))
+        for _ in range(n + 1)
+    ]  # fmt: skip
+    paired(str(tmp_path / "set"), facts)
+    options = options_of(tmp_path, task="dreamer", label="arousal", neutral="drop", protocol="leaky_window")
+    options.tune.ecg_encoder, options.tune.eeg_encoder = str(made / "ecg"), str(made / "eeg")
+    options.search.pooling = ["mean"]
+    said: list[str] = []
+    as_they_are = prepare(options, str(tmp_path / "features"), said.append)
+    assert any(line.startswith("LEAKY SPLIT") for line in said)
+    options.tune.baseline = "subtract"
+    study = prepare(options, str(tmp_path / "features"), quiet)
+    assert [study.table.keys[i] for i in range(3)] == [as_they_are.table.keys[i] for i in range(3)]
+    rest = study.table.rest
+    assert rest is not None
+    assert len(study.table.label) == 48 - sum(one["labels"].get("arousal") == 3 for one in facts) < 48
+    for key, x in study.inputs.items():
+        signal, sha, _ = key.split("/")
+        (folder,) = [f for f in storage.names(str(tmp_path / "features")) if f.startswith(f"{signal}-{sha[:16]}-")]
+        features = open_features(str(tmp_path / "features" / folder))
+        own = [rest.sample[rest.of == before][0] for before in rest.before]
+        still = pool(features.values[own], features.valid[own], "mean").numpy()
+        np.testing.assert_allclose(x, as_they_are.inputs[key] - still, rtol=1e-4, atol=1e-5)
+    records = [TrialRecord(row, row, {**CONFIG, "depth": 0}, list(train(study, row, CONFIG))) for row in SEARCHED]
+    results = conclude(study, records, quiet).results
+    assert results["leaky"] is True and results["published"]["value"] == 0.8479
+    notes = " ".join(results["notes"])
+    for words in ("LEAKY SPLIT", "tune.neutral=drop: arousal is high above 3", "tune.baseline=subtract"):
+        assert words in notes
+    options.tune.protocol, options.tune.clip = "clip_disjoint", "film"
+    with pytest.raises(UserError, match=r"tune\.clip=film"):
+        prepare(options, str(tmp_path / "features"), quiet)
+
+
+def test_labels_that_are_constant_over_people_cannot_be_permuted(made: Path, tmp_path: Path) -> None:
+    facts = [{"person": f"p{i // 2}", "record": str(i), "labels": {"x": i // 2 % 2}} for i in range(16)]
+    paired(str(tmp_path / "set"), facts)
+    options = options_of(tmp_path, task="labels", label="x", permutations=3, ecg_encoder=str(made / "ecg"))
+    options.tune.eeg_encoder = str(made / "eeg")
+    with pytest.raises(UserError, match="nobody has recordings of two classes"):
+        prepare(options, str(tmp_path / "features"), quiet)
 
 
 def test_an_encoder_of_other_corpora_is_noted(made: Path, tmp_path: Path) -> None:

@@ -248,6 +248,19 @@ def test_candidates_spread_evenly_over_what_there_is_to_choose_from() -> None:
     assert any(a["pooling"] != b["pooling"] for a, b in pairwise(found))
 
 
+def test_what_was_not_there_to_choose_once_stands_in_no_configuration_unless_it_is_now() -> None:
+    """So the trials of a sweep that was begun before go on."""
+    options = TuneConfig()
+    options.tune.trials = 8
+    before = candidates(options)
+    assert not {"head", "modality_dropout", "class_weight"} & set(before[0])
+    options.search.head, options.search.modality_dropout = ["concat", "late"], [0.5]
+    after = candidates(options)
+    assert [one.pop("head") for one in after].count("late") == 4
+    assert {one.pop("modality_dropout") for one in after} == {0.5}
+    assert after == before
+
+
 def test_a_single_value_is_that_value() -> None:
     options = TuneConfig()
     options.tune.trials = 3

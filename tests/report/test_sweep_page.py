@@ -137,10 +137,39 @@ def test_the_headline_tells_what_and_how_well(tmp_path):
 
 @pytest.mark.parametrize(
     ("protocol", "words"),
-    [("loso", "leave one person out, 4 folds"), ("holdout", "one fixed group of people"), ("leaky", "leaky")],
+    [
+        ("loso", "leave one person out, 4 folds"), ("holdout", "one fixed group of people"), ("other", "other"),
+        ("clip_disjoint", "the same people train and are tested"), ("person_and_clip", "neither of which trains"),
+    ],
 )
 def test_protocols_in_plain_words(tmp_path, protocol, words):
     assert words in page_of(write_sweep(tmp_path, protocol=protocol))[1].text
+
+
+def test_a_leaky_split_is_called_so_at_every_table_and_figure(tmp_path):
+    text, page = page_of(write_sweep(tmp_path, protocol="leaky_window", permuted=20))
+    assert '<strong class="badge">LEAKY</strong>' in text and "held-out people" not in page.text.split("Results")[0]
+    captions = re.findall(r'<figcaption>.*?</figcaption>|<p class="caption">.*?</p>', text, re.DOTALL)
+    assert len(captions) > 6 and all("LEAKY SPLIT" in caption for caption in captions)
+    tables = re.findall(r"</table>\s*(?:</div>)?\s*<p class=.caption.>LEAKY SPLIT", text)
+    assert len(tables) == text.count("</table>")
+
+
+def test_the_papers_figure_stands_beside_ours(tmp_path):
+    document = results_of(predictions_of(), CLASSES)
+    document["published"] = {"source": "arXiv 1", "metric": "f1", "value": 0.8114, "unknown": "the split"}
+    _, page = page_of(write_sweep(tmp_path, results=json.dumps(document).encode()))
+    ours = next(row["macro_f1"] for row in document["rows"] if row["name"] == "fused")
+    ours = f"{ours:.3f} (mean over classes)"
+    for words in ("arXiv 1", "0.811 (81", ours, "not reproduced", "Unknown of it: the split"):
+        assert words in page.text
+
+
+def test_permuted_labels_above_chance_speak_of_a_leak(tmp_path):
+    document = results_of(predictions_of(), CLASSES, permuted=20)
+    document["permuted"]["p_leak"] = 3e-11
+    _, page = page_of(write_sweep(tmp_path, results=json.dumps(document).encode()))
+    assert "above chance with p = 3e-11" in page.text and "above chance has p = 3e-11" in page.text
 
 
 def test_simulated_signals_are_called_so_and_measured_against_their_bound(tmp_path):
@@ -161,6 +190,24 @@ def test_the_results_decide_what_is_simulated(tmp_path, simulated, data):
     raw = None if data is None else json.dumps(data).encode()
     _, page = page_of(write_sweep(tmp_path, simulated=simulated, data=raw))
     assert any(attrs.get("class") == "badge" for _, attrs in page.tags) == simulated
+
+
+def test_rows_of_missing_signals_noise_and_calibration(tmp_path):
+    tensors = predictions_of(asked=True, bounds=True)
+    document = results_of(tensors, CLASSES, simulated=True)
+    for row in document["rows"]:
+        row["ece"] = 0.123 if row["name"] == "fused" else 0.05
+    next(row for row in document["rows"] if row["name"] == "fused")["ece_before"] = 0.234
+    content = {"results": json.dumps(document).encode(), "predictions": predictions_file(tensors, CLASSES, 4)}
+    _, page = page_of(write_sweep(tmp_path, **content))
+    areas = {row["name"]: three(row["auc"]) for row in document["rows"]}
+    for name, called in (("fused_ecg_only", "Fused, ECG shown"), ("noise_eeg", "ECG + noise for EEG")):
+        assert called in page.text and areas[name] in page.text
+        assert f"{called} {areas[name]} (" in page.text and f") against ECG alone {areas['ecg']}" in page.text
+    assert "Calibration error" in page.text and "0.123" in page.text and "before 0.234" in page.text
+    assert "With one signal withheld at the test" in page.text and "with noise in place of one signal" in page.text
+    plain, _ = page_of(write_sweep(tmp_path / "plain"))
+    assert "Calibration error" not in plain and "withheld" not in plain and "noise" not in plain
 
 
 def test_recorded_signals_have_no_bound(tmp_path):

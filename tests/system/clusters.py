@@ -122,6 +122,17 @@ class Cluster:
                     found += [line for line in answer.read().decode().splitlines() if line.startswith(name)]
         return found
 
+    def figures(self, run: str) -> dict[str, float]:
+        """What is shown of the run or sweep with this URL, by name."""
+        found: dict[str, float] = {}
+        for line in self.metrics("ray_physio_dist_"):
+            series, value = line.rsplit(" ", 1)
+            if f'run="{run}"' in series:
+                name = series.partition("{")[0].removeprefix("ray_physio_dist_")
+                assert name not in found, f"{name} is shown twice"
+                found[name] = float(value)
+        return found
+
     def end(self) -> None:
         """Kill every process of the cluster and remove its files."""
         # Killing one may make another start, and the last of them are orphans of the first.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ SMALL = (
     "train.steps=16", "train.global_batch=16", "train.warmup_steps=3", "train.log_every=1", "train.val_every=8",
     "train.val_samples=16", "train.save_every=5", "train.trace=true", "train.threads=1",
 )  # fmt: skip
+EXACT = ("loss", "loss_intra", "loss_inter", "val_loss", "grad_norm", "lr")
 
 
 @dataclass
@@ -48,29 +50,38 @@ class Run:
     def log(self) -> Path:
         return self.folder / f"{self.name}.log"
 
+    def copied(self, folder: Path) -> Run:
+        """The run as it stands now, in another folder; where a run lies is no part of it."""
+        copy = replace(self, folder=folder)
+        shutil.copytree(self.path, copy.path)
+        return copy
+
     def words(self) -> list[str]:
         where = f"run.dir={self.run_dir or self.folder / 'runs'}"
         cache = f"data.cache_dir={self.folder / 'cache'}"
         return [where, f"run.name={self.name}", f"data.index={self.index}", cache, *SMALL, *self.options]
 
     def start(
-        self, ranks: int = 2, launcher: str = "deepspeed", extra: tuple[str, ...] = ()
+        self, ranks: int = 2, launcher: str = "ranks", extra: tuple[str, ...] = ()
     ) -> subprocess.Popen[bytes]:
         """Start the launcher in a session of its own, as a shell would start it in a terminal."""
         script = [str(ROOT / "physio_dist" / "pretrain.py"), "--config", CONFIG, *self.words(), *extra]
         command = {
             "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()), *script],
             "torchrun": [str(BIN / "torchrun"), "--standalone", f"--nproc-per-node={ranks}", *script],
+            "ranks": [sys.executable, str(ROOT / "tests" / "system" / "launch_ranks.py"), sys.executable, *script],
             "python": [sys.executable, *script],
         }[launcher]
         environment = {**os.environ, "XDG_CACHE_HOME": str(self.folder / "xdg"), **self.env}
+        if launcher == "ranks":
+            environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
 
-    def __call__(self, ranks: int = 2, launcher: str = "deepspeed", extra: tuple[str, ...] = ()) -> int:
+    def __call__(self, ranks: int = 2, launcher: str = "ranks", extra: tuple[str, ...] = ()) -> int:
         """Launch and wait; the launcher's exit status."""
         process = self.start(ranks, launcher, extra)
         try:
@@ -123,6 +134,15 @@ class Run:
             f"step {step} of {self.name}",
         )
         assert process.poll() is None, self.said()
+
+
+def agree(run: Run, reference: Run) -> None:
+    """The same samples, and bit-equal losses."""
+    assert run.trace() == reference.trace()
+    ours, theirs = run.metrics(), reference.metrics()
+    assert list(ours) == list(theirs)
+    for step, line in theirs.items():
+        assert {name: ours[step][name] for name in EXACT} == {name: line[name] for name in EXACT}, f"step {step}"
 
 
 def free_port() -> int:

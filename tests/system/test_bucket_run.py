@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,7 @@ Make = Callable[..., Run]
 def bucket_run(s3: S3, simulated: str, tmp_path: Path) -> Run:
     """A run whose shards and directory are in the bucket; the bucket is a folder, so it can be looked into."""
     run = Run(tmp_path, "run", f"{s3.bucket}/shards", env=s3.env, run_dir=f"{s3.bucket}/runs")
-    done = physio(
-        "shard", "simulate", "people=30,windows=6,seed=3", "--out", run.index, "samples_per_shard=40", env=s3.env
-    )
-    assert done.returncode == 0, done.stderr
+    shutil.copytree(simulated, s3.folder / "shards")
     return run
 
 
@@ -42,7 +40,7 @@ def seen(run: Run, s3: S3) -> Run:
 
 def test_killed_and_resumed_in_a_bucket(bucket_run: Run, s3: S3, undisturbed: Make) -> None:
     there = seen(bucket_run, s3)
-    process = bucket_run.start()
+    process = bucket_run.start(launcher="deepspeed")
     moment = random.choice(["step-00000005", "step-00000010"])
     print(moment)
     try:
@@ -111,10 +109,13 @@ def test_a_second_start_leaves_a_live_run_in_a_bucket_alone(bucket_run: Run, s3:
         wait_until(lambda: "step 5/" in bucket_run.said(), "step 5")
         first = bucket_run.folder / "first.log"
         bucket_run.log.rename(first)  # the open file moves along
-        assert bucket_run() == 2
+        config = (seen(bucket_run, s3).path / "config.yaml").read_bytes()
+        assert bucket_run(launcher="deepspeed", extra=("train.steps=200000", "train.precision=bf16")) == 2
         assert "is live" in bucket_run.said()
+        assert "Traceback" not in bucket_run.said()
         assert process.poll() is None, first.read_text()
         assert len(bucket_run.ranks()) == 2
+        assert (seen(bucket_run, s3).path / "config.yaml").read_bytes() == config
     finally:
         end_session(process)
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -298,29 +297,6 @@ def test_ctrl_c_during_an_outage_does_not_wait_for_its_end(tmp_path: Path, s3: S
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert all_gone(children)
-
-
-@pytest.fixture(scope="module")
-def real_words(data_dir: Path) -> list[str]:
-    """A conversion of real recordings in 30 parts and three shards."""
-    folder = data_dir / "cinc2011-set-a"
-    words = ["quality=label", f"labels={folder / 'labels.csv'}", "samples_per_shard=400"]
-    return ["shard", "wfdb", str(folder), *words]
-
-
-@pytest.fixture(scope="module")
-def real(real_words: list[str], tmp_path_factory: pytest.TempPathFactory, cli: Cli) -> Path:
-    """The set that nothing disturbed."""
-    out = tmp_path_factory.mktemp("real") / "set"
-    done = cli(*real_words, "--out", out, "workers=2")
-    assert done.returncode == 0, done.stderr
-    first, people, speed, index = done.stdout.splitlines()
-    assert first.startswith("941 windows of 941 people from 941 records in 3 shards")
-    assert "SIMULATED" not in first
-    assert people.startswith("  each record counts as a person")
-    assert re.fullmatch(r"  \d+\.\d records/s", speed)
-    assert index == f"{out}/index.json"
-    return out
 
 
 def test_real_recordings_convert_and_verify(real: Path, cli: Cli) -> None:

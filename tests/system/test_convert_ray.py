@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import S3
 from tests.system.clusters import Cluster
 from tests.system.launching import BIN, ROOT, end_session, free_port
-from tests.system.test_convert import WORDS, Cli, content, finish, kill, parts, start, wait_for
+from tests.system.test_convert import WORDS, content, finish, kill, parts, start, wait_for
 from tests.system.test_convert import undisturbed as undisturbed
 from tests.system.test_tune import ask
 
@@ -208,15 +208,11 @@ def test_a_submitted_job_refuses_a_relative_path(ray_nodes: Cluster) -> None:
 
 
 def test_real_recordings_outlive_a_lost_node(
-    data_dir: Path, tmp_path: Path, cli: Cli, ray_nodes: Cluster, on_nodes: Begin
+    real: Path, real_words: list[str], tmp_path: Path, ray_nodes: Cluster
 ) -> None:
-    source = data_dir / "cinc2011-set-a"
-    alone, spread = tmp_path / "alone", tmp_path / "spread"
-    words = ["shard", "wfdb", str(source), "quality=label", "samples_per_shard=300"]
-    done = cli(*words, "--out", alone)
-    assert done.returncode == 0, done.stderr
+    spread = tmp_path / "spread"
     process = subprocess.Popen(
-        [sys.executable, "-m", "physio_dist.cli", *words, "--out", str(spread), "ray=auto"],
+        [sys.executable, "-m", "physio_dist.cli", *real_words, "--out", str(spread), "ray=auto"],
         env={**os.environ, **ray_nodes.env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     wait_for(lambda: parts(spread) >= 4, process)
@@ -226,7 +222,7 @@ def test_real_recordings_outlive_a_lost_node(
     finally:
         ray_nodes.add_node()
     ended(process)
-    assert content(spread) == content(alone)
+    assert content(spread) == content(real)
 
 
 @pytest.mark.parametrize("unseen", ["input", "out"])

@@ -7,12 +7,13 @@ import random
 import signal
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from tests.system.launching import Run, end_session, wait_until
+from tests.system.launching import Run, agree, end_session, wait_until
 
 Make = Callable[..., Run]
 FP32 = ("train.precision=fp32", "model.dropout=0")
@@ -45,13 +46,16 @@ def terminate_rank(process: subprocess.Popen[bytes], run: Run) -> None:
     RANDOM.choice(run.ranks()).terminate()
 
 
-def disturb(run: Run, fault: Callable[[subprocess.Popen[bytes], Run], None], earliest: int = 8) -> int:
+Fault = Callable[[subprocess.Popen[bytes], Run], None]
+
+
+def disturb(run: Run, fault: Fault, moments: tuple[int, int] = (8, 13), extra: tuple[str, ...] = ()) -> int:
     """Start a run, strike after a random step, see that no rank lives on; the launcher's status.
 
     A checkpoint counts some steps after its own, because the loop does not wait for it.
     """
-    moment = RANDOM.randint(earliest, 13)
-    process = run.start()
+    moment = RANDOM.randint(*moments)
+    process = run.start(launcher="deepspeed", extra=extra)
     try:
         run.wait_for_step(process, moment)
         fault(process, run)
@@ -70,74 +74,76 @@ def test_kill_9_of_a_rank_costs_only_time(undisturbed: Make, new_run: Make, stag
     assert disturb(run, kill_rank) != 0
     assert run() == 0, run.said()
     assert run.starts() in ([0, 5], [0, 10])
-    assert run.trace() == reference.trace()
-    ours, theirs = run.metrics(), reference.metrics()
-    for step, line in theirs.items():
-        for name in ("loss", "loss_intra", "loss_inter", "val_loss", "grad_norm", "lr"):
-            assert ours[step][name] == line[name], f"{name} of step {step}"
+    agree(run, reference)
 
 
-@pytest.mark.parametrize(
-    ("fault", "statuses"),
-    [
-        (kill_launcher, {-signal.SIGKILL}),
+def test_ends_of_launchers_and_ranks_take_the_others_along_and_cost_only_time(
+    undisturbed: Make, new_run: Make
+) -> None:
+    """One run that is disturbed in one way after the other, each time some steps on."""
+    run, reference = new_run("train.steps=40"), undisturbed("train.steps=40")
+    # With no checkpoint near, what is gone on from is the step that the rank was in.
+    assert disturb(run, terminate_rank, extra=("train.save_every=1000",)) == 75
+    assert "stopped" in run.said().splitlines()[-1] or "exit status 75" in run.said()
+    saved = max(run.metrics())
+    faults: list[tuple[Fault, set[int]]] = [
         (kill_inner_launcher, {0, 1, 75, 255, -signal.SIGKILL}),
         (interrupt, {1, 130, -signal.SIGINT}),
         (terminate, {143, -signal.SIGTERM}),
-        (terminate_rank, {75}),
-    ],
-)
-def test_launchers_that_die_take_their_ranks_along(
-    undisturbed: Make, new_run: Make, fault: Callable[[subprocess.Popen[bytes], Run], None], statuses: set[int]
-) -> None:
+    ]
+    for fault, statuses in faults:
+        reached = max(run.metrics())
+        assert disturb(run, fault, (reached + 2, reached + 6)) in statuses
+    assert run() == 0, run.said()
+    assert run.starts()[:2] == [0, saved]
+    assert len(run.starts()) == 5
+    agree(run, reference)
+
+
+def test_a_killed_launcher_takes_its_ranks_along(undisturbed: Make, new_run: Make) -> None:
+    """It can pass no signal on, so its ranks have to notice."""
     run, reference = new_run("zero.stage=1"), undisturbed("zero.stage=1")
-    assert disturb(run, fault) in statuses
+    assert disturb(run, kill_launcher) == -signal.SIGKILL
     assert run() == 0, run.said()
-    assert run.trace() == reference.trace()
-    assert [line["loss"] for line in run.metrics().values()] == [line["loss"] for line in reference.metrics().values()]
+    agree(run, reference)
 
 
-def test_a_terminated_rank_saves_the_step_it_was_in(new_run: Make) -> None:
-    run = new_run("train.save_every=1000")
-    assert disturb(run, terminate_rank) == 75
-    assert "stopped" in run.said().splitlines()[-1] or "exit status 75" in run.said()
-    assert run() == 0, run.said()
-    assert run.starts()[1] >= 6
+@pytest.fixture(scope="module")
+def killed(simulated: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with two checkpoints, of which a rank was killed."""
+    run = Run(tmp_path_factory.mktemp("killed"), "run", simulated, (*FP32, "zero.stage=1"))
+    assert disturb(run, kill_rank, (13, 13)) != 0
+    return run
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (3, 2), (3, 3), (2, 0), (1, 3)])
 def test_a_killed_run_goes_on_at_another_world_size_and_stage(
-    undisturbed: Make, new_run: Make, ranks: int, stage: int
+    undisturbed: Make, killed: Run, tmp_path: Path, ranks: int, stage: int
 ) -> None:
-    run, reference = new_run(*FP32, "zero.stage=1"), undisturbed(*FP32, "zero.stage=1")
-    assert disturb(run, kill_rank) != 0
+    run, reference = killed.copied(tmp_path), undisturbed(*FP32, "zero.stage=1")
     assert run(ranks, extra=(f"zero.stage={stage}", "train.micro_batch=5")) == 0, run.said()
     assert run.trace() == reference.trace()
     ours = [line["loss"] for line in run.metrics().values()]
     np.testing.assert_allclose(ours, [line["loss"] for line in reference.metrics().values()], atol=1e-3)
 
 
-def test_precision_and_more_steps_may_change_on_resume(new_run: Make) -> None:
-    run = new_run("train.precision=bf16")
-    assert run() == 0, run.said()
+def test_precision_and_more_steps_may_change_on_resume(undisturbed: Make, tmp_path: Path) -> None:
+    run = undisturbed("model.dropout=0", "train.precision=bf16", "zero.stage=1").copied(tmp_path)
     assert run(extra=("train.precision=fp32", "train.steps=20")) == 0, run.said()
     assert run.starts() == [0, 16]
     assert list(run.metrics()) == list(range(1, 21))
 
 
-def test_a_finished_run_started_again_does_nothing(new_run: Make) -> None:
-    run = new_run()
-    assert run() == 0
+def test_a_finished_run_started_again_does_nothing(undisturbed: Make, tmp_path: Path) -> None:
+    run = undisturbed().copied(tmp_path)
     before = (run.path / "metrics.jsonl").read_bytes()
-    assert run() == 0
+    assert run(launcher="deepspeed") == 0, run.said()
     assert (run.path / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no_manifest"])
-def test_a_damaged_newest_checkpoint_falls_back(undisturbed: Make, new_run: Make, damage: str) -> None:
-    run = new_run()
-    # Two checkpoints, one to damage and one to go back to.
-    assert disturb(run, kill_rank, earliest=13) != 0
+def test_a_damaged_newest_checkpoint_falls_back(undisturbed: Make, killed: Run, tmp_path: Path, damage: str) -> None:
+    run = killed.copied(tmp_path)
     newest = sorted((run.path / "checkpoints").glob("*/manifest.json"))[-1].parent
     victim = newest / ("manifest.json" if damage == "no_manifest" else "optimizer.safetensors")
     data = bytearray(victim.read_bytes())
@@ -152,7 +158,7 @@ def test_a_damaged_newest_checkpoint_falls_back(undisturbed: Make, new_run: Make
     if damage != "no_manifest":
         assert "going back" in run.said()
     assert run.starts()[1] == int(newest.name.removeprefix("step-")) - 5
-    assert run.trace() == undisturbed().trace()
+    assert run.trace() == undisturbed(*FP32).trace()
 
 
 def test_a_run_goes_on_from_anothers_checkpoint(undisturbed: Make, new_run: Make) -> None:

@@ -100,7 +100,7 @@ def test_a_server_that_is_down_for_twenty_seconds_costs_only_time(run: Run, prox
 
 
 def test_credentials_revoked_in_mid_run_end_it_and_the_shard_is_named(run: Run, proxied: Proxied) -> None:
-    process = run.start()
+    process = run.start(launcher="deepspeed")
     try:
         run.wait_for_step(process, 10)
         proxied.proxy.inject(403, "")
@@ -112,7 +112,7 @@ def test_credentials_revoked_in_mid_run_end_it_and_the_shard_is_named(run: Run, 
 
 
 def test_a_shard_that_goes_missing_in_mid_run_ends_it_and_is_named(run: Run, proxied: Proxied, pairs: ShardSet) -> None:
-    process = run.start()
+    process = run.start(launcher="deepspeed")
     try:
         run.wait_for_step(process, 10)
         # All of them, because a single one may stay in the cache to the end.

@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist import lifeline
+from physio_dist import cluster, launch, lifeline
+from physio_dist.errors import UserError
 from tests.conftest import S3
 from tests.system.clusters import MARK, Cluster, RayRun, marked
-from tests.system.launching import BIN, CONFIG, ROOT, Run, end_session, wait_until
+from tests.system.launching import BIN, CONFIG, ROOT, Run, agree, end_session, wait_until
 
 Make = Callable[..., RayRun]
 # Long enough to be disturbed in the middle, with no checkpoint before.
 LONG = ("train.steps=60", "train.save_every=1000", "train.val_every=1000")
-EXACT = ("loss", "loss_intra", "loss_inter", "val_loss", "grad_norm", "lr")
 
 
 @pytest.fixture()
@@ -75,15 +75,6 @@ def wait_for_checkpoint(run: Run, step: int, process: subprocess.Popen[bytes]) -
     assert process.poll() is None, run.said()
 
 
-def agree(run: Run, reference: Run) -> None:
-    """The same samples, and bit-equal losses."""
-    assert run.trace() == reference.trace()
-    ours, theirs = run.metrics(), reference.metrics()
-    assert list(ours) == list(theirs)
-    for step, line in theirs.items():
-        assert {name: ours[step][name] for name in EXACT} == {name: line[name] for name in EXACT}, f"step {step}"
-
-
 def test_a_submitted_job_trains_as_the_deepspeed_launcher_does(
     ray_run: Make, undisturbed: Callable[..., Run], checkout: Path, ray_nodes: Cluster
 ) -> None:
@@ -129,13 +120,8 @@ def test_kill_9_of_a_worker_right_after_a_checkpoint(ray_run: Make, undisturbed:
     assert run.told()[-1] == "done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_driver_saves_and_ends_with_75(
-    ray_run: Make, undisturbed: Callable[..., Run], own_cluster: dict[str, str], number: signal.Signals
-) -> None:
-    run, reference = ray_run(*LONG), undisturbed(*LONG)
-    if number == signal.SIGINT:
-        run.env = own_cluster
+def signalled(run: RayRun, number: signal.Signals) -> int:
+    """Start it, signal its driver after some steps; the step that it saved then."""
     process = run.start()
     try:
         run.wait_for_step(process, 3)
@@ -153,9 +139,23 @@ def test_a_signal_to_the_driver_saves_and_ends_with_75(
     saved = max(run.metrics())
     assert run.told()[-1] == f"stopped: stopped ({number.name}) after saving step {saved} (exit status 75)"
     assert any(line.startswith(f"{number.name}: the ranks finish their step") for line in run.told())
-    assert run() == 0, run.said()
+    return saved
+
+
+def without_ray(run: RayRun) -> Run:
+    """The same run for other launchers."""
+    return Run(run.folder, run.name, run.index, run.options)
+
+
+def test_ctrl_c_saves_and_ends_with_75_and_any_launcher_goes_on(
+    ray_run: Make, undisturbed: Callable[..., Run], own_cluster: dict[str, str]
+) -> None:
+    run = ray_run(*LONG)
+    run.env = own_cluster
+    saved = signalled(run, signal.SIGINT)
+    assert without_ray(run)() == 0, run.said()
     assert run.starts() == [0, saved]
-    agree(run, reference)
+    agree(run, undisturbed(*LONG))
 
 
 def test_a_signal_before_training_ends_with_75_at_once(ray_run: Make) -> None:
@@ -191,21 +191,23 @@ def test_a_stopped_job_saves_first(ray_run: Make, checkout: Path, ray_nodes: Clu
     assert run.told()[-1] == f"stopped: stopped (SIGTERM) after saving step {saved} (exit status 75)"
 
 
-def test_a_killed_driver_takes_its_ranks_along_and_the_next_goes_on(
+def test_a_driver_that_is_terminated_saves_a_killed_one_takes_its_ranks_along_and_the_next_goes_on(
     ray_run: Make, undisturbed: Callable[..., Run], ray_nodes: Cluster
 ) -> None:
-    run, reference = ray_run(*LONG, "train.save_every=5"), undisturbed(*LONG)
-    process = run.start()
+    run, reference = ray_run(*LONG), undisturbed(*LONG)
+    saved = signalled(run, signal.SIGTERM)
+    checkpoint = saved // 5 * 5 + 5
+    process = run.start(extra=("train.save_every=5",))
     try:
-        wait_for_checkpoint(run, 5, process)
+        wait_for_checkpoint(run, checkpoint, process)
         process.kill()
         process.wait(timeout=30)
         wait_until(lambda: not ray_nodes.workers(), "the ranks to end")
     finally:
         end_session(process)
-    assert run() == 0, run.said()
-    assert run.starts()[0] == 0
-    assert run.starts()[1] >= 5
+    assert without_ray(run)() == 0, run.said()
+    assert run.starts()[:2] == [0, saved]
+    assert run.starts()[2] >= checkpoint
     agree(run, reference)
 
 
@@ -265,16 +267,6 @@ def test_a_run_in_a_bucket(s3: S3, ray_run: Make, undisturbed: Callable[..., Run
     assert not list(Path(run.folder).glob("s3*"))
 
 
-def test_a_range_of_workers_takes_what_there_is(ray_run: Make, undisturbed: Callable[..., Run]) -> None:
-    run, reference = ray_run("zero.stage=1", "train.threads=0"), undisturbed("zero.stage=1")
-    assert run(extra=("cluster.workers=[1,5]",)) == 0, run.said()
-    (attempt,) = json.loads((run.path / "attempts.json").read_text())
-    assert attempt["world"] == 2
-    # The ranks share the machine's cores, though Ray takes it for two machines.
-    assert attempt["threads"] == max(1, lifeline.cores() // 2)
-    assert run.trace() == reference.trace()
-
-
 @pytest.fixture()
 def losing(ray_nodes: Cluster) -> Iterator[Callable[[], None]]:
     """Loses one of the two nodes; another takes its place after the test."""
@@ -283,21 +275,24 @@ def losing(ray_nodes: Cluster) -> Iterator[Callable[[], None]]:
         ray_nodes.add_node()
 
 
-def test_a_lost_node_costs_a_range_of_workers_only_time(
+def test_a_range_of_workers_takes_what_there_is_and_a_lost_node_costs_only_time(
     ray_run: Make, undisturbed: Callable[..., Run], losing: Callable[[], None]
 ) -> None:
     exact = ("zero.stage=1", "train.precision=fp32", "model.dropout=0")
-    run, reference = ray_run(*exact), undisturbed(*exact)
+    run, reference = ray_run(*exact, "train.threads=0"), undisturbed(*exact)
     # Ray's first try may still count on the lost node, for a minute unless it is told otherwise.
     run.env = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
-    process = run.start(extra=("cluster.workers=[1,2]",))
+    process = run.start(extra=("cluster.workers=[1,5]",))
     try:
         wait_for_checkpoint(run, 5, process)
         losing()
         assert process.wait(timeout=240) == 0, run.said()
     finally:
         end_session(process)
-    assert [note["world"] for note in json.loads((run.path / "attempts.json").read_text())] == [2, 1]
+    attempts = json.loads((run.path / "attempts.json").read_text())
+    assert [note["world"] for note in attempts] == [2, 1]
+    # The ranks share the machine's cores, though Ray takes it for two machines.
+    assert [note["threads"] for note in attempts] == [max(1, lifeline.cores() // 2), lifeline.cores()]
     assert run.starts()[1] in (5, 10)
     assert run.trace() == reference.trace()
     ours = [line["loss"] for line in run.metrics().values()]
@@ -337,11 +332,16 @@ def test_more_ranks_than_samples_are_refused(ray_run: Make) -> None:
     assert "17 ranks cannot share train.global_batch=16" in run.told()[-1]
 
 
-def test_a_relative_run_dir_in_a_submitted_job_is_refused(ray_run: Make, checkout: Path) -> None:
-    run = ray_run()
-    run.code = checkout
-    assert run(launcher="job", extra=("run.dir=runs",)) == 1
-    assert "run.dir=runs is relative, and a Ray job's working directory vanishes with the job" in run.said()
+@pytest.mark.parametrize("option", ["run.dir=runs", "data.index=set", "data.cache_dir=cache", "resume=runs/old"])
+def test_what_would_vanish_with_a_job_is_refused(
+    tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A submitted job meets it in test_convert_ray.py."""
+    monkeypatch.setenv(cluster._JOB, "{}")
+    absolute = (f"run.dir={tmp_path}", f"data.index={tmp_path}", f"data.cache_dir={tmp_path}")
+    told = f"{option} is relative, and a Ray job's working directory vanishes with the job"
+    with pytest.raises(UserError, match=told):
+        launch.main(["--config", CONFIG, *absolute, option])
 
 
 def refused(address: str, tmp_path: Path) -> str:
@@ -372,8 +372,9 @@ def test_what_answers_is_no_cluster(tmp_path: Path, s3_server: S3, ray_nodes: Cl
     # The one speaks the protocol beneath Ray's, the other does not.
     for address in (f"127.0.0.1:{s3_server.port}", ray_nodes.dashboard.removeprefix("http://")):
         assert f"what answers at {address} is no Ray cluster" in refused(address, tmp_path)
-    assert "is an address for `ray job submit`" in refused("http://127.0.0.1:8265", tmp_path)
     assert "not of the form HOST:PORT" in refused("somewhere", tmp_path)
+    with pytest.raises(UserError, match="is an address for `ray job submit`"):
+        cluster._probe("http://127.0.0.1:8265", "RAY_ADDRESS")
 
 
 def test_a_cluster_that_wants_a_token(ray_nodes: Cluster, ray_run: Make) -> None:

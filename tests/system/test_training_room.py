@@ -198,7 +198,7 @@ def test_sigterm_in_a_save_finishes_it(behind_proxy: tuple[Run, Path, Proxy]) ->
     run, there, proxy = behind_proxy
     run.options = ("train.steps=1000",)
     held = proxy.inject(503, r"^PUT .*step-00000010/optimizer.safetensors")
-    process = run.start()
+    process = run.start(launcher="deepspeed")
     try:
         wait_until(lambda: held.met > 0, "the checkpoint of step 10")
         run.ranks()[0].terminate()

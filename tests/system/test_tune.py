@@ -209,8 +209,10 @@ def test_a_submitted_job_sweeps_and_its_trials_are_seen(
     process = run.start(job=ray_nodes.dashboard)
     shown: set[str] = set()
     drawn: dict[str, Any] = {}
+    figures: dict[str, float] = {}
 
     def seen() -> bool:
+        figures.update(ray_nodes.figures(str(run.path)))
         if process.poll() is not None:
             return True
         tasks = ask(
@@ -228,6 +230,9 @@ def test_a_submitted_job_sweeps_and_its_trials_are_seen(
         assert process.wait(timeout=240) == 0, run.said()
     finally:
         end_session(process)
+    # A short sweep's figures may come at its end only, where they stay for some seconds.
+    seen()
+    assert figures["trials"] == len(run.trials()) and set(figures) == {"trials", "trials_done", "trials_running"}
     assert running, f"it ended before its trials were seen: {shown} {drawn}"
     names = {trial["trial"] for trial in run.trials()}
     assert shown <= names

@@ -16,6 +16,7 @@ from physio_dist.signals.recording import Recording
 _MODULES = {
     "code15": "code15",
     "cpsc2018": "cpsc2018",
+    "dreamer": "dreamer",
     "edf": "edf_files",
     "simulate": "simulate",
     "wfdb": "wfdb_records",

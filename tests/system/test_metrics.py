@@ -1,0 +1,69 @@
+"""What Prometheus reads of runs on a real Ray cluster, found where cluster/observability looks for it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cluster_files.test_observability import expressions, named
+from tests.system.clusters import Cluster, RayRun
+from tests.system.launching import end_session, wait_until
+
+Make = Callable[..., RayRun]
+# What only a node with a GPU has, and what only an autoscaler counts.
+NOT_HERE = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_cluster_failed_nodes"}
+
+
+@pytest.fixture()
+def ray_run(ray_nodes: Cluster, simulated: str, tmp_path: Path) -> Make:
+    def make(*options: str) -> RayRun:
+        return RayRun(tmp_path, "run", simulated, options, cluster=ray_nodes)
+
+    return make
+
+
+def test_a_run_shows_its_figures_and_they_go_when_it_ends(ray_run: Make, ray_nodes: Cluster) -> None:
+    run = ray_run()
+    began = time.monotonic()
+    assert run() == 0, run.said()
+    took = time.monotonic() - began
+    last, lines = ray_nodes.figures(run.url), run.metrics()
+    for name in ("samples", "loss", "lr", "grad_norm", "samples_per_s", "data_wait_frac"):
+        assert last.pop(name) == lines[16][name], name
+    assert last.pop("val_loss") == lines[16]["val_loss"]
+    assert 0 < last.pop("step_age_s") < took
+    assert 0 < last.pop("checkpoint_age_s") < took
+    assert 0 < last.pop("checkpoint_every_s") < took
+    assert last == {"step": 16, "steps": 16, "ranks": 2, "restarts": 0, "nonfinite": 0}
+    # The dashboard's other series are there too.
+    there = {re.split(r"[{ ]", line)[0] for line in ray_nodes.metrics("ray_")}
+    assert set().union(*map(named, expressions())) - there <= NOT_HERE | {
+        f"ray_physio_dist_{name}" for name in ("trials", "trials_done", "trials_running")
+    }
+    wait_until(lambda: not ray_nodes.figures(run.url), "the figures to go", 60)
+
+
+def test_restarts_are_counted_while_the_run_goes_on(ray_run: Make, ray_nodes: Cluster) -> None:
+    run = ray_run("train.steps=100000", "train.save_every=20", "train.log_every=1000", "train.val_every=100000")
+    process = run.start()
+    try:
+        # Between two logged steps the step is told all the same.
+        wait_until(lambda: ray_nodes.figures(run.url).get("step", 0) > 20, "a checkpoint")
+        assert ray_nodes.figures(run.url)["restarts"] == 0
+        assert set(run.metrics()) == {1}
+        ray_nodes.workers()[0].kill()
+        wait_until(lambda: ray_nodes.figures(run.url).get("restarts") == 1, "the restart")
+        wait_until(lambda: ray_nodes.figures(run.url).get("ranks") == 2, "the ranks' return")
+    finally:
+        end_session(process)
+        process.wait()
+
+
+def test_a_loss_that_is_no_number_is_shown_at_the_end(ray_run: Make, ray_nodes: Cluster) -> None:
+    run = ray_run("train.lr=1e30", "train.min_lr=1e30", "train.warmup_steps=1", "train.clip=1e30")
+    assert run() == 1, run.said()
+    assert ray_nodes.figures(run.url)["nonfinite"] == 1

@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
     embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
 
+    folds = verbs.add_parser("folds", help="a view of a sweep's shard set for each fold, to pretrain on")
+    folds.add_argument("--config", required=True, metavar="FILE", help="the sweep's configuration")
+    folds.add_argument("--out", required=True, metavar="URL", help="folder of the views, local or s3://")
+    folds.add_argument("options", nargs="*", metavar="key=value", help="override the configuration; split.val=0.1")
+
     probe = verbs.add_parser("probe", help="linear probe of a frozen encoder, with its baselines")
     probe.add_argument("--config", required=True, metavar="FILE", help="the ones that ship are in configs/probe/")
     probe.add_argument("options", nargs="*", metavar="key=value", help="options that go over the file's")
@@ -159,6 +164,19 @@ def _embed(given: argparse.Namespace) -> None:
     features.embed(backbone, given.data, given.out, print)
 
 
+def _folds(given: argparse.Namespace) -> None:
+    from physio_dist.downstream import folds
+
+    options = config.load(folds.FoldsConfig, given.config, given.options, folds.check_folds)
+    views, written = folds.make_views(options, given.out)
+    there = len(views) - written
+    print(f"views of {views[0].home}" + (f", {there} of {len(views)} were there already" if there else ""))
+    for view in views:
+        print(f"{view.url}: windows: " + ", ".join(f"{count} {name}" for name, count in view.splits.items()))
+    if options.split.val and not all(view.splits["val"] for view in views):
+        print("  split.val takes people by a hash, and met nobody in some: a larger share may")
+
+
 def _probe(given: argparse.Namespace) -> None:
     from physio_dist.downstream import probe, probe_options, reconstruction
 
@@ -223,7 +241,7 @@ def _report(given: argparse.Namespace) -> None:
 
 _VERBS = {
     "shard": _shard, "index": _index, "verify": _verify, "inspect": _inspect, "export": _export, "embed": _embed,
-    "probe": _probe, "plan": _plan, "report": _report,
+    "folds": _folds, "probe": _probe, "plan": _plan, "report": _report,
 }  # fmt: skip
 
 
@@ -253,6 +271,7 @@ def _given(words: list[str]) -> argparse.Namespace:
 
 _OPTIONS = {
     "shard": ("--out",), "inspect": ("--plot",), "export": ("--raw",), "probe": ("--config",),
+    "folds": ("--config", "--out"),
     "embed": ("--encoder", "--data", "--out", "--signal"),
     "plan": ("--config", "--nodes", "--gpus-per-node", "--samples-per-s", "--gpu", "--gpu-memory-gb", "--json"),
 }  # fmt: skip

@@ -139,7 +139,7 @@ class PretrainConfig:
 class TuneOptions(TaskOptions):
     # Shard set with both signals and labels.
     data: str = "???"
-    # An export's folder, or {fold: folder}; for EEG also a CBraMod checkpoint (.pth or .safetensors) by URL.
+    # An export's folder, with {fold} for the fold's name, or {fold: folder}; for EEG also a CBraMod checkpoint by URL.
     ecg_encoder: Any = "???"
     eeg_encoder: Any = "???"
     # Configurations that are tried; each for every kind of input.

@@ -39,6 +39,8 @@ from physio_dist.urls import endpoint as endpoint
 from physio_dist.urls import is_local as is_local
 from physio_dist.urls import join as join
 from physio_dist.urls import local_path as local_path
+from physio_dist.urls import pointed as pointed
+from physio_dist.urls import pointer as pointer
 from physio_dist.urls import without_secrets as without_secrets
 
 log = logging.getLogger("physio_dist")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig, refuse_another
-from physio_dist.downstream.backbones import exported_hash
+from physio_dist.downstream.backbones import FOLD, exported_hash, urls_of
 from physio_dist.downstream.metrics import METRICS
 from physio_dist.downstream.trials import SEARCHED, TrialRecord, candidates
 from physio_dist.errors import UserError
@@ -74,16 +74,16 @@ def finished(run: RunDir, options: TuneConfig) -> dict[str, Any] | None:
         return None
     if not isinstance(document, dict) or "rows" not in document:
         raise UserError(f"{run.file(RESULTS)} holds no results of a sweep: choose another run.name")
-    refuse_other_inputs(run, _facts_now(options))
+    refuse_other_inputs(run, _facts_now(options, [str(fold["fold"]) for fold in document.get("folds", ())]))
     return document
 
 
-def _facts_now(options: TuneConfig) -> dict[str, Any]:
+def _facts_now(options: TuneConfig, folds: list[str]) -> dict[str, Any]:
     """As much of ``data.json`` as can be told without opening an encoder; None where it cannot."""
 
     def told(given: Any) -> Any:
-        if isinstance(given, dict):
-            return {str(fold): exported_hash(url) for fold, url in given.items()}
+        if isinstance(given, dict) or FOLD in given:
+            return {fold: exported_hash(url) for fold, url in urls_of(given, folds).items()}
         return exported_hash(given)
 
     tune = options.tune

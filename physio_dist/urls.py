@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from pathlib import Path
 
 WEB = ("http", "https")
@@ -30,6 +31,41 @@ def join(url: str, *parts: str) -> str:
     if not folder:
         return ("/" if url else "") + "/".join(words)
     return "/".join([folder, *words])
+
+
+def pointer(url: str, start: str) -> str:
+    """How a document in the folder ``start`` names ``url``: relative on one machine or in one bucket, else whole.
+
+    So both can be moved together. Links on the way are followed first, for ``..`` goes up from where a link leads.
+    """
+    if is_local(url) and is_local(start):
+        return posixpath.relpath(local_path(url).resolve(), local_path(start).resolve())
+    (root, path), (other, folder) = _rooted(url), _rooted(start)
+    return posixpath.relpath(path, folder) if root == other and not is_local(url) else absolute(url)
+
+
+def pointed(pointer: str, start: str) -> str | None:
+    """The URL that a document in the folder ``start`` names; None for what it has no business to name.
+
+    That is a file of the machine that reads it, named by a document from elsewhere or by its place on the machine; and
+    anything that is reached in another way than the document itself.
+    """
+    if "://" in pointer:
+        reached = not is_local(pointer) and (is_local(start) or protocol(pointer) == protocol(start))
+        return pointer.rstrip("/") if reached else None
+    if not pointer or pointer.startswith("/"):
+        return None
+    if is_local(start):
+        return posixpath.normpath(posixpath.join(local_path(start).resolve(), pointer))
+    root, folder = _rooted(start)
+    return root + posixpath.normpath(posixpath.join(folder, pointer)).rstrip("/")
+
+
+def _rooted(url: str) -> tuple[str, str]:
+    """A remote URL as its bucket or host, and the path from there."""
+    scheme, _, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+    return f"{scheme}://{host}", posixpath.normpath(f"/{path.strip('/')}")
 
 
 def protocol(url: str) -> str:

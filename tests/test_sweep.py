@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,7 +207,7 @@ def test_a_sweep_in_a_bucket_is_sent_while_it_runs(s3_here: S3, monkeypatch: pyt
 def inputs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What is told of the inputs now; real ones are looked at in the system tests."""
     now = facts()
-    monkeypatch.setattr(sweep, "_facts_now", lambda _: now)
+    monkeypatch.setattr(sweep, "_facts_now", lambda *_: now)
     return now
 
 
@@ -239,6 +240,25 @@ def test_encoders_by_fold_are_the_same_the_next_time(run: RunDir) -> None:
     assert sweep.finished(run, given) is None
     with pytest.raises(UserError, match=r"tune.eeg_encoder.1: /b there, /c now"):
         sweep.finished(run, options("tune.eeg_encoder={0: /a, 1: /c}"))
+
+
+def test_encoders_by_a_pattern_are_compared_fold_by_fold(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = options("tune.ecg_encoder=/ecg-{fold}")
+    assert given.tune.ecg_encoder == "/ecg-{fold}"
+    monkeypatch.setattr(sweep, "open_set", lambda _: SimpleNamespace(fingerprint="f"))
+    monkeypatch.setattr(sweep, "exported_hash", {"/ecg-0": "a", "/ecg-1": "b"}.get)
+    results = {"rows": [], "folds": [{"fold": "0"}, {"fold": "1"}]}
+    storage.write_json(run.file(sweep.RESULTS), results)
+    by_fold = {"0": {"sha256": "a"}, "1": {"sha256": "b"}}
+    known = facts()
+    known["encoders"]["ecg"] = {"by_fold": by_fold}
+    storage.write_bytes(run.file(CONFIG), config.to_yaml(given).encode())
+    storage.write_json(run.file(sweep.DATA), known)
+    assert sweep.finished(run, given) == results
+    by_fold["1"]["sha256"] = "c"
+    storage.write_json(run.file(sweep.DATA), known)
+    with pytest.raises(UserError, match=r"what tune.ecg_encoder leads to has changed"):
+        sweep.finished(run, given)
 
 
 def test_only_the_same_sweep_is_gone_on_with(run: RunDir, inputs: dict[str, Any]) -> None:

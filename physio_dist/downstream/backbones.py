@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -27,6 +28,8 @@ from physio_dist.models.weights import (
 
 CBRAMOD = "cbramod"
 """Short for the published checkpoint; a folder of that name is ``./cbramod``."""
+FOLD = "{fold}"
+"""Stands for the name of a fold in the URL of its encoder."""
 CBRAMOD_URL = "https://huggingface.co/weighting666/CBraMod/resolve/main/pretrained_weights.pth"
 CBRAMOD_BYTES = 19_775_842
 CBRAMOD_SHA256 = "0792cb808c14e6b7a2bb2ce1dff379bc47bc54c49a779825bdfeb33bf8157178"
@@ -173,6 +176,13 @@ def _unlike_published(data: bytes) -> str:
     return "" if got == CBRAMOD_SHA256 else f"sha256 {got} instead of {CBRAMOD_SHA256}"
 
 
+def urls_of(given: Any, folds: Sequence[str]) -> dict[str, str]:
+    """URL of each fold's encoder, of what a sweep was given: a mapping, or one URL, in which ``{fold}`` is the fold."""
+    if isinstance(given, Mapping):
+        return {str(name): str(url) for name, url in given.items()}
+    return {name: str(given).replace(FOLD, name) for name in folds}
+
+
 def exported_hash(url: str) -> str | None:
     """The hash of an export's weights as it tells it; None for a checkpoint, which would have to be fetched."""
     if url == CBRAMOD or url.endswith((".pth", ".safetensors")):
@@ -212,8 +222,8 @@ def refuse_overlap(
     if known := len(tested & backbone.people):
         advice = advice or (
             f"Give an encoder pretrained without them, tune.{backbone.signal}_encoder={{{fold_name}: FOLDER}} for this "
-            "fold, or pretrain on a shard set that keeps them in its test split (split.test) and sweep with "
-            "tune.protocol=holdout"
+            "fold (`physio-dist folds` makes a view of the shard set to pretrain it on); or pretrain on a shard set "
+            "that keeps them in its test split (split.test) and sweep with tune.protocol=holdout"
         )
         raise UserError(
             f"{backbone.url} was pretrained on {known} of the {len(tested)} test people of fold {fold_name}: its "

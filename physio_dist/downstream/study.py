@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,14 @@ import torch
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig, check_tune
-from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_overlap, untrained
+from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_overlap, untrained, urls_of
 from physio_dist.downstream.clips import since_rest
 from physio_dist.downstream.features import Features, check_fits, embed, open_features
+from physio_dist.downstream.folds import folds_for
 from physio_dist.downstream.handmade import handmade, logistic
 from physio_dist.downstream.results import Outcome, Row, bounds, majority, permuted_part, predictions, row_of
-from physio_dist.downstream.splits import LEAKY_NOTE, Fold, can_permute, folds_of
-from physio_dist.downstream.tasks import SIGNALS, Table, label_name, load_table, need_both, published
+from physio_dist.downstream.splits import LEAKY_NOTE, Fold, can_permute
+from physio_dist.downstream.tasks import SIGNALS, Table, label_name, published
 from physio_dist.downstream.trials import MODALITIES as MODALITIES
 from physio_dist.downstream.trials import SEARCHED as SEARCHED
 from physio_dist.downstream.trials import (
@@ -37,7 +38,7 @@ from physio_dist.downstream.trials import train as train
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.fusion import tokens
 from physio_dist.models.fusion_heads import input_kind
-from physio_dist.shards.index import ShardSet, open_set, read_sidecar
+from physio_dist.shards.index import ShardSet, read_sidecar
 from physio_dist.task_options import LEAKY
 
 Say = Callable[[str], None]
@@ -83,13 +84,8 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
     """
     check_tune(options)
     tune, seed = options.tune, options.run.seed
-    shards = open_set(tune.data)
-    need_both(shards)
-    table = load_table(
-        tune.data, tune.task, tune.label, neutral=tune.neutral, clip=tune.clip_name, rest=tune.baseline != "none"
-    )
+    shards, table, folds = folds_for(options)
     valid = _valid(shards, table)
-    folds = tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, seed))
     if tune.protocol == LEAKY:
         say(LEAKY_NOTE)
     if tune.permutations and not can_permute(table):
@@ -150,14 +146,11 @@ def _backbones(
     """The encoder of each fold."""
     given = getattr(options.tune, f"{signal}_encoder")
     names = [fold.name for fold in folds]
-    if isinstance(given, Mapping):
-        urls = {str(name): str(url) for name, url in given.items()}
-        missing, unknown = [n for n in names if n not in urls], sorted(set(urls) - set(names))
-        if missing or unknown:
-            what = f"has none for fold {', '.join(missing)}" if missing else f"names unknown folds {', '.join(unknown)}"
-            raise UserError(f"tune.{signal}_encoder {what}; the folds are {', '.join(names)}")
-    else:
-        urls = dict.fromkeys(names, str(given))
+    urls = urls_of(given, names)
+    missing, unknown = [n for n in names if n not in urls], sorted(set(urls) - set(names))
+    if missing or unknown:
+        what = f"has none for fold {', '.join(missing)}" if missing else f"names unknown folds {', '.join(unknown)}"
+        raise UserError(f"tune.{signal}_encoder {what}; the folds are {', '.join(names)}")
     opened = {url: open_backbone(url, signal) for url in dict.fromkeys(urls.values())}
     for url, backbone in opened.items():
         check_fits(backbone, shards)

@@ -110,7 +110,7 @@ class ShardCache:
     def held(self, shards: ShardSet, shard: int) -> bool:
         """Whether :meth:`open` would find the shard without fetching it."""
         info = shards.shards[shard]
-        return info.sha256 in self._opened or storage.is_local(shards.url) or self._path(info).exists()
+        return info.sha256 in self._opened or storage.is_local(shards.home) or self._path(info).exists()
 
     def open(self, shards: ShardSet, shard: int, ahead: bool = False) -> Opened | None:
         """A shard, fetched and verified first where needed; None where the cache has no room for it.

@@ -134,6 +134,9 @@ class ShardSet:
         sources: names of the corpora it was made from.
         sidecar_sha256: hash of the sidecar.
         fingerprint: one hash over all of it (shards, signals, sidecar).
+        made_by: what made it.
+        of: where its tars lie, if that is the folder of another set: then this one is a view of it, with an index and a
+            sidecar of its own.
     """
 
     url: str
@@ -147,6 +150,12 @@ class ShardSet:
     sidecar_sha256: str
     fingerprint: str
     made_by: dict[str, Any]
+    of: str = ""
+
+    @property
+    def home(self) -> str:
+        """The folder of its tars."""
+        return self.of or self.url
 
     @property
     def nsamples(self) -> int:
@@ -155,19 +164,20 @@ class ShardSet:
 
     def shard_url(self, shard: int) -> str:
         """Where a tar lies."""
-        return storage.join(self.url, self.shards[shard].url)
+        return storage.join(self.home, self.shards[shard].url)
 
     def shard_starts(self) -> npt.NDArray[np.int64]:
         """int64 ``[shard + 1]``: the first sample of every shard, and the number of samples."""
         return np.concatenate([[0], np.cumsum([shard.nsamples for shard in self.shards])]).astype(np.int64)
 
     def to_json(self) -> dict[str, Any]:
-        """The index document."""
+        """The index document. A view's names each shard as it is found from the view, as ``wids`` reads it."""
+        pointer = storage.pointer(self.of, self.url) if self.of else ""
         return {
             "__kind__": "wids-shard-index-v1",
             "wids_version": 1,
             "name": self.sources[0] if self.sources else "shards",
-            "shardlist": [asdict(shard) for shard in self.shards],
+            "shardlist": [{**asdict(shard), "url": storage.join(pointer, shard.url)} for shard in self.shards],
             "physio_dist": {
                 "format": FORMAT,
                 "rate": self.rate,
@@ -188,6 +198,7 @@ class ShardSet:
                 "sidecar": {"url": SIDECAR, "sha256": self.sidecar_sha256},
                 "fingerprint": self.fingerprint,
                 "made_by": self.made_by,
+                **({"of": pointer} if pointer else {}),
             },
         }
 
@@ -204,12 +215,41 @@ def fingerprint_of(shards: Sequence[ShardInfo], signals: dict[str, SignalInfo], 
 
 
 def open_set(url: str) -> ShardSet:
-    """Read ``index.json`` of a shard set (the sidecar is read by :func:`read_sidecar`).
+    """Read ``index.json`` of a shard set (the sidecar is read by :func:`read_sidecar`), and of the set it is a view of.
 
     Raises:
-        UserError: there is no index, it is not one of ours, or a later version wrote it.
-        DataError: it contradicts itself.
+        UserError: there is no index, it is not one of ours, or a later version wrote it; or a view's set is not there.
+        DataError: it contradicts itself, or the set that it is a view of.
     """
+    opened = _open(url)
+    if opened.of:
+        _check_view(opened)
+    return opened
+
+
+def _check_view(view: ShardSet) -> None:
+    """A view may name no file but those that a shard set lists as its own, else an index could have any file read.
+
+    Raises:
+        UserError: there is no shard set where the view says.
+        DataError: there is one, with other shards.
+    """
+    try:
+        home = _open(view.of)
+    except storage.StorageError:
+        raise
+    except UserError:
+        raise UserError(
+            f"{view.url} is a view of the shards in {view.of}, where there is no finished shard set; move both "
+            "together, or make the view again (`physio-dist folds`)"
+        ) from None
+    if home.of or (home.shards, home.signals, home.rate) != (view.shards, view.signals, view.rate):
+        raise DataError(
+            f"{view.url} is a view of {view.of}, which holds other shards than the view was made of; make it again"
+        )
+
+
+def _open(url: str) -> ShardSet:
     url = url.removesuffix("/" + INDEX).rstrip("/")
     where = storage.join(url, INDEX)
     try:
@@ -230,9 +270,15 @@ def open_set(url: str) -> ShardSet:
         older = isinstance(theirs, int) and theirs < FORMAT
         todo = "convert the recordings again, into a new folder" if older else "upgrade physio-dist"
         raise UserError(f"{where} has format {theirs!r}, this version of physio-dist reads format {FORMAT}; {todo}")
+    pointer = str(ours.get("of", ""))
+    of = storage.pointed(pointer, url) if pointer else ""
+    if of is None:
+        raise DataError(f"{where} has its shards at {storage.without_secrets(pointer)}, where no index may point")
     try:
         shards = tuple(
-            ShardInfo(str(s["url"]), int(s["nsamples"]), int(s["filesize"]), str(s["sha256"]))
+            ShardInfo(
+                str(s["url"]).removeprefix(f"{pointer}/"), int(s["nsamples"]), int(s["filesize"]), str(s["sha256"])
+            )
             for s in document["shardlist"]
         )
         signals = {
@@ -243,7 +289,7 @@ def open_set(url: str) -> ShardSet:
             url=url, shards=shards, signals=signals, rate=float(ours["rate"]), splits=dict(ours["splits"]),
             people=int(ours["people"]), simulated=bool(ours["simulated"]), sources=tuple(ours["sources"]),
             sidecar_sha256=str(ours["sidecar"]["sha256"]), fingerprint=str(ours["fingerprint"]),
-            made_by=dict(ours["made_by"]),
+            made_by=dict(ours["made_by"]), of=of,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where} is damaged: {type(error).__name__} {error}") from None

@@ -43,6 +43,7 @@ def describe(url: str) -> list[str]:
         f"  {shards.nsamples} windows of {shards.people} people in {len(shards.shards)} shards, "
         f"{sum(s.filesize for s in shards.shards) / 1e6:,.1f} MB; sources: {', '.join(shards.sources)}",
         f"  fingerprint {shards.fingerprint}",
+        *_view(shards),
     ]
     for code, name in enumerate(SPLITS):
         mine = sidecar.split == code
@@ -58,6 +59,12 @@ def describe(url: str) -> list[str]:
         shares = (f"{c} {share:.1%}" for c, share in zip(signal.channels, valid.mean(axis=0), strict=True))
         lines.append(f"    valid: {', '.join(shares)}")
     return lines + _labels(shards)
+
+
+def _view(shards: ShardSet) -> list[str]:
+    about = shards.made_by.get("view")
+    told = ", ".join(f"{name} {value}" for name, value in about.items()) if isinstance(about, dict) else ""
+    return [f"  a view of {shards.of}" + (f": {told}" if told else "")] if shards.of else []
 
 
 def _labels(shards: ShardSet) -> list[str]:

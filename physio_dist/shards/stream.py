@@ -278,7 +278,7 @@ class _Ahead:
         taken = sum(size for _, size in self._asked.values())
         while (use := self._next).first < self._stop and len(self._under_way) < _ASKED_AHEAD:
             shards, key = self._source.sets[use.set], (use.set, use.shard)
-            size, local = shards.shards[use.shard].filesize, storage.is_local(shards.url)
+            size, local = shards.shards[use.shard].filesize, storage.is_local(shards.home)
             if use.first > step + _STEPS_AHEAD if local else taken + size > self._budget:
                 break
             last, _ = self._asked.get(key, (-1, 0))

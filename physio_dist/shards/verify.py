@@ -51,7 +51,7 @@ def verify(url: str) -> Iterator[str]:
     shards = open_set(url)
     sidecar = read_sidecar(shards)
     starts = shards.shard_starts()
-    present = storage.names(shards.url)
+    present = storage.names(shards.home)
     for name in sorted({name for name in present if name.endswith(".tar")} - {s.url for s in shards.shards}):
         yield f"{name}: lies beside the shards but is not in the index"
     keys = sidecar.keys(np.arange(shards.nsamples))

@@ -135,7 +135,7 @@ def feed(
         "amplification": max(whole) / (once * min(1.0, steps / epoch)),
         "run_bytes": round(sum(by_epoch) + later), "sidecar_bytes": sidecars * cluster.nodes,
         "cache_needed_gb": max(one.cache_needed for one in nodes) / _GB, "cache_gb": options.data.cache_gb,
-        "singles": sum(one.singles for one in nodes), "local": all(storage.is_local(one.url) for one in sets),
+        "singles": sum(one.singles for one in nodes), "local": all(storage.is_local(one.home) for one in sets),
         "storage_bytes_per_s": max(whole) / min(epoch_s, steps * order.batch / rate),
         "storage_requests_per_s": requests / (steps * order.batch / rate),
         "rank_bytes_per_s": rate * sample / cluster.world,

@@ -321,6 +321,13 @@ def test_a_folder_a_fold(made: Path) -> None:
     assert [by_fold[name]["url"][-4:] for name in "012"] == ["/eeg", "eeg2", "/eeg"]
     assert [by_fold[name]["people"] for name in "012"] == [0, 1, 0]
     assert study.keys_of("eeg", "mean", 1) == {"eeg": f"eeg/{eeg[1]}/mean"}
+    for name, of in given.items():
+        (made / f"fold-{name}").symlink_to(of)
+    options.tune.eeg_encoder = str(made / "fold-{fold}")
+    assert prepare(options, str(made / "features"), quiet).encoders == study.encoders
+    options.tune.eeg_encoder = str(made / "flod-{fold}")
+    with pytest.raises(UserError, match=r"/flod-0"):
+        prepare(options, str(made / "features"), quiet)
 
 
 def test_an_encoder_that_knows_test_people_is_refused_in_their_fold_only(made: Path) -> None:

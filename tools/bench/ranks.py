@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -35,11 +36,18 @@ def make_set(folder: Path) -> Path:
     return folder / "set"
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def rate(options: argparse.Namespace, data: Path, folder: Path, name: str, cores: list[int]) -> float:
     """Windows/s of one run with a rank a core, started by the DeepSpeed launcher: the median of its steps."""
     run = folder / name
     words = [
-        BIN / "deepspeed", "--num_gpus", len(cores), ROOT / "physio_dist" / "pretrain.py",
+        BIN / "deepspeed", "--num_gpus", len(cores), "--master_port", free_port(), ROOT / "physio_dist" / "pretrain.py",
         "--config", ROOT / "configs" / "pretrain" / "quickstart.yaml", f"run.dir={folder}", f"run.name={name}",
         f"data.index={data}", f"model.preset={options.preset}", f"train.precision={options.precision}",
         f"train.micro_batch={options.windows}", f"train.global_batch={options.windows * len(cores)}",

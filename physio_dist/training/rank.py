@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -90,7 +91,7 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
         if held is not None:
             compare_config(run_dir, options)
         quiet()
-        deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
+        _meet()
         attempt = _broadcast(held.attempt if held else 0)
         run_dir.begin(attempt)
         found = _agree_on_checkpoint(run_dir, options, place, say)
@@ -138,6 +139,23 @@ def _check_signal(source: Source, mask: MaskConfig) -> None:
             )
     groups = mask_groups(source.info.channels)
     draw_masks(mask, groups, source.info.samples // PATCH, 0, "check", numpy.zeros(1, dtype=numpy.int64))
+
+
+def _meet() -> None:
+    """Wait for all ranks at the address that the launcher named.
+
+    Raises:
+        UserError: something else listens there.
+    """
+    try:
+        deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} of this machine is taken, perhaps by another run: give the launcher "
+            "another one (deepspeed --master_port N, torchrun --master-port N)"
+        ) from None
 
 
 def _order_of(options: PretrainConfig, source: Source) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,3 +201,16 @@ def test_the_shipped_configurations_load(simulated: str) -> None:
     for file in folder.glob("*.yaml"):
         options = load(PretrainConfig, str(file), [f"data.index={simulated}"], check_pretrain)
         assert options.data.index == simulated
+
+
+def test_a_port_that_is_taken_is_told(new_run: Make) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        run = new_run()
+        run.env = {**run.env, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        run.env = {**run.env, "MASTER_PORT": port}
+        assert run(1, "python") == 2, run.said()
+    told(run, 2, f"port {port}", "--master_port")
+    assert not (run.path / "config.yaml").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -60,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--data", required=True, metavar="URL", help="a shard set")
     embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
     embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
+
+    predict = verbs.add_parser("predict", help="a sweep's classifier on a raw recording: one row a window")
+    predict.add_argument("model", metavar="MODEL", help="a sweep's folder, or the classifier/ in it")
+    predict.add_argument("file", metavar="FILE", help="an EDF file or a WFDB record")
+    predict.add_argument("--fold", metavar="K", help="the heads that fold K was tested with; else those of everybody")
+    predict.add_argument("--out", metavar="FILE.csv", help="where the rows go, a path or URL; else they are printed")
 
     probe = verbs.add_parser("probe", help="linear probe of a frozen encoder, with its baselines")
     probe.add_argument("--config", required=True, metavar="FILE", help="the ones that ship are in configs/probe/")
@@ -159,6 +167,29 @@ def _embed(given: argparse.Namespace) -> None:
     features.embed(backbone, given.data, given.out, print)
 
 
+def _predict(given: argparse.Namespace) -> None:
+    from physio_dist.downstream.classifier import FusionClassifier
+
+    recording = readers.read_file(given.file)
+    model = FusionClassifier.load(given.model, given.fold)
+    try:
+        found = model.predict_recording(recording)
+    except UserError as error:
+        raise UserError(f"{given.file}: {error}") from None
+    for note in found.notes:
+        print(f"{given.file}: {note}", file=sys.stderr)
+    rows = found.rows()
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    if given.out is None:
+        print(text.getvalue(), end="")
+    else:
+        storage.write_bytes(given.out, text.getvalue().encode())
+        print(given.out)
+
+
 def _probe(given: argparse.Namespace) -> None:
     from physio_dist.downstream import probe, probe_options, reconstruction
 
@@ -223,7 +254,7 @@ def _report(given: argparse.Namespace) -> None:
 
 _VERBS = {
     "shard": _shard, "index": _index, "verify": _verify, "inspect": _inspect, "export": _export, "embed": _embed,
-    "probe": _probe, "plan": _plan, "report": _report,
+    "predict": _predict, "probe": _probe, "plan": _plan, "report": _report,
 }  # fmt: skip
 
 
@@ -253,7 +284,7 @@ def _given(words: list[str]) -> argparse.Namespace:
 
 _OPTIONS = {
     "shard": ("--out",), "inspect": ("--plot",), "export": ("--raw",), "probe": ("--config",),
-    "embed": ("--encoder", "--data", "--out", "--signal"),
+    "embed": ("--encoder", "--data", "--out", "--signal"), "predict": ("--fold", "--out"),
     "plan": ("--config", "--nodes", "--gpus-per-node", "--samples-per-s", "--gpu", "--gpu-memory-gb", "--json"),
 }  # fmt: skip
 

@@ -168,9 +168,10 @@ def _embed(given: argparse.Namespace) -> None:
 
 
 def _predict(given: argparse.Namespace) -> None:
+    recording = readers.read_file(given.file)
+    # A file that will not do is told at once; torch takes seconds to import.
     from physio_dist.downstream.classifier import FusionClassifier
 
-    recording = readers.read_file(given.file)
     model = FusionClassifier.load(given.model, given.fold)
     try:
         found = model.predict_recording(recording)

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import wfdb
-from safetensors.numpy import load as load_tensors
 from scipy.signal import resample_poly
 from study_samples import CONFIG, paired
 from test_study import export, facts_of, quiet
@@ -27,9 +26,11 @@ from physio_dist import config, storage
 from physio_dist.config import TuneConfig
 from physio_dist.downstream import classifier_folder
 from physio_dist.downstream.classifier import FusionClassifier
-from physio_dist.downstream.study import SEARCHED, Study, TrialRecord, conclude, prepare, train
+from physio_dist.downstream.study import Study, TrialRecord, prepare, train
+from physio_dist.downstream.trials import select, views
 from physio_dist.errors import DataError, UserError
 from physio_dist.shards import writer
+from physio_dist.shards.index import key_table
 from physio_dist.signals.montage import EEG_19
 from physio_dist.signals.readers import read_file, reader
 from tests.conftest import S3
@@ -103,26 +104,43 @@ def study(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     return prepared(folder, data, eeg_encoder={0: eeg, 1: other, 2: eeg})
 
 
+Tensors = dict[str, np.ndarray]
+
+
 def records_of(study: Study, config: dict[str, Any]) -> list[TrialRecord]:
-    return [TrialRecord(f"{row}-000", row, config, list(train(study, row, config))) for row in SEARCHED]
+    return [TrialRecord("fused-000", "fused", config, list(train(study, "fused", config)))]
 
 
-def finished(study: Study, name: str, run: Path) -> dict[str, np.ndarray]:
-    """A sweep's directory with a classifier; the predictions."""
-    records = records_of(study, HEADS[name])
-    tensors = load_tensors(conclude(study, records, quiet).predictions)
-    classifier_folder.keep(study, records, str(run / "classifier"), quiet)
-    return tensors
+def heard(study: Study, records: list[TrialRecord]) -> Tensors:
+    """What ``predictions.safetensors`` has of the fused row, without the other rows."""
+    found = views(study, "fused", select(study, "fused", records), ["all", "ecg", "eeg"])
+    rows = np.concatenate([fold.test for fold in study.folds])
+    order = np.argsort(rows, kind="stable")
+    names = {"all": "fused", "ecg": "fused_ecg_only", "eeg": "fused_eeg_only"}
+    return {
+        "key": key_table([study.table.keys[i] for i in rows[order]]),
+        "fold": np.repeat(np.arange(len(study.folds)), [len(fold.test) for fold in study.folds])[order],
+        **{f"probability.{names[view]}": np.concatenate(parts)[order] for view, parts in found.items()},
+    }
 
 
 @pytest.fixture(scope="module")
-def run(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    finished(study, "gated", folder)
-    return folder
+def made(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensors]]:
+    """Of each kind of head a sweep's directory with a classifier, and what the study says of its test windows."""
+    found = {}
+    for name, chosen in HEADS.items():
+        folder, records = tmp_path_factory.mktemp(name), records_of(study, chosen)
+        classifier_folder.keep(study, records, str(folder / "classifier"), quiet)
+        found[name] = (folder, heard(study, records))
+    return found
 
 
-def same_as_tested(run: Path, tensors: dict[str, np.ndarray], file_of: Callable[[str], Path]) -> int:
+@pytest.fixture(scope="module")
+def run(made: dict[str, tuple[Path, Tensors]]) -> Path:
+    return made["gated"][0]
+
+
+def same_as_tested(run: Path, tensors: Tensors, file_of: Callable[[str], Path]) -> int:
     """Hold every test window's probabilities against those that the raw file gets; how many there were."""
     keys = [row.tobytes().rstrip(b"\0").decode() for row in tensors["key"]]
     seen = 0
@@ -141,14 +159,14 @@ def same_as_tested(run: Path, tensors: dict[str, np.ndarray], file_of: Callable[
 
 @pytest.mark.parametrize("name", list(HEADS))
 def test_a_raw_file_gets_what_the_fold_said_of_its_test_windows(
-    study: Study, raw: Path, tmp_path: Path, name: str
+    made: dict[str, tuple[Path, Tensors]], study: Study, raw: Path, name: str
 ) -> None:
-    tensors = finished(study, name, tmp_path)
+    run, tensors = made[name]
     assert np.ptp(tensors["probability.fused"][:, 0]) > 0.01
-    assert same_as_tested(tmp_path, tensors, lambda record: raw / f"{record}.edf") == len(study.table.label)
+    assert same_as_tested(run, tensors, lambda record: raw / f"{record}.edf") == len(study.table.label)
     # Other heads say something else.
     one = read_file(str(raw / "r00.edf"))
-    said = [FusionClassifier.load(str(tmp_path), fold).predict_recording(one).probability for fold in (0, 1, None)]
+    said = [FusionClassifier.load(str(run), fold).predict_recording(one).probability for fold in (0, 1, None)]
     assert all(np.abs(said[i] - said[j]).max() > 1e-4 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
@@ -157,17 +175,17 @@ def test_so_it_is_on_real_recordings(data_dir: Path, tmp_path: Path) -> None:
     table = ["file,subject,task"]
     for number in range(3):
         for part, task in (("1", "rest"), ("2", "arithmetic")):
-            name = f"Subject{number:02d}_{part}.edf"
-            shutil.copyfile(data_dir / "eegmat" / name, tmp_path / "raw" / name)
+            # Where a name has the person's in it, keys do not.
+            name = f"r{number}_{part}.edf"
+            shutil.copyfile(data_dir / "eegmat" / f"Subject{number:02d}_{part}.edf", tmp_path / "raw" / name)
             table.append(f"{name},Subject{number:02d},{task}")
     (tmp_path / "raw" / "recordings.csv").write_text("\n".join([*table, ""]))
     study = prepared(tmp_path, convert(tmp_path / "raw", tmp_path / "set", "leads=ECG"), protocol="loso")
-    tensors = finished(study, "crossed", tmp_path / "run")
-    # Names of people stand in no key.
-    by_key = {}
-    for line in (tmp_path / "raw").glob("*.edf"):
-        by_key[line.stem] = line
-    assert same_as_tested(tmp_path / "run", tensors, by_key.__getitem__) == len(study.table.label) > 60
+    records = records_of(study, HEADS["crossed"])
+    tensors = heard(study, records)
+    classifier_folder.keep(study, records, str(tmp_path / "run"), quiet)
+    seen = same_as_tested(tmp_path / "run", tensors, lambda record: tmp_path / "raw" / f"{record}.edf")
+    assert seen == len(study.table.label) > 60
 
 
 def test_everybodys_heads_are_chosen_by_all_folds_and_trained_on_all(study: Study, run: Path) -> None:
@@ -235,9 +253,9 @@ def test_arrays_in_probabilities_out(run: Path, raw: Path) -> None:
             model.predict(bad)
 
 
-def test_one_signal_alone(study: Study, run: Path, raw: Path, tmp_path: Path) -> None:
+def test_one_signal_alone(made: dict[str, tuple[Path, Tensors]], raw: Path) -> None:
     """As in the study's row with the other signal withheld; refused where heads have not learnt it."""
-    tensors = finished(study, "gated", tmp_path)
+    run, tensors = made["gated"]
     model = FusionClassifier.load(str(run), fold=0)
     keys = [row.tobytes().rstrip(b"\0").decode() for row in tensors["key"]]
     record = next(keys[i] for i in range(len(keys)) if tensors["fold"][i] == 0).rsplit("-", 1)[0]
@@ -247,11 +265,10 @@ def test_one_signal_alone(study: Study, run: Path, raw: Path, tmp_path: Path) ->
         signal_ = recording.signals[one]
         found = model.predict({one: (signal_.data, signal_.channels, signal_.rate)})
         np.testing.assert_allclose(found.probability, tensors[f"probability.fused_{one}_only"][rows], atol=1e-5)
-        assert any(f"there is no {other.upper()}: the heads answer from the {one.upper()} alone" in n for n in found.notes)
+        assert f"there is no {other.upper()}: the heads answer from the {one.upper()} alone" in found.notes
         assert not found.valid[other].any() and found.valid[one].any()
-    finished(study, "plain", tmp_path)
     with pytest.raises(UserError, match=r"no EEG: this classifier takes ECG I II V1; EEG .* have not learnt"):
-        FusionClassifier.load(str(tmp_path)).predict({"ecg": (recording.signals["ecg"].data, LEADS, 250.0)})
+        FusionClassifier.load(str(made["plain"][0])).predict({"ecg": (recording.signals["ecg"].data, LEADS, 250.0)})
 
 
 def test_the_command(cli: Cli, run: Path, raw: Path, tmp_path: Path) -> None:
@@ -286,10 +303,11 @@ def test_another_rate_and_another_format(cli: Cli, run: Path, raw: Path, tmp_pat
         "w", fs=200, units=["mV"] * 3, sig_name=list(names), p_signal=data.T.astype(np.float64) / 1000,
         fmt=["16"] * 3, write_dir=str(tmp_path),
     )  # fmt: skip
-    outs = [cli("predict", run, tmp_path / name) for name in ("w.hea", "w.dat", "w")]
-    assert [done.returncode for done in outs] == [0, 0, 0], outs[0].stderr
-    assert outs[0].stdout == outs[1].stdout == outs[2].stdout and outs[0].stdout.count("\n") == 4
-    assert "there is no EEG" in outs[0].stderr and "resampled" not in outs[0].stderr
+    done = cli("predict", run, tmp_path / "w.hea")
+    assert done.returncode == 0 and done.stdout.count("\n") == 4, done.stderr
+    assert "there is no EEG" in done.stderr and "resampled" not in done.stderr
+    one, *others = (read_file(str(tmp_path / name)).signals["ecg"].data for name in ("w.hea", "w.dat", "w"))
+    assert all(np.array_equal(one, other, equal_nan=True) for other in others)
 
 
 def test_recordings_that_will_not_do(cli: Cli, run: Path, raw: Path, tmp_path: Path) -> None:
@@ -301,9 +319,10 @@ def test_recordings_that_will_not_do(cli: Cli, run: Path, raw: Path, tmp_path: P
     write_edf(tmp_path / "holes.edf", {"ecg": ecg, "eeg": (eeg[0][2:], eeg[1][2:])})
     (tmp_path / "cut.edf").write_bytes((raw / "r03.edf").read_bytes()[:-100])
     (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(UserError, match="the EEG lacks Fp1, Fp2: this classifier takes"):
+        FusionClassifier.load(str(run)).predict_recording(read_file(str(tmp_path / "holes.edf")))
     for name, words in (
         ("fewer.edf", "the ECG lacks II, V1: this classifier takes ECG I II V1; EEG Fp1"),
-        ("holes.edf", "the EEG lacks Fp1, Fp2: this classifier takes"),
         ("cut.edf", "it is truncated"),
         ("notes.txt", "it is no EDF file (*.edf), and no WFDB header (*.hea) is beside it"),
         ("none.edf", "the file is missing"),
@@ -317,8 +336,8 @@ def test_recordings_that_will_not_do(cli: Cli, run: Path, raw: Path, tmp_path: P
 
 
 def test_a_damaged_folder_is_told(cli: Cli, run: Path, raw: Path, tmp_path: Path) -> None:
-    names = json.loads((run / "classifier" / "config.json").read_text())["files"]
-    eeg = next(name for name in names if name.startswith("eeg-") and name.endswith(".safetensors"))
+    about = json.loads((run / "classifier" / "config.json").read_text())
+    eeg = f"{about['ensembles']['0']['encoders']['eeg']}/encoder.safetensors"
 
     def copy() -> Path:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
@@ -345,8 +364,8 @@ def test_a_damaged_folder_is_told(cli: Cli, run: Path, raw: Path, tmp_path: Path
         (tmp_path / "nothing", "holds no classifier; give the folder of a finished sweep"),
         (run / "classifier" / "ecg", "is not a classifier's"),
     ):
-        done = cli("predict", url, raw / "r00.edf")
-        assert done.returncode == 2 and words in done.stderr, done.stderr
+        with pytest.raises(UserError, match=words):
+            FusionClassifier.load(str(url))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "results.json").write_text("{}")
     with pytest.raises(UserError, match="a sweep without a classifier"):
@@ -388,7 +407,9 @@ def test_a_checkpoint_becomes_an_export(raw: Path, study: Study, tmp_path: Path,
     """An encoder that came as a CBraMod checkpoint lies in the folder as our own files, and says the same."""
     data = study.options.tune.data
     other = prepared(tmp_path, data, eeg_encoder=str(data_dir / "cbramod-reference" / "two_layers.pth"))
-    tensors = finished(other, "gated", tmp_path / "run")
+    records = records_of(other, HEADS["plain"])
+    classifier_folder.keep(other, records, str(tmp_path / "run" / "classifier"), quiet)
+    tensors = heard(other, records)
     assert (tmp_path / "run" / "classifier" / "eeg" / "encoder.safetensors").is_file()
     assert same_as_tested(tmp_path / "run", tensors, lambda record: raw / f"{record}.edf") == len(other.table.label)
 

@@ -262,7 +262,7 @@ def test_the_files_of_a_sweep(finished: Sweep, place: Place) -> None:
     model = FusionClassifier.load(str(finished.path), fold=0)
     said = [model.predict_recording(read_file(str(file))).probability for file in place.raw.glob("*.edf")]
     window = int(key.rsplit("-", 1)[1])
-    mine = np.stack([one[window] for one in said])
+    mine = np.stack([one[window] for one in said if len(one) > window])
     assert np.abs(mine - predictions["probability.fused"][first]).max(axis=1).min() < 1e-5
     shards = open_set(place.data)
     results = finished.results()

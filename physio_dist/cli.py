@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -65,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     folds.add_argument("--config", required=True, metavar="FILE", help="the sweep's configuration")
     folds.add_argument("--out", required=True, metavar="URL", help="folder of the views, local or s3://")
     folds.add_argument("options", nargs="*", metavar="key=value", help="override the configuration; split.val=0.1")
+    predict = verbs.add_parser("predict", help="a sweep's classifier on a raw recording: one row a window")
+    predict.add_argument("model", metavar="MODEL", help="a sweep's folder, or the classifier/ in it")
+    predict.add_argument("file", metavar="FILE", help="an EDF file or a WFDB record")
+    predict.add_argument("--fold", metavar="K", help="the heads that fold K was tested with; else those of everybody")
+    predict.add_argument("--out", metavar="FILE.csv", help="where the rows go, a path or URL; else they are printed")
 
     probe = verbs.add_parser("probe", help="linear probe of a frozen encoder, with its baselines")
     probe.add_argument("--config", required=True, metavar="FILE", help="the ones that ship are in configs/probe/")
@@ -177,6 +184,30 @@ def _folds(given: argparse.Namespace) -> None:
         print("  split.val takes people by a hash, and met nobody in some: a larger share may")
 
 
+def _predict(given: argparse.Namespace) -> None:
+    recording = readers.read_file(given.file)
+    # A file that will not do is told at once; torch takes seconds to import.
+    from physio_dist.downstream.classifier import FusionClassifier
+
+    model = FusionClassifier.load(given.model, given.fold)
+    try:
+        found = model.predict_recording(recording)
+    except UserError as error:
+        raise UserError(f"{given.file}: {error}") from None
+    for note in found.notes:
+        print(f"{given.file}: {note}", file=sys.stderr)
+    rows = found.rows()
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    if given.out is None:
+        print(text.getvalue(), end="")
+    else:
+        storage.write_bytes(given.out, text.getvalue().encode())
+        print(given.out)
+
+
 def _probe(given: argparse.Namespace) -> None:
     from physio_dist.downstream import probe, probe_options, reconstruction
 
@@ -241,7 +272,7 @@ def _report(given: argparse.Namespace) -> None:
 
 _VERBS = {
     "shard": _shard, "index": _index, "verify": _verify, "inspect": _inspect, "export": _export, "embed": _embed,
-    "folds": _folds, "probe": _probe, "plan": _plan, "report": _report,
+    "folds": _folds, "predict": _predict, "probe": _probe, "plan": _plan, "report": _report,
 }  # fmt: skip
 
 
@@ -271,7 +302,7 @@ def _given(words: list[str]) -> argparse.Namespace:
 
 _OPTIONS = {
     "shard": ("--out",), "inspect": ("--plot",), "export": ("--raw",), "probe": ("--config",),
-    "folds": ("--config", "--out"),
+    "folds": ("--config", "--out"), "predict": ("--fold", "--out"),
     "embed": ("--encoder", "--data", "--out", "--signal"),
     "plan": ("--config", "--nodes", "--gpus-per-node", "--samples-per-s", "--gpu", "--gpu-memory-gb", "--json"),
 }  # fmt: skip

@@ -24,7 +24,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from physio_dist import cluster, config, exits, storage, sweep
 from physio_dist.config import TuneConfig
-from physio_dist.downstream import study
+from physio_dist.downstream import classifier_folder, study
 from physio_dist.downstream.backbones import CBRAMOD
 from physio_dist.downstream.trials import Study
 from physio_dist.errors import EXIT_FAULT, PhysioError
@@ -298,6 +298,7 @@ def _sweep(
         ledger.close()
     outcome = study.conclude(prepared, ledger.records(), say)
     held.check()
+    classifier_folder.keep(prepared, ledger.records(), directory.file(classifier_folder.FOLDER), say)
     storage.write_bytes(directory.file(sweep.TRIALS), ledger.lines())
     storage.write_bytes(directory.file(sweep.PREDICTIONS), outcome.predictions)
     # Last: with it the sweep is finished.

@@ -190,6 +190,24 @@ def exported_hash(url: str) -> str | None:
     return str(read_export_config(url).get("encoder_sha256"))
 
 
+def files_of(backbone: Backbone) -> dict[str, bytes]:
+    """An export folder with an opened encoder, name -> bytes: a copy of the export it was opened from, or made of the
+    checkpoint.
+
+    Raises:
+        StorageError: the export cannot be read any more.
+    """
+    if backbone.url.endswith((".pth", ".safetensors")):
+        about = {
+            "signal": backbone.signal, "rate": backbone.rate, "unit_uv": backbone.unit_uv,
+            "channels": list(backbone.channels), "simulated": backbone.simulated, "checkpoint_sha256": backbone.sha256,
+        }  # fmt: skip
+        return save_encoder(backbone.module, about)
+    wanted = {WEIGHTS_FILE, CONFIG_FILE, PEOPLE_FILE, "README.md"}
+    there = sorted(wanted & set(storage.names(backbone.url)) | {WEIGHTS_FILE, CONFIG_FILE})
+    return {name: storage.read_bytes(storage.join(backbone.url, name)) for name in there}
+
+
 def untrained(backbone: Backbone, seed: int) -> Backbone:
     """An encoder of the same shape that has learnt nothing; the same for the same seed and signal.
 

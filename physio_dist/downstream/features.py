@@ -177,11 +177,8 @@ def _parts(backbone: Backbone, source: Source, progress: Progress) -> Iterator[t
     """Features and validity of all windows, a file's worth at a time."""
     info, config = source.info, backbone.module.config
     channels, patches, n = len(info.channels), info.samples // PATCH, source.sets[0].nsamples
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    size = max(1, (_GPU_PATCHES if gpu else _CPU_PATCHES) // (channels * patches))
+    module, device, size = _ready(backbone.module, channels * patches)
     rows = max(1, int(_FILE_BYTES // (4 * channels * patches * config.d + channels)))
-    module = deepcopy(backbone.module).to(device).eval()
 
     def read(low: int, high: int) -> Batch:
         ids = np.arange(low, high, dtype=np.int64)
@@ -201,7 +198,8 @@ def _parts(backbone: Backbone, source: Source, progress: Progress) -> Iterator[t
                 values = np.empty((min(rows, n - low), channels, patches, config.d), dtype=np.float32)
                 valid = np.empty((len(values), channels), dtype=np.bool_)
             here = slice(low % rows, low % rows + high - low)
-            values[here], valid[here] = _forward(module, batch, backbone.unit_uv, device), batch.valid
+            values[here] = _forward(module, batch.signal, batch.scale, batch.valid, backbone.unit_uv, device)
+            valid[here] = batch.valid
             if not np.isfinite(values[here]).all():
                 row = int(np.flatnonzero(~np.isfinite(values[here]).all(axis=(1, 2, 3)))[0])
                 key = source.keys((np.zeros(1, dtype=np.int64), np.array([low + row])))[0]
@@ -213,15 +211,53 @@ def _parts(backbone: Backbone, source: Source, progress: Progress) -> Iterator[t
                 yield values, valid
 
 
-@torch.inference_mode()
-def _forward(module: CrissCrossEncoder, batch: Batch, unit_uv: float, device: torch.device) -> Floats:
-    signal = torch.from_numpy(batch.signal).to(device)
+def features_of(
+    encoder: CrissCrossEncoder, unit_uv: float, signal: npt.NDArray[np.int16], uv_per_bit: float,
+    valid: npt.NDArray[np.bool_],
+) -> Floats:  # fmt: skip
+    """Features of windows that are in no shard set, by the very computation of :func:`embed`.
+
+    Args:
+        encoder: takes signals in units of ``unit_uv`` microvolts.
+        unit_uv: see there.
+        signal: ``[window, channel, time]``, whole patches, in steps of ``uv_per_bit`` microvolts.
+        uv_per_bit: as conversion writes it.
+        valid: ``[window, channel]``.
+
+    Returns:
+        float32 ``[window, channel, patch, d]``.
+    """
     windows, channels, samples = signal.shape
-    scale = torch.from_numpy(batch.scale).to(device) / unit_uv
-    x = signal.to(torch.float32).mul_(scale[:, None, None]).view(windows, channels, samples // PATCH, PATCH)
+    module, device, size = _ready(encoder, channels * (samples // PATCH))
+    scale = np.full(windows, uv_per_bit, dtype=np.float32)
+    found = np.empty((windows, channels, samples // PATCH, encoder.config.d), dtype=np.float32)
+    with _exact():
+        for low in range(0, windows, size):
+            mine = slice(low, low + size)
+            found[mine] = _forward(module, signal[mine], scale[mine], valid[mine], unit_uv, device)
+    return found
+
+
+def _ready(encoder: CrissCrossEncoder, patches: int) -> tuple[CrissCrossEncoder, torch.device, int]:
+    """The encoder where it computes, that place, and how many windows of so many patches it takes at a time."""
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    size = max(1, (_GPU_PATCHES if gpu else _CPU_PATCHES) // patches)
+    return deepcopy(encoder).to(device).eval(), device, size
+
+
+@torch.inference_mode()
+def _forward(
+    module: CrissCrossEncoder, signal: npt.NDArray[np.int16], scale: Floats, valid: npt.NDArray[np.bool_],
+    unit_uv: float, device: torch.device,
+) -> Floats:  # fmt: skip
+    values = torch.from_numpy(signal).to(device)
+    windows, channels, samples = values.shape
+    factor = torch.from_numpy(scale).to(device) / unit_uv
+    x = values.to(torch.float32).mul_(factor[:, None, None]).view(windows, channels, samples // PATCH, PATCH)
     # Given even where all is valid, so that a window's features do not depend on what else is in its batch.
-    valid = torch.from_numpy(batch.valid).to(device)[:, :, None].expand(x.shape[:3])
-    features: Floats = module(x, valid=valid).cpu().numpy()
+    known = torch.from_numpy(valid).to(device)[:, :, None].expand(x.shape[:3])
+    features: Floats = module(x, valid=known).cpu().numpy()
     return features
 
 

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from physio_dist.config import ShardConfig
+from physio_dist.config import ShardConfig, load
 from physio_dist.errors import UserError, nearest
+from physio_dist.shards.index import ShardSet
 from physio_dist.signals.montage import ECG_12, EEG_19, ELECTRODES, ONE_LEAD, SECOND_LEAD, ecg_name, electrode
 from physio_dist.signals.readers import Reader
 from physio_dist.signals.recording import RecordError
@@ -37,6 +38,21 @@ def spec_of(options: ShardConfig) -> WindowSpec:
         eeg_band=(eeg.low, eeg.high), eeg_uv_per_bit=eeg.uv_per_bit, min_leads=options.min_leads,
         exchanged=options.exchanged,
     )  # fmt: skip
+
+
+def spec_behind(shards: ShardSet) -> WindowSpec | None:
+    """The window specification that a set was converted with, its channels those of the index.
+
+    None where the set does not tell: `physio-dist index` has made its index.
+    """
+    told = shards.made_by.get("options")
+    if not isinstance(told, dict):
+        return None
+    given = [f"{name}={'' if value is None else value}" for name, value in told.items()]
+    options = load(ShardConfig, None, given, lambda _: None)
+    of = {name: ",".join(info.channels) for name, info in shards.signals.items()}
+    eeg = replace(options.eeg, channels=of.get("eeg", ""))
+    return spec_of(replace(options, signals=",".join(of), leads=of.get("ecg", ""), eeg=eeg))
 
 
 def _names(

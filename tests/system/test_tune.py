@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -22,11 +23,13 @@ from safetensors.numpy import load
 
 from physio_dist import cluster as ray_cluster
 from physio_dist import config, tune
+from physio_dist.downstream.classifier import FusionClassifier
 from physio_dist.errors import UserError
 from physio_dist.models.criss_cross import CrissCrossEncoder, preset
 from physio_dist.models.weights import save_encoder
 from physio_dist.shards import writer
 from physio_dist.shards.index import open_set, read_sidecar
+from physio_dist.signals.readers import read_file
 from tests.conftest import S3
 from tests.system.clusters import Cluster
 from tests.system.launching import BIN, ROOT, end_session, free_port, wait_until
@@ -250,9 +253,17 @@ def test_a_submitted_job_sweeps_and_its_trials_are_seen(
 
 def test_the_files_of_a_sweep(finished: Sweep, place: Place) -> None:
     assert {file.name for file in finished.path.iterdir()} == {
-        "config.yaml", "data.json", "lease.json", "predictions.safetensors", "ray", "results.json", "tensorboard",
-        "trials.jsonl",
+        "classifier", "config.yaml", "data.json", "lease.json", "predictions.safetensors", "ray", "results.json",
+        "tensorboard", "trials.jsonl",
     }  # fmt: skip
+    predictions = load((finished.path / "predictions.safetensors").read_bytes())
+    first = int(np.flatnonzero(predictions["fold"] == 0)[0])
+    key = predictions["key"][first].tobytes().rstrip(b"\0").decode()
+    model = FusionClassifier.load(str(finished.path), fold=0)
+    said = [model.predict_recording(read_file(str(file))).probability for file in place.raw.glob("*.edf")]
+    window = int(key.rsplit("-", 1)[1])
+    mine = np.stack([one[window] for one in said if len(one) > window])
+    assert np.abs(mine - predictions["probability.fused"][first]).max(axis=1).min() < 1e-5
     shards = open_set(place.data)
     results = finished.results()
     assert (results["task"], results["protocol"], results["label"]) == ("eegmat", "grouped_kfold", "task")

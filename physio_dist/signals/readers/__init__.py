@@ -7,10 +7,11 @@ that reads HDF5 needs no WFDB library.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Protocol, cast
 
 from physio_dist.errors import UserError, nearest
-from physio_dist.signals.recording import Recording
+from physio_dist.signals.recording import RecordError, Recording
 
 # A module is never called like the library that it uses (house rule 6), hence `wfdb_records`.
 _MODULES = {
@@ -63,3 +64,28 @@ def reader(name: str) -> Reader:
     if name not in _MODULES:
         raise UserError(f"there is no reader {name!r}; {nearest(name, _MODULES)}")
     return cast(Reader, import_module(f"{__name__}.{_MODULES[name]}").READER)
+
+
+def read_file(file: str) -> Recording:
+    """The recording in one raw file, an EDF or a WFDB record, which its header or any of its files names.
+
+    Raises:
+        UserError: there is no such file, it is of another format, or it cannot be used; the reason.
+    """
+    if "://" in file:
+        raise UserError(f"{file}: raw recordings are read from the local disk; copy it there first")
+    path = Path(file)
+    header = next((p for p in (path.with_suffix(".hea"), Path(f"{file}.hea")) if p.is_file()), None)
+    if path.suffix.lower() == ".edf":
+        name, source = "edf", path
+    elif header is not None:
+        name, source = "wfdb", header
+    else:
+        what = "it is no EDF file (*.edf), and no WFDB header (*.hea) is beside it" if path.exists() else "no such file"
+        raise UserError(f"{file}: {what}")
+    try:
+        return reader(name).read(str(source), source.stem)
+    except RecordError as error:
+        raise UserError(f"{file}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None

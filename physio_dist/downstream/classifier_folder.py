@@ -1,0 +1,222 @@
+"""The classifier that a sweep leaves behind, as a folder: heads of every fold and one ensemble for everybody, the
+encoders they stand on, and how raw signals become windows. Tensors and JSON; ``config.json``, written last, names all
+files with their hashes: without it there is no classifier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+
+from physio_dist import __version__, storage
+from physio_dist.downstream.backbones import files_of, open_backbone
+from physio_dist.downstream.splits import Fold, inner_splits
+from physio_dist.downstream.tasks import SIGNALS, label_name
+from physio_dist.downstream.trials import Choice, Study, TrialRecord, kept_heads, reductions_of, select
+from physio_dist.errors import DataError, UserError
+from physio_dist.models.fusion import Head
+from physio_dist.models.fusion_heads import input_kind
+from physio_dist.shards.channels import spec_behind
+from physio_dist.shards.index import open_set
+from physio_dist.signals.windows import WindowSpec
+from physio_dist.task_options import LEAKY
+
+KIND = "physio-dist-classifier"
+FORMAT = 1
+CONFIG = "config.json"
+FOLDER = "classifier"
+"""Where it lies in a sweep's directory."""
+EVERYBODY = "everybody"
+_ROW = "fused"
+_RULE = (
+    "its configuration and epoch are those with the best AUC on validation people, the mean over all folds; groups of "
+    "people take turns, each head is trained on all but one group. Nobody is left to test it on: what the fold models "
+    "say of what they are tested on is the estimate"
+)
+
+
+def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[str], None]) -> None:
+    """Write the classifier of a finished study.
+
+    Args:
+        study: what the trials were given.
+        records: of all trials.
+        url: of the folder; what is there is replaced.
+        say: told where it is, or why raw recordings cannot be classified and there is none.
+
+    Raises:
+        DataError: an encoder is not the one any more that the study was made with.
+    """
+    storage.remove(url, recursive=True)
+    shards = open_set(study.options.tune.data)
+    window = spec_behind(shards)
+    if window is None:
+        say("no classifier is kept: the shard set does not tell how raw recordings become its windows")
+        return
+    if study.options.tune.baseline != "none":
+        say("no classifier is kept: a raw file does not tell which rest tune.baseline=subtract would subtract")
+        return
+    say("keeping the fused heads of all folds, and training one ensemble on everybody")
+    encoders, files = _encoders(study)
+    ensembles: dict[str, dict[str, Any]] = {}
+    choices = select(study, _ROW, records)
+    for number, (fold, choice, heads) in enumerate(
+        zip(study.folds, choices, kept_heads(study, _ROW, choices), strict=True)
+    ):
+        of = {signal: folders[number] for signal, folders in encoders.items()}
+        ensembles[fold.name] = _ensemble(fold.name, choice, heads, of, files)
+    try:
+        choice = best_of_all(records)
+        ensembles[EVERYBODY] = _ensemble(
+            EVERYBODY, choice, _trained_on_all(study, choice), {signal: f[0] for signal, f in encoders.items()}, files
+        )
+        ensembles[EVERYBODY]["rule"] = _RULE
+    except UserError as error:
+        say(f"the classifier has no ensemble for everybody: {error}")
+    tune = study.options.tune
+    about: dict[str, Any] = {
+        "kind": KIND,
+        "format": FORMAT,
+        "physio_dist": __version__,
+        "task": tune.task,
+        "label": label_name(tune.task, tune.label),
+        "protocol": tune.protocol,
+        "leaky": tune.protocol == LEAKY,
+        "classes": list(study.table.classes),
+        "simulated": study.table.simulated,
+        "data": {"fingerprint": shards.fingerprint, "sources": list(shards.sources)},
+        "window": asdict(window),
+        "ensembles": ensembles,
+    }
+    files["README.md"] = _card(about, window).encode()
+    for name, data in files.items():
+        storage.write_bytes(storage.join(url, name), data)
+    about["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    storage.write_json(storage.join(url, CONFIG), {**about, "sha256": hash_of(about)})
+    say(f"classifier: {url}; `physio-dist predict {url} FILE` puts it to use")
+
+
+def hash_of(about: Mapping[str, Any]) -> str:
+    """The hash of ``config.json`` that stands in it, of everything else there."""
+    content = {name: value for name, value in about.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def best_of_all(records: Sequence[TrialRecord]) -> Choice:
+    """What the validation people of all folds together choose for the fused row.
+
+    Raises:
+        UserError: the AUC is defined nowhere.
+    """
+    found = [
+        (-float(line["val_auc"]), int(line["epoch"]), json.dumps(record.config, sort_keys=True))
+        for record in records if record.row == _ROW
+        for line in record.history if math.isfinite(line["val_auc"])
+    ]  # fmt: skip
+    if not found:
+        raise UserError(f"no trial of the row {_ROW!r} has a mean AUC over all folds")
+    area, epoch, config = min(found)
+    return Choice(json.loads(config), epoch, -area)
+
+
+def _trained_on_all(study: Study, choice: Choice) -> list[Head]:
+    """Heads trained as those of a fold are, with nobody left out for a test."""
+    options, rows = study.options, np.arange(len(study.table.label))
+    turns = inner_splits(study.table, rows, options.tune.val_folds, f"{options.run.seed}/inner/{EVERYBODY}")
+    # Too few people to take turns: one head of all of them.
+    fold = Fold(EVERYBODY, rows[:0], turns or ((rows, rows),))
+    keys = study.keys_of(_ROW, input_kind(choice.config), 0).values()
+    inputs = {key: study.inputs[key] for key in keys}
+    encoders = {name: hashes[:1] for name, hashes in study.encoders.items()}
+    most = max(options.search.components)
+    reductions = reductions_of(inputs, encoders, [fold], most, study.valid)
+    everybody = replace(study, folds=(fold,), inputs=inputs, encoders=encoders, reductions=reductions)
+    return kept_heads(everybody, _ROW, [choice])[0]
+
+
+def _ensemble(
+    name: str, choice: Choice, heads: Sequence[Head], encoders: Mapping[str, str], files: dict[str, bytes]
+) -> dict[str, Any]:
+    """What ``config.json`` says of some heads; their tensors go to ``files``."""
+    file = f"heads-{name}.safetensors"
+    files[file] = safetensors.torch.save(
+        {f"{i}.{key}": value.contiguous() for i, head in enumerate(heads) for key, value in head.state_dict().items()}
+    )
+    return {
+        "file": file,
+        "heads": len(heads),
+        "head": heads[0].about(),
+        "config": choice.config,
+        "epoch": choice.epoch,
+        "val_auc": round(choice.val_auc, 6),
+        "encoders": dict(encoders),
+    }
+
+
+def _encoders(study: Study) -> tuple[dict[str, list[str]], dict[str, bytes]]:
+    """Of each signal the folder of every fold's encoder, and the files of all of them, each encoder once."""
+    folders: dict[str, list[str]] = {}
+    files: dict[str, bytes] = {}
+    for signal in SIGNALS:
+        given, hashes = getattr(study.options.tune, f"{signal}_encoder"), study.encoders[signal]
+        by_fold = {str(name): str(one) for name, one in given.items()} if isinstance(given, Mapping) else {}
+        several = len(set(hashes)) > 1
+        folders[signal] = [f"{signal}-{sha256[:12]}" if several else signal for sha256 in hashes]
+        for fold, sha256, folder in zip(study.folds, hashes, folders[signal], strict=True):
+            if f"{folder}/{CONFIG}" in files:
+                continue
+            backbone = open_backbone(by_fold.get(fold.name, str(given)), signal)
+            if backbone.sha256 != sha256:
+                raise DataError(f"{backbone.url} has changed since this sweep began; choose another run.name")
+            files |= {f"{folder}/{name}": data for name, data in files_of(backbone).items()}
+    return folders, files
+
+
+def needed(window: WindowSpec) -> str:
+    """The channels that a recording has to have, in words."""
+    each = [f"{name.upper()} {' '.join(window.channels_of(name))}" for name in window.signals]
+    return "; ".join(each)
+
+
+def _card(about: Mapping[str, Any], window: WindowSpec) -> str:
+    warnings = []
+    if about["simulated"]:
+        warnings.append("**Trained on SIMULATED signals.** It shows that the system works and says nothing of people.")
+    if about["leaky"]:
+        warnings.append("**LEAKY SPLIT.** Its figures hold for nobody but the people it was trained on.")
+    told = "".join(f"\n> {line}\n" for line in warnings)
+    bands = "; ".join(
+        f"{name.upper()} {band[0]:g} to {band[1]:g} Hz"
+        for name, band in (("ecg", window.band), ("eeg", window.eeg_band)) if name in window.signals
+    )  # fmt: skip
+    folds = [name for name in about["ensembles"] if name != EVERYBODY]
+    everybody = f" `{EVERYBODY}`: {_RULE}." if EVERYBODY in about["ensembles"] else ""
+    first = sorted(set(about["ensembles"].get(EVERYBODY, {}).get("encoders", {}).values()) - set(SIGNALS))
+    if first:
+        everybody += f" Folds have encoders of their own; it stands on those of fold {folds[0]}: {', '.join(first)}."
+    return f"""# Fusion classifier: {about["label"]}
+{told}
+| | |
+|---|---|
+| Tells apart | {", ".join(about["classes"])} (`{about["task"]}`) |
+| Protocol | `{about["protocol"]}` |
+| Takes | {needed(window)} |
+| Windows | {window.seconds:g} s at {window.rate} Hz; {bands} |
+| Data | `{about["data"]["fingerprint"][:12]}` ({", ".join(about["data"]["sources"])}) |
+
+Heads over frozen encoders, which lie beside them. Fold models {", ".join(folds)} are those of the sweep's `{_ROW}`
+row; what a fold is tested on has neither trained nor selected its heads.{everybody}
+
+```
+physio-dist predict path/to/this/folder FILE.edf
+```
+
+Not a medical device. It has not been evaluated for clinical use.
+"""

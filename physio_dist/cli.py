@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     folds.add_argument("--config", required=True, metavar="FILE", help="the sweep's configuration")
     folds.add_argument("--out", required=True, metavar="URL", help="folder of the views, local or s3://")
     folds.add_argument("options", nargs="*", metavar="key=value", help="override the configuration; split.val=0.1")
+
     predict = verbs.add_parser("predict", help="a sweep's classifier on a raw recording: one row a window")
     predict.add_argument("model", metavar="MODEL", help="a sweep's folder, or the classifier/ in it")
     predict.add_argument("file", metavar="FILE", help="an EDF file or a WFDB record")

@@ -297,8 +297,6 @@ def workers(cluster: ClusterOptions) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-
-
 def check_tune(options: TuneConfig) -> None:
     """Refuse values no sweep could use, before anything is read or started."""
     tune = options.tune

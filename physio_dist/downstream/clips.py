@@ -125,18 +125,19 @@ def since_rest(values: Callable[[Ints], npt.NDArray[T]], sample: Ints, rest: Res
     the classifier on somebody new has it too. Of logarithms of powers the difference is the logarithm of their ratio.
 
     Args:
-        values: gives features ``[window, f]`` of windows by their positions in the set; NaN where one is unknown.
+        values: gives features ``[window, ...]`` of windows by their positions in the set; NaN where one is unknown.
         sample: int64 ``[n]``, positions of the windows that are asked for.
         rest: None leaves the features as they are.
 
     Returns:
-        ``[n, f]``; NaN where the rest has no window in which a feature is known.
+        ``[n, ...]``; NaN where the rest has no window in which a feature is known.
     """
     own = values(sample)
     if rest is None:
         return own
     still = values(rest.sample).astype(np.float64)
-    total, known = np.zeros((int(rest.of.max()) + 1, own.shape[1])), np.zeros((int(rest.of.max()) + 1, own.shape[1]))
+    shape = (int(rest.of.max()) + 1, *own.shape[1:])
+    total, known = np.zeros(shape), np.zeros(shape)
     np.add.at(total, rest.of, np.nan_to_num(still))
     np.add.at(known, rest.of, np.isfinite(still))
     mean = np.where(known > 0, total / np.maximum(known, 1), np.nan)

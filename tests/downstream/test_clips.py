@@ -57,6 +57,13 @@ def test_what_is_left_is_the_difference_from_the_rest() -> None:
     assert small.dtype == np.float32
 
 
+def test_tokens_are_taken_from_the_tokens_of_the_rest() -> None:
+    values = np.arange(4 * 3 * 2, dtype=np.float32).reshape(4, 3, 2)
+    rest = Rest(sample=np.array([0, 1]), of=np.array([0, 0]), before=np.array([0, 0]))
+    found = since_rest(values.__getitem__, np.array([2, 3]), rest)
+    np.testing.assert_array_equal(found, values[2:] - values[:2].mean(axis=0))
+
+
 def other_scale() -> list[dict[str, Any]]:
     facts = watched()
     facts[5]["labels"]["valence"] = 7

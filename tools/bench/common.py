@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from physio_dist.errors import PhysioError
 
 # First and by name: asked for by a peer, torch would come in its newest build with GBs of CUDA libraries.
 TORCH = "torch==2.13.0"
@@ -120,6 +123,27 @@ def interleave(repeats: int, measures: Mapping[str, Callable[[], float]]) -> dic
             found[name].append(measure())
         say(f"repeat {i + 1} of {repeats}: " + ", ".join(f"{name} {values[-1]:,.0f}" for name, values in found.items()))
     return found
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def finish(measure: Callable[[], str]) -> int:
+    """Measure and print the last line; what goes wrong is one line on stderr.
+
+    Returns:
+        The exit status of the bench.
+    """
+    try:
+        print(measure())
+    except (BenchError, PhysioError) as error:
+        say(str(error))
+        return getattr(error, "exit_status", 1)
+    return 0
 
 
 def say(text: str) -> None:

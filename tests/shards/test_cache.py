@@ -45,6 +45,25 @@ def test_a_local_shard_is_read_where_it_lies(make_set: Make, tmp_path: Path) -> 
     assert cached(tmp_path / "cache") == []
 
 
+@pytest.mark.parametrize("fault", ["flipped", "truncated"])
+def test_a_shard_that_is_damaged_between_opening_and_reading_is_not_taken_for_whole(
+    make_set: Make, tmp_path: Path, flip_bit: Callable[[Path, int], None], fault: str
+) -> None:
+    shards = make_set(str(tmp_path / "set"))
+    opened = ShardCache(str(tmp_path / "cache"), 1e9).open(shards, 1)
+    assert opened is not None and good(opened, shards, 1)
+    where, rows = tmp_path / "set" / "ecg-000001.tar", np.zeros((1, 1024), np.uint8)
+    if fault == "flipped":
+        flip_bit(where, 700)
+    else:
+        os.truncate(where, 1000)
+        # A short read is no whole one, whatever the file's size and times say.
+        assert not Opened(os.open(where, os.O_RDONLY), (1000, where.stat().st_mtime_ns, where.stat().st_ino)).read(
+            [0], [0], rows
+        )
+    assert not opened.read([0], [0], rows)
+
+
 @pytest.mark.parametrize("fault", ["flipped", "truncated", "empty", "missing", "folder"])
 def test_a_faulty_local_shard_is_named(
     make_set: Make, tmp_path: Path, flip_bit: Callable[[Path, int], None], fault: str

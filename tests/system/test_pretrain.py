@@ -36,6 +36,9 @@ def test_a_run_leaves_what_the_contract_names(undisturbed: Make) -> None:
         assert line["samples"] == 16 * line["step"]
         assert 0 <= line["data_wait_frac"] <= 1
     assert [step for step, line in lines.items() if line["val_loss"] is not None] == [8, 16]
+    # A new model predicts next to nothing, which by each lead's own mean square is an error of about 1.
+    assert all(0.8 < lines[1][name] < 1.2 for name in ("loss", "loss_intra", "loss_inter"))
+    assert 0.8 < lines[8]["val_zero_loss"] < 1.2
     assert (run.path / "config.yaml").is_file()
     assert list((run.path / "tensorboard").glob("events.out.tfevents.*"))
     names = sorted(folder.name for folder in (run.path / "checkpoints").iterdir())

@@ -6,6 +6,7 @@ A module of its own, because the process that keeps the board should not have to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ class Board:
         line: the newest figures that the first rank told, by the names of ``metrics.jsonl``.
         stepped: when it told them last, in seconds since 1970; at first when the board was put up.
         commits: when the board was put up, and when the newest two checkpoints of these ranks were committed.
+        notes: for a person, beside the losses.
         nonfinite: whether a loss or gradient that was no finite number has ended the run.
     """
 
@@ -36,6 +38,7 @@ class Board:
     stepped: float = field(default_factory=time.time)
     commits: list[float] = field(default_factory=lambda: [time.time()])
     nonfinite: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 class BoardActor:
@@ -44,6 +47,7 @@ class BoardActor:
     def __init__(self) -> None:
         self._board = Board()
         self._asked = asyncio.Event()
+        self._wished, self._committed = asyncio.Event(), asyncio.Event()
 
     async def read(self) -> Board:
         return self._board
@@ -57,6 +61,20 @@ class BoardActor:
         await self._asked.wait()
         return self._board.stop or ""
 
+    async def save(self, seconds: float) -> bool:
+        """Have the ranks save the step they are in; whether that was done within this time."""
+        self._committed.clear()
+        self._wished.set()
+        # Those who wait now have heard it. Ranks that begin later begin with a checkpoint.
+        self._wished = asyncio.Event()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._committed.wait(), seconds)
+        return self._committed.is_set()
+
+    async def wait_for_wish(self) -> None:
+        """Answers when the ranks are to save."""
+        await self._wished.wait()
+
     async def join(self, rank: int) -> Board:
         self._board.ranks.add(rank)
         return self._board
@@ -67,6 +85,7 @@ class BoardActor:
         self._board.stepped = time.time()
 
     async def tell_commit(self) -> None:
+        self._committed.set()
         self._board.commits = [self._board.commits[0], *self._board.commits[1:][-1:], time.time()]
 
     async def tell_nonfinite(self) -> None:
@@ -75,6 +94,11 @@ class BoardActor:
     async def tell_end(self, status: int, message: str, at_once: bool) -> None:
         if self._board.end is None:
             self._board.end, self._board.at_once = (status, message), at_once
+
+    async def tell_resize(self, ranks: int, saved: bool) -> None:
+        self._board.ranks.clear()
+        rest = "after saving" if saved else "from the newest checkpoint, for they did not save in time"
+        self._board.notes.append(f"room for {ranks} rank(s): they start again {rest}")
 
     async def tell_loss(self, what: str) -> None:
         self._board.ranks.clear()

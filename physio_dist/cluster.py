@@ -129,6 +129,16 @@ def room(cpus: float, gpus: float) -> int:
     return count
 
 
+def leaving() -> set[str]:
+    """Addresses of the nodes that were announced to go, by `ray drain-node`, an autoscaler or a provider's agent."""
+    try:
+        ids = set(ray._private.state.state.get_draining_nodes())
+    except AttributeError:
+        # Ray tells its own libraries alone, so another release may tell it elsewhere. Nothing but a notice is missed.
+        return set()
+    return {node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in ids}
+
+
 def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, option: str = "") -> None:
     """Make sure that ``workers`` of ``cpus`` and ``gpus`` each find room now, or within ``wait_s`` seconds.
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from physio_dist.cluster_options import ClusterOptions, check_cluster
 from physio_dist.errors import UserError
 from physio_dist.options import between as _between
 from physio_dist.options import flatten as flatten
@@ -103,21 +104,6 @@ class TrainOptions:
 @dataclass
 class ZeroOptions:
     stage: int = 1
-
-
-@dataclass
-class ClusterOptions:
-    """Where ``launch.py`` places the ranks; ``pretrain.py`` takes no notice of it."""
-
-    # Ranks: a number, or [min, max] for as many as the cluster has room for.
-    workers: Any = 1
-    # Restarts after a lost worker before the run is given up.
-    max_failures: int = 3
-    # Of each rank; a GPU for each where the cluster has GPUs, unless told otherwise (auto, true, false).
-    cpus_per_worker: float = 1.0
-    gpu: str = "auto"
-    # Seconds to wait for nodes that an autoscaler may bring, where the cluster is too small at first.
-    wait_s: float = 0.0
 
 
 @dataclass
@@ -274,27 +260,8 @@ def check_pretrain(options: PretrainConfig) -> None:
     if not options.data.cache_gb > 0:
         raise UserError(f"data.cache_gb={options.data.cache_gb}: it must be positive")
     _run_name(options.run.name)
-    workers(options.cluster)
-    if options.cluster.max_failures < 0 or not options.cluster.cpus_per_worker > 0 or options.cluster.wait_s < 0:
-        raise UserError(
-            "cluster.max_failures and cluster.wait_s must not be negative, cluster.cpus_per_worker has to be positive"
-        )
-    _one_of("cluster.gpu", options.cluster.gpu, ("auto", "true", "false"))
+    check_cluster(options.cluster)
     mixture(options.data.index)
-
-
-def workers(cluster: ClusterOptions) -> tuple[int, int]:
-    """``cluster.workers`` as (least, most).
-
-    Raises:
-        UserError: neither a positive number nor ``[min, max]``.
-    """
-    given = cluster.workers
-    pair = given if isinstance(given, list) else [given, given]
-    whole = len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-    if not whole or not 1 <= pair[0] <= pair[1]:
-        raise UserError(f"cluster.workers={given}: it must be a number of ranks, or [min, max]")
-    return pair[0], pair[1]
 
 
 def check_tune(options: TuneConfig) -> None:

@@ -26,10 +26,12 @@ import ray
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from physio_dist import cluster, config, exits
 from physio_dist.board import Board, BoardActor
+from physio_dist.cluster_options import workers as workers_of
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
 from physio_dist.gauges import LINE, Gauges, figures
@@ -40,6 +42,10 @@ _STOP_S = 90.0
 # A lost node is worth waiting for a while, even where nobody announced an autoscaler.
 _REPLACE_S = 60.0
 _TELL_S = 10.0
+# Between two looks for nodes that were announced to go.
+_LOOK_S = 3.0
+# For a checkpoint that is asked for: a step, and sending it.
+_SAVE_S = 60.0
 # Between two words of the first rank to the driver about steps alone.
 _TELL_STEP_S = 1.0
 _GOES_ON = "the same command goes on from the newest checkpoint"
@@ -57,6 +63,22 @@ class Watcher(ray.train.UserCallback):  # type: ignore[misc]
         self._board.tell_loss.remote("; ".join(told))
 
 
+class Resizer(ControllerCallback):  # type: ignore[misc]
+    """Has the ranks save before Ray ends them to start more or fewer, so that no step is repeated.
+
+    Ray takes such a callback beside the documented ones, and calls it in the controller of the run.
+    """
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        now: Board = ray.get(self._board.read.remote())
+        if now.ranks:
+            saved = ray.get(self._board.save.remote(_SAVE_S))
+            ray.get(self._board.tell_resize.remote(resize_decision.num_workers, saved))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Read the options, place the ranks, follow them to their end.
 
@@ -69,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     options = config.load(PretrainConfig, given.config, given.overrides, config.check_pretrain)
     options = map_urls(options, cluster.durable)
-    workers = config.workers(options.cluster)
+    workers = workers_of(options.cluster)
     if workers[0] > options.train.global_batch:
         raise UserError(f"{workers[0]} ranks cannot share train.global_batch={options.train.global_batch}")
     exits.interrupt_on_sigterm()
@@ -137,12 +159,16 @@ class Launch:
                 num_workers=self.least if self.least == self.most else (self.least, self.most),
                 use_gpu=self.gpus > 0,
                 resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=self.options.cluster.resize_s,
             ),
             run_config=ray.train.RunConfig(
                 name=self.options.run.name,
                 storage_path=storage,
-                failure_config=ray.train.FailureConfig(max_failures=self.options.cluster.max_failures),
-                callbacks=[Watcher(board)],
+                failure_config=ray.train.FailureConfig(
+                    max_failures=self.options.cluster.max_failures,
+                    max_preemption_failures=self.options.cluster.max_preemptions,
+                ),
+                callbacks=[Watcher(board), Resizer(board)],
                 worker_runtime_env=hidden,
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
             ),
@@ -172,7 +198,8 @@ class Launch:
 
     def _follow(self, board: Any, thread: threading.Thread) -> Board:
         """Wait for the end of the run; what the board says then."""
-        told_losses, heard, told = 0, time.monotonic(), time.monotonic()
+        told_losses, told_notes, heard, told = 0, 0, time.monotonic(), time.monotonic()
+        looked, known = 0.0, cluster.leaving()
         asked_at: float | None = None
         while True:
             thread.join(0.3)
@@ -191,6 +218,15 @@ class Launch:
                 again = count <= self.options.cluster.max_failures
                 _say(f"lost a worker ({loss})" + ("; Ray starts the ranks again" if again else ""))
             told_losses = len(now.losses)
+            for line in now.notes[told_notes:]:
+                _say(line)
+            told_notes = len(now.notes)
+            if clock - looked > _LOOK_S:
+                looked, going = clock, cluster.leaving()
+                if now.ranks and going - known:
+                    _say(f"announced to go: {', '.join(sorted(going - known))}; the ranks save their step")
+                    board.save.remote(_SAVE_S)
+                known = going
             if now.ranks:
                 heard = told = clock
             elif clock - told > _TELL_S:
@@ -268,6 +304,15 @@ def train_one_rank(given: dict[str, Any]) -> None:
             ray.get(board.tell_end.remote(EXIT_STOPPED, _NOT_BEGUN, True))
 
     threading.Thread(target=listen, name="stop-listener", daemon=True).start()
+
+    def listen_for_wishes() -> None:
+        while True:
+            ray.get(board.wait_for_wish.remote())
+            stop.save = True
+
+    if me == 0:
+        # All ranks save what one of them is asked for.
+        threading.Thread(target=listen_for_wishes, name="save-listener", daemon=True).start()
 
     def committed(step: int, line: dict[str, Any]) -> None:
         if me == 0:

@@ -15,7 +15,9 @@ MAY_KNOW = {
     "signals": {"signals", "errors"},
     "shards": {"shards", "signals", "storage", "config", "errors", "lifeline", ""},
     "models": {"models", "storage", "errors"},
-    "training": {"training", "models", "shards", "signals", "storage", "config", "errors", "lifeline", ""},
+    "training": {
+        "training", "models", "shards", "signals", "storage", "config", "cluster_options", "errors", "lifeline", "",
+    },
     "downstream": {
         "downstream", "models", "shards", "signals", "storage", "config", "options", "task_options", "errors",
         "lifeline", "",
@@ -24,7 +26,8 @@ MAY_KNOW = {
     "storage": {"faults", "urls"},
     "faults": {"errors", "urls"},
     "urls": set(),
-    "config": {"errors", "options", "search_options", "task_options"},
+    "config": {"errors", "options", "cluster_options", "search_options", "task_options"},
+    "cluster_options": {"errors", "options"},
     "search_options": {"errors", "options"},
     "task_options": {"errors", "options"},
     "options": {"errors", "storage"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from physio_dist import config
+from physio_dist import cluster_options
 from physio_dist.config import PretrainConfig, TuneConfig, check_pretrain, check_tune, load
 from physio_dist.errors import UserError
 
@@ -75,7 +75,7 @@ def test_needed_options_of_a_sweep_are_asked_for() -> None:
 @pytest.mark.parametrize(("given", "pair"), [("3", (3, 3)), ("[1, 4]", (1, 4)), ("[2,2]", (2, 2))])
 def test_workers_are_a_number_or_a_range(given: str, pair: tuple[int, int]) -> None:
     options = load(PretrainConfig, None, ["data.index=x", f"cluster.workers={given}"], check_pretrain)
-    assert config.workers(options.cluster) == pair
+    assert cluster_options.workers(options.cluster) == pair
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,19 @@ say "installing $torch"
 say "installing physio-dist${extras:+[$extras]}"
 "$venv/bin/pip" install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
 
+# Hosts of their own, for tests of clusters. A server that comes with its package is not to be started.
+if [[ " $* " == *" test "* ]]; then
+    need_debian ip iproute2
+    need_debian iptables iptables
+    need_debian pdsh pdsh
+    if ! command -v sshd >/dev/null && [ "$(id -u)" = 0 ] && [ ! -e /usr/sbin/policy-rc.d ]; then
+        printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
+        chmod +x /usr/sbin/policy-rc.d
+        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+    fi
+    need_debian sshd openssh-server
+fi
+
 # Its package would start a server, so the one program is taken out of it.
 if [[ " $* " == *" test "* ]] && ! PATH="$venv/bin:$PATH" command -v promtool >/dev/null; then
     say "fetching promtool"

@@ -25,7 +25,7 @@ fi
 # fill the machine as it is, and two Ray clusters on one machine get in each other's way.
 parts=0 system=0
 echo '== pytest: the parts';  python -m pytest --ignore=tests/system --numprocesses 2 --dist loadfile || parts=$?
-echo '== pytest: whole runs'; python -m pytest tests/system || system=$?
+echo '== pytest: whole runs'; python -m pytest tests/system -m 'not chaos' || system=$?
 if [ "$parts$system" != 00 ]; then
     echo "tools/test.sh: FAILED (exit status of the parts: $parts, of whole runs: $system)" >&2
     exit 1

@@ -21,10 +21,15 @@ class StopFlag:
     """Set by SIGTERM, SIGINT or the loss of the launcher; the training loop looks at it once a step.
 
     Before training begins there is nothing to save, and the same events end the process at once.
+
+    Attributes:
+        reason: why it is to stop, if it is.
+        save: whether the step is to be saved though training goes on; the loop takes it back.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.save = False
         self.training = False
         # Re-entrant, because a second signal may come while the first one's handler holds it.
         self._lock = threading.RLock()

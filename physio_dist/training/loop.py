@@ -81,10 +81,10 @@ def train(
             hooks.trace(step, source.keys(prepared.batch.samples))
         hooks.at(step, watchdog.AGREE)
         sums[6] = engine.gradient_norm() / share.world
-        sums[7:] = torch.tensor([float(stop.reason is not None), *saver.told()])
+        sums[7:] = torch.tensor([float(stop.reason is not None), float(stop.save), *saver.told()])
         # The one time in a step that the ranks agree and the device is waited for.
-        loss, _, intra, n_intra, inter, n_inter, norm, stops, sent, committed = _total(sums)
-        loss, stopping = loss / opts.global_batch, stops > 0
+        loss, _, intra, n_intra, inter, n_inter, norm, stops, saves, sent, committed = _total(sums)
+        loss, stopping, saving = loss / opts.global_batch, stops > 0, saves > 0
         hooks.at(step, watchdog.MOVE)
         verdict = judge(loss, norm)
         if verdict is Verdict.BROKEN:
@@ -136,11 +136,13 @@ def train(
         if line:
             hooks.log(line)
             hooks.show(step, line["loss"], line["samples_per_s"], line["data_wait_frac"])
-        if step % opts.save_every == 0 or step == opts.steps or stopping:
+        if step % opts.save_every == 0 or step == opts.steps or stopping or saving:
             hooks.at(step, watchdog.SAVE)
             began = time.perf_counter()
             saver.save(step)
-            if stopping or step == opts.steps:
+            if saving:
+                stop.save = False
+            if stopping or saving or step == opts.steps:
                 saver.finish()
             clock.exclude(time.perf_counter() - began)
         if stopping and step < opts.steps:
@@ -153,10 +155,10 @@ def _backward(
     """Forward and backward passes of a step, without the step.
 
     Returns:
-        This rank's sums of the loss terms and their counts, float64 ``[10]`` with four places to spare, and the losses
+        This rank's sums of the loss terms and their counts, float64 ``[11]`` with five places to spare, and the losses
         of its samples, ``[micro]`` for each pass.
     """
-    sums = torch.zeros(10, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(11, dtype=torch.float64, device=engine.device)
     each: list[torch.Tensor] = []
     for k in range(share.micro_steps):
         micro = to_device(prepared, slice(k * share.micro, (k + 1) * share.micro), engine.device)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from physio_dist import storage
-from physio_dist.config import ClusterOptions, PretrainConfig, refuse_another, to_yaml
+from physio_dist.cluster_options import ClusterOptions
+from physio_dist.config import PretrainConfig, refuse_another, to_yaml
 from physio_dist.errors import UserError
 
 CONFIG = "config.yaml"

@@ -96,9 +96,12 @@ class BoardActor:
             self._board.end, self._board.at_once = (status, message), at_once
 
     async def tell_resize(self, ranks: int, saved: bool) -> None:
-        self._board.ranks.clear()
         rest = "after saving" if saved else "from the newest checkpoint, for they did not save in time"
         self._board.notes.append(f"room for {ranks} rank(s): they start again {rest}")
+
+    async def tell_ended(self) -> None:
+        """No rank is at work any more, lost or not."""
+        self._board.ranks.clear()
 
     async def tell_loss(self, what: str) -> None:
         self._board.ranks.clear()

@@ -26,7 +26,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from physio_dist import cluster, config, exits
@@ -42,8 +42,9 @@ _STOP_S = 90.0
 # A lost node is worth waiting for a while, even where nobody announced an autoscaler.
 _REPLACE_S = 60.0
 _TELL_S = 10.0
-# Between two looks for nodes that were announced to go.
+# Between two looks for nodes that were announced to go, and between two checkpoints for their sake.
 _LOOK_S = 3.0
+_AGAIN_S = 10.0
 # For a checkpoint that is asked for: a step, and sending it.
 _SAVE_S = 60.0
 # Between two words of the first rank to the driver about steps alone.
@@ -63,7 +64,7 @@ class Watcher(ray.train.UserCallback):  # type: ignore[misc]
         self._board.tell_loss.remote("; ".join(told))
 
 
-class Resizer(ControllerCallback):  # type: ignore[misc]
+class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Has the ranks save before Ray ends them to start more or fewer, so that no step is repeated.
 
     Ray takes such a callback beside the documented ones, and calls it in the controller of the run.
@@ -77,6 +78,9 @@ class Resizer(ControllerCallback):  # type: ignore[misc]
         if now.ranks:
             saved = ray.get(self._board.save.remote(_SAVE_S))
             ray.get(self._board.tell_resize.remote(resize_decision.num_workers, saved))
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        ray.get(self._board.tell_ended.remote())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,6 +137,8 @@ class Launch:
         _say(f"run {self.url}: {many} rank(s) of {each}, up to {self.options.cluster.max_failures} restart(s)")
         # Prints of the ranks would go through Ray Train's logger, whose remarks are silenced there.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        # After a loss Ray's first try may still count on the lost node, for a minute unless it is told otherwise.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(BoardActor).options(num_cpus=0, scheduling_strategy=here).remote()
         # Ray Train wants a folder. Nothing of value lies there: checkpoints are found in the run's own.
@@ -199,7 +205,7 @@ class Launch:
     def _follow(self, board: Any, thread: threading.Thread) -> Board:
         """Wait for the end of the run; what the board says then."""
         told_losses, told_notes, heard, told = 0, 0, time.monotonic(), time.monotonic()
-        looked, known = 0.0, cluster.leaving()
+        looked, saved, known = 0.0, 0.0, cluster.leaving()
         asked_at: float | None = None
         while True:
             thread.join(0.3)
@@ -223,8 +229,10 @@ class Launch:
             told_notes = len(now.notes)
             if clock - looked > _LOOK_S:
                 looked, going = clock, cluster.leaving()
-                if now.ranks and going - known:
-                    _say(f"announced to go: {', '.join(sorted(going - known))}; the ranks save their step")
+                if going - known:
+                    _say(f"announced to go: {', '.join(sorted(going - known))}; the ranks save now and then until then")
+                if now.ranks and going and (going - known or clock - saved > _AGAIN_S):
+                    saved = clock
                     board.save.remote(_SAVE_S)
                 known = going
             if now.ranks:

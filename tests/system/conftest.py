@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.clusters import ray_nodes as ray_nodes
+from tests.system.hosts import network as network
 from tests.system.launching import Run, physio
 
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.conftest import S3
 from tests.system.launching import BIN, ROOT, Run, wait_until
@@ -39,18 +41,16 @@ def _check(words: Sequence[str]) -> str:
 
 
 def refusal() -> str:
-    """Why this machine can have no such hosts; empty where it can."""
+    """Why the kernel or a container allows no such hosts here; empty where they are allowed."""
     needed = ("setpriv", "unshare", "nsenter", "ip", "tc", "iptables", "sshd", "ssh-keygen", "pdsh")
     missing = [name for name in needed if shutil.which(name) is None]
-    if missing:
-        return f"{', '.join(missing)} missing"
-    # What the kernel or a container does not allow shows only when it is tried.
+    assert not missing, f"{', '.join(missing)} missing: tools/setup.sh test installs them"
     script = "ip link add bridge type bridge && ip link add cable type veth && iptables -L -n >/dev/null"
     done = subprocess.run(
         ["unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--mount-proc", "sh", "-c", script],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return "" if done.returncode == 0 else f"namespaces are not allowed: {done.stderr.strip()}"
+    return "" if done.returncode == 0 else done.stderr.strip()
 
 
 class _Init:
@@ -64,9 +64,19 @@ class _Init:
         (child,) = psutil.Process(self._process.pid).children()
         self.pid = child.pid
 
+    @property
+    def alive(self) -> bool:
+        try:
+            return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     def end(self) -> None:
+        if self._process.poll() is not None:
+            return
         self._process.kill()
         self._process.wait()
+        wait_until(lambda: not self.alive, "a host to end", 20)
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -95,7 +105,7 @@ class Host:
 
     @property
     def alive(self) -> bool:
-        return psutil.pid_exists(self._init.pid)
+        return self._init.alive
 
     def words(self, *words: str) -> list[str]:
         """A command that runs there."""
@@ -192,19 +202,19 @@ class Network:
     def __init__(self) -> None:
         # Ray puts sockets there, whose paths must be short.
         self.disk = Path(tempfile.mkdtemp(prefix="pd", dir="/tmp"))
-        self._files = Path(tempfile.mkdtemp(prefix="pd", dir="/tmp"))
+        self.files = Path(tempfile.mkdtemp(prefix="pd", dir="/tmp"))
         known = [f"{_SUBNET}.{number} host{number}" for number in range(2, 60)]
-        (self._files / "hosts").write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
-        _check(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._files / "key")])
+        (self.files / "hosts").write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
+        _check(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.files / "key")])
         strangers = "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
-        (self._files / "ssh_config").write_text(f"IdentityFile {self._files / 'key'}\n{strangers}")
+        (self.files / "ssh_config").write_text(f"IdentityFile {self.files / 'key'}\n{strangers}")
         self._switch = _Init(("--net", "--pid"), "ip link add bridge type bridge; ip link set bridge up;")
         self.hosts: list[Host] = []
 
     def add(self) -> Host:
         """A further host."""
         number = len(self.hosts) + 2
-        self.hosts.append(Host(f"host{number}", f"{_SUBNET}.{number}", self.disk, self._files, self._switch))
+        self.hosts.append(Host(f"host{number}", f"{_SUBNET}.{number}", self.disk, self.files, self._switch))
         return self.hosts[-1]
 
     def end(self) -> None:
@@ -213,9 +223,21 @@ class Network:
         for host in self.hosts:
             host.power_off()
         self._switch.end()
-        for folder in (self.disk, self._files):
+        for folder in (self.disk, self.files):
             shutil.rmtree(folder)
         wait_until(lambda: not any(process.is_running() for process in living), "the hosts' processes to end", 20)
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    """A network without hosts."""
+    if why := refusal():
+        pytest.skip(f"no hosts of their own here ({why}): only test_launch.py, with Ray nodes on one host, loses nodes")
+    made = Network()
+    try:
+        yield made
+    finally:
+        made.end()
 
 
 class HostedS3:
@@ -355,6 +377,15 @@ class HostRun(Run):
         assert self.cluster is not None
         words = ["--config", "configs/pretrain/quickstart.yaml", *self.words(), *extra]
         return self.cluster.submit(sys.executable, "-m", "physio_dist.launch", *words, log=self.log, code=self.code)
+
+    def wait_for_step(self, process: subprocess.Popen[bytes], step: int) -> None:
+        """Wait until the driver has told this step or a later one; the bucket hears of it with the next checkpoint."""
+        told = re.compile(r"physio-dist: step (\d+)/")
+        wait_until(
+            lambda: process.poll() is not None or max(map(int, told.findall(self.said())), default=0) >= step,
+            f"step {step} of {self.name}", 240,
+        )  # fmt: skip
+        assert process.poll() is None, self.said()
 
     def repeated(self) -> list[int]:
         """Steps that each start repeats of those before it."""

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.system.hosts import Host, HostedS3, Network
 from tests.system.launching import BIN, CONFIG, ROOT, Run, agree, end_session, wait_until
-
-
-@pytest.fixture()
-def network() -> Iterator[Network]:
-    made = Network()
-    try:
-        yield made
-    finally:
-        made.end()
 
 
 def ranks_on(host: Host) -> list[psutil.Process]:

@@ -22,16 +22,7 @@ RANDOM = random.Random(os.environ.get("PHYSIO_DIST_TEST_SEED"))
 STEP = RANDOM.randint(9, 14)
 EXACT = ("zero.stage=1", "train.precision=fp32", "model.dropout=0", "train.steps=40", "train.save_every=8")
 # Some minutes, in which hosts can come and go; no checkpoint but those that are asked for.
-LONG = ("train.steps=160", "train.global_batch=64", "train.save_every=1000", "train.val_every=1000")
-
-
-@pytest.fixture(scope="module")
-def network() -> Iterator[Network]:
-    made = Network()
-    try:
-        yield made
-    finally:
-        made.end()
+LONG = ("train.steps=240", "train.global_batch=64", "train.save_every=1000", "train.val_every=1000")
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +249,7 @@ def test_a_spot_host_is_announced_to_go(faulty: Make, cluster: HostCluster, lost
     host = writer(fault.run, cluster)
     lost(host)
     cluster.announce(host, 20)
-    wait_until(lambda: "the ranks save their step" in fault.run.said(), "the driver to hear of it")
+    wait_until(lambda: "announced to go: " in fault.run.said(), "the driver to hear of it")
     time.sleep(20)
     host.terminate()
     fault.finish(process)

@@ -280,8 +280,6 @@ def test_a_range_of_workers_takes_what_there_is_and_a_lost_node_costs_only_time(
 ) -> None:
     exact = ("zero.stage=1", "train.precision=fp32", "model.dropout=0")
     run, reference = ray_run(*exact, "train.threads=0"), undisturbed(*exact)
-    # Ray's first try may still count on the lost node, for a minute unless it is told otherwise.
-    run.env = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
     process = run.start(extra=("cluster.workers=[1,5]",))
     try:
         wait_for_checkpoint(run, 5, process)

@@ -289,7 +289,8 @@ class HostCluster:
         self._env = {
             **self._token, **store.env, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
             "RAY_health_check_period_ms": "2000", "RAY_health_check_timeout_ms": "2000",
-            "RAY_health_check_failure_threshold": "10", "RAY_worker_niceness": "0",
+            "RAY_health_check_failure_threshold": "10", "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+            "RAY_worker_niceness": "0",
         }  # fmt: skip
         self._logs = store.folder.parent
         self.outside, self.head = network.add(), network.add()

@@ -274,3 +274,21 @@ def test_a_run_grows_with_the_cluster_and_shrinks_with_it(faulty: Make, cluster:
     worlds = [attempt["world"] for attempt in fault.run.attempts()]
     assert [world for n, world in enumerate(worlds) if n == 0 or worlds[n - 1] != world] in ([1, 2, 3, 2], [1, 3, 2])
     assert all(start > 0 for start in fault.run.starts()[1:])
+
+
+@pytest.mark.chaos
+def test_the_head_is_lost_and_the_job_submitted_to_a_new_cluster(
+    faulty: Make, cluster: HostCluster, network: Network, store: HostedS3
+) -> None:
+    """The last test here, for it leaves no cluster behind."""
+    fault = faulty("the head lost, the job submitted to a new cluster")
+    process = fault.run.submit("cluster.workers=2")
+    fault.strike_after(process)
+    ranks = [fault.run.rank_on(host) for host in cluster.nodes]
+    cluster.head.power_off()
+    assert process.wait(timeout=120) != 0
+    # Nodes without a head end by themselves, ranks and all.
+    wait_until(lambda: not any(rank.is_running() for rank in ranks), "the ranks to end")
+    fault.run.cluster = HostCluster(network, store, 2)
+    fault.finish(fault.run.submit("cluster.workers=2"))
+    assert len(fault.run.starts()) == 2

@@ -20,6 +20,8 @@ _HEARING_S = 1.0
 class StopFlag:
     """Set by SIGTERM, SIGINT or the loss of the launcher; the training loop looks at it once a step.
 
+    SIGUSR1 asks for a checkpoint only.
+
     Before training begins there is nothing to save, and the same events end the process at once.
 
     Attributes:
@@ -53,6 +55,7 @@ class StopFlag:
         """Catch the signals of this process (main thread only), and watch the launchers above it."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGUSR1, self._on_wish)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -69,6 +72,9 @@ class StopFlag:
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             print("physio-dist: stopped before training began; the same command starts it", flush=True)
         raise SystemExit(EXIT_STOPPED)
+
+    def _on_wish(self, *_: object) -> None:
+        self.save = True
 
     def _on_waking(self, reader: int) -> None:
         """End a process whose main thread cannot, because it waits for its peers within the communication library."""

@@ -100,6 +100,27 @@ def test_ends_of_launchers_and_ranks_take_the_others_along_and_cost_only_time(
     agree(run, reference)
 
 
+def test_a_checkpoint_on_request(undisturbed: Make, new_run: Make) -> None:
+    """Any rank may be asked; training goes on, and a kill afterwards costs nothing that was before it."""
+    run, reference = new_run("train.steps=40", "train.save_every=1000"), undisturbed("train.steps=40")
+    process = run.start()
+    try:
+        run.wait_for_step(process, 5)
+        RANDOM.choice(run.ranks()).send_signal(signal.SIGUSR1)
+        folder = run.path / "checkpoints"
+        wait_until(lambda: any(folder.glob("*/manifest.json")), "the checkpoint")
+        (asked,) = [int(file.parent.name.removeprefix("step-")) for file in folder.glob("*/manifest.json")]
+        run.wait_for_step(process, asked + 2)
+        RANDOM.choice(run.ranks()).kill()
+        assert process.wait(timeout=90) != 0
+        wait_until(lambda: not run.ranks(), "the ranks to end", seconds=90)
+    finally:
+        end_session(process)
+    assert run() == 0, run.said()
+    assert run.starts() == [0, asked]
+    agree(run, reference)
+
+
 def test_a_killed_launcher_takes_its_ranks_along(undisturbed: Make, new_run: Make) -> None:
     """It can pass no signal on, so its ranks have to notice."""
     run, reference = new_run("zero.stage=1"), undisturbed("zero.stage=1")

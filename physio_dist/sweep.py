@@ -26,8 +26,8 @@ from physio_dist.shards.index import open_set
 from physio_dist.task_options import LEAKY, SHARED_PEOPLE
 from physio_dist.training.rundir import CONFIG, RunDir
 
-TRIALS, RESULTS, PREDICTIONS, DATA, BOARD = (
-    "trials.jsonl", "results.json", "predictions.safetensors", "data.json", "tensorboard",
+TRIALS, RESULTS, PREDICTIONS, EMBEDDING, DATA, BOARD = (
+    "trials.jsonl", "results.json", "predictions.safetensors", "embedding.safetensors", "data.json", "tensorboard",
 )  # fmt: skip
 # They say where and how fast a sweep runs, not what it finds.
 MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.storage", "tune.features"])

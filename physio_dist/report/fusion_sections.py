@@ -9,12 +9,13 @@ import math
 
 import numpy as np
 
+from physio_dist.pairs import pooled_auc
 from physio_dist.report import fusion_plots as plots
 from physio_dist.report import protocol, setting
 from physio_dist.report.drawing import percent
 from physio_dist.report.fusion_plots import colour_of, label_of, metric, span
 from physio_dist.report.fusion_summary import CHANCE, better_single, gains, p_word, reached, signed
-from physio_dist.report.heldout import HeldOut, mean_roc, pooled_auc, precision_recall, present, roc
+from physio_dist.report.heldout import HeldOut, mean_roc, precision_recall, present, roc
 from physio_dist.report.parts import Cell, Figure, Section, Table
 from physio_dist.report.rundata import Floats, without_credentials
 from physio_dist.report.sweepdata import BOUND, METRICS, PREDICTIONS, ROWS, Row, Sweep

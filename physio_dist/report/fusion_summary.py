@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 
+from physio_dist.pairs import Difference, difference
 from physio_dist.report import protocol
 from physio_dist.report.drawing import percent
 from physio_dist.report.fusion_plots import label_of, metric, span
-from physio_dist.report.heldout import Difference, HeldOut, difference
+from physio_dist.report.heldout import HeldOut
 from physio_dist.report.parts import Fact
 from physio_dist.report.summary import Summary, badge_of, duration
 from physio_dist.report.sweepdata import Row, Sweep

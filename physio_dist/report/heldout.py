@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from physio_dist.pairs import Pairs, all_pairs, mean_of_finite, positive_classes
+from physio_dist.pairs import (
+    Difference,
+    Pairs,
+    all_pairs,
+    compared,
+    difference,
+    mean_of_finite,
+    p_of_no_difference,
+    positive_classes,
+    ratio,
+)
 from physio_dist.report.rundata import Floats
 from physio_dist.report.sweepdata import Predictions
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Windows in bins of equal width by a probability: their number, its mean and how often it was right (NaN in an
+    empty bin), ``[bin]`` each."""
+
+    count: NDArray[np.int64]
+    sure: Floats
+    right: Floats
 
 
 @dataclass(frozen=True)
@@ -31,11 +51,13 @@ class People:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The predictions and what several sections need of them; ``pairs``: row name -> one entry a class with a curve."""
+    """The predictions and what several sections need of them; ``pairs``: row name -> one entry a class with a curve;
+    ``differences``: what a row adds to those that it is held against, by (row, minus)."""
 
     predictions: Predictions
     pairs: dict[str, list[Pairs]]
     people: People
+    differences: dict[tuple[str, str], Difference]
 
     @classmethod
     def of(cls, predictions: Predictions) -> HeldOut:
@@ -44,7 +66,16 @@ class HeldOut:
             row: all_pairs(predictions.label, predictions.person, probability)
             for row, probability in predictions.probability.items()
         }
-        return cls(predictions, pairs, people_of(predictions, pairs))
+        return cls(predictions, pairs, people_of(predictions, pairs), _differences(predictions, pairs))
+
+
+def _differences(predictions: Predictions, pairs: dict[str, list[Pairs]]) -> dict[tuple[str, str], Difference]:
+    found = {}
+    for row, minus in compared(pairs):
+        mine, other = predictions.probability[row], predictions.probability[minus]
+        p = p_of_no_difference(predictions.label, predictions.person, mine, other)
+        found[row, minus] = replace(difference(pairs[row], pairs[minus]), p=p)
+    return found
 
 
 def people_of(predictions: Predictions, pairs: dict[str, list[Pairs]]) -> People:
@@ -81,6 +112,19 @@ def precision_recall(predictions: Predictions, row: str, positive: int) -> tuple
     )
     found = recall[::-1] > 0
     return np.asarray(recall[::-1][found], np.float64), np.asarray(precision[::-1][found], np.float64)
+
+
+def reliability(predictions: Predictions, row: str, bins: int = 10) -> Reliability:
+    """How often right against how sure: of two classes by the probability of the second, else of the predicted one."""
+    probability = predictions.probability[row]
+    sure, hit = probability[:, 1], predictions.label == 1
+    if probability.shape[1] > 2:
+        sure, hit = probability.max(axis=1), probability.argmax(axis=1) == predictions.label
+    place = np.minimum((sure * bins).astype(np.int64), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    sums = [np.asarray(np.bincount(place, weights=x, minlength=bins), np.float64) for x in (sure, hit)]
+    means = [ratio(total, count.astype(np.float64)) for total in sums]
+    return Reliability(count.astype(np.int64), *means)
 
 
 def present(predictions: Predictions, classes: int) -> list[int]:

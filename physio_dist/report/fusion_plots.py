@@ -40,8 +40,8 @@ SHORT = {
     "eeg": "EEG",
     "fused_ecg_only": "fused, ECG",
     "fused_eeg_only": "fused, EEG",
-    "noise_ecg": "EEG + noise",
-    "noise_eeg": "ECG + noise",
+    "noise_ecg": "EEG+noise",
+    "noise_eeg": "ECG+noise",
 }
 SHADE = "#08518c"
 # From this share on white figures read better than black ones on it.

@@ -24,6 +24,7 @@ CLASS_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9
 PEOPLE_MARKERS = "os^D"
 # More channels than this are not drawn as bars.
 MOST_BARS = 24
+_TURNS = 8
 
 
 def reliability(rows: Sequence[tuple[str, Reliability, float]], x_label: str, y_label: str, alt: str) -> Image:
@@ -60,7 +61,7 @@ def reliability(rows: Sequence[tuple[str, Reliability, float]], x_label: str, y_
             one.set_xlim(-0.02, 1.02)
             one.xaxis.set_major_locator(MultipleLocator(0.5))
             one.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_ylim(-0.02, 1.02)
+        axes.set_ylim(-0.07, 1.07)
         axes.yaxis.set_major_locator(MultipleLocator(0.5))
         axes.tick_params(labelbottom=False, labelleft=first)
         counts.set_yticks([])
@@ -89,8 +90,11 @@ def plane_panel(title: str, groups: Sequence[Group], words: str, named: bool, al
     axes = axes_at(figure, 0.12, 0.1, side, side)
     axes.set_title(title, pad=22)
     axes.text(0, 1.02, words, transform=axes.transAxes, fontsize=8.5, color=SOFT, va="bottom")
-    for group in groups:
-        axes.plot(group.place[:, 0], group.place[:, 1], group.marker, color=group.colour, ms=3.1, mew=0, alpha=0.75)
+    # In turns: a group that is drawn whole would hide those before it.
+    for turn in range(_TURNS):
+        for group in groups:
+            x, y = group.place[turn::_TURNS].T
+            axes.plot(x, y, group.marker, color=group.colour, ms=3.1, mew=0, alpha=0.75)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
@@ -149,8 +153,9 @@ def scalp(title: str, entries: Sequence[Withheld], at: Mapping[str, tuple[float,
     axes.set_xlim(-1.2, 1.2)
     axes.set_ylim(-1.15, 1.25)
     axes.set_axis_off()
-    for patch in (Circle((0, 0), 1.0, fill=False, ec="#9a9a9a", lw=1.1), *_ears()):
-        axes.add_patch(patch)
+    for x in (-1.03, 1.03):
+        axes.add_patch(Circle((x, 0), 0.09, fc="white", ec="#9a9a9a", lw=1.1, zorder=1))
+    axes.add_patch(Circle((0, 0), 1.0, fc="white", ec="#9a9a9a", lw=1.1, zorder=2))
     axes.plot([-0.12, 0, 0.12], [0.993, 1.13, 0.993], color="#9a9a9a", lw=1.1)
     most = max([one.lost for one in entries if math.isfinite(one.lost)], default=0.0)
     small = len(entries) > 32
@@ -162,10 +167,6 @@ def scalp(title: str, entries: Sequence[Withheld], at: Mapping[str, tuple[float,
                   color="white" if share > 0.6 else INK)  # fmt: skip
     _scale(axes, most)
     return embed(figure, alt)
-
-
-def _ears() -> list[Circle]:
-    return [Circle((x, 0), 0.09, fc="white", ec="#9a9a9a", lw=1.1, zorder=-1) for x in (-1.03, 1.03)]
 
 
 def _scale(axes: Axes, most: float) -> None:
@@ -182,18 +183,17 @@ def _scale(axes: Axes, most: float) -> None:
 def over_time(entries: Mapping[str, Sequence[Withheld]], alt: str) -> Image:
     """What the AUC lost without each second of the window, a line a signal with its interval."""
     figure = new_figure(WIDE_INCHES, 2.5)
-    axes = axes_at(figure, 0.7, 0.5, WIDE_INCHES - 1.3, 1.6)
+    axes = axes_at(figure, 0.7, 0.5, WIDE_INCHES - 0.9, 1.7)
     axes.axhline(0, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
-    for signal, patches in entries.items():
+    for number, (signal, patches) in enumerate(entries.items()):
         colour = ROW_COLOURS.get(signal, SOFT)
+        axes.text(0.005 + 0.06 * number, 1.05, label_of(signal, short=True), color=colour, weight="bold",
+                  transform=axes.transAxes)  # fmt: skip
         middle = np.array([one.start + one.seconds / 2 for one in patches])
         lost = np.array([one.lost for one in patches])
         axes.fill_between(middle, [one.low for one in patches], [one.high for one in patches], color=colour, alpha=0.13,
                           lw=0)  # fmt: skip
         axes.plot(middle, lost, "o-", color=colour, lw=1.6, ms=4, zorder=3)
-        if math.isfinite(lost[-1]):
-            axes.annotate(label_of(signal, short=True), (middle[-1], lost[-1]), xytext=(7, 0), va="center",
-                          textcoords="offset points", color=colour, fontsize=9, annotation_clip=False)  # fmt: skip
     last = max(one.start + one.seconds for patches in entries.values() for one in patches)
     axes.set_xlim(0, last)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))

@@ -40,8 +40,8 @@ _PERPLEXITY = 30.0
 def embedding(study: Study) -> tuple[dict[str, Any], bytes]:
     """``embedding`` in ``results.json`` and ``embedding.safetensors``, of the signals of which there are some windows.
 
-    Features are means over patches and valid channels, standardised, in their first principal components; where folds
-    have encoders of their own, those of the first fold's.
+    Features are the richest that heads may get, mean and standard deviation over patches of each channel by itself,
+    standardised, in their first principal components; where folds have encoders of their own, those of the first one.
     """
     table = study.table
     about: dict[str, Any] = {}
@@ -54,7 +54,9 @@ def embedding(study: Study) -> tuple[dict[str, Any], bytes]:
         if len(rows) <= 3:
             continue
         rest = None if table.rest is None else replace(table.rest, before=table.rest.before[rows])
-        values = pooled(open_features(where), table.sample[rows], "mean", rest)
+        features = open_features(where)
+        values = pooled(features, table.sample[rows], "channels_mean_std", rest)
+        values = _filled(values, features.valid[table.sample[rows]])
         with one_thread(), threadpool_limits(1):
             given = reduction(values, _COMPONENTS)
             x = ((values - given.mean) * given.scale @ given.axes).astype(np.float64)
@@ -67,6 +69,14 @@ def embedding(study: Study) -> tuple[dict[str, Any], bytes]:
     header = {"classes": json.dumps(list(table.classes))}
     file = save_safetensors({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata=header)
     return {"neighbours": _NEIGHBOURS, **about}, same_bytes(file)
+
+
+def _filled(values: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """``[n, channel x f]`` with a channel's mean where it is not valid: that it is missing puts nobody together."""
+    each = values.reshape(*valid.shape, -1)
+    shown = valid[:, :, None]
+    mean = np.where(shown, each, 0).sum(axis=0, dtype=np.float64) / np.maximum(shown.sum(axis=0), 1)
+    return np.where(shown, each, mean.astype(np.float32)).reshape(values.shape)
 
 
 def neighbours(

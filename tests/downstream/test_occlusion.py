@@ -199,3 +199,11 @@ def test_neighbours_tell_people_from_labels() -> None:
     assert labels["label"] == 1.0 and labels["person"] < 0.3
     alone = embedding.neighbours(x[:20], person[:20], label[:20])
     assert alone["person"] == 1.0 and alone["label"] is None and alone["label_chance"] is None
+
+
+def test_a_channel_that_is_missing_puts_nobody_together() -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    valid = np.array([[True, True], [True, False], [True, True]])
+    assert embedding._filled(values, valid).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    valid[2, 1] = False
+    assert embedding._filled(values, valid)[1:, 2:].tolist() == [[2, 3], [2, 3]]

@@ -34,7 +34,7 @@ Item = tuple[str, str, int]
 _NOTHING: Item = ("", "", 0)
 
 _DIGITS = 6
-# Windows at most, tested ones and those that means are taken over: what it costs is proportional to them.
+# Windows at most, of those that are tested and of those that only train: what it costs is proportional to them.
 _MOST_WINDOWS = 4096
 _WINDOWS = 256
 
@@ -47,8 +47,8 @@ def leaned(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Hea
         choices: what each fold selected for the fused row.
         heads: of each fold, as :func:`physio_dist.downstream.trials.kept_heads` gives them.
     """
-    table, n = study.table, len(study.table.label)
-    some = np.sort(permutation(n, "occlusion", study.options.run.seed)[:_MOST_WINDOWS])
+    table = study.table
+    some = _some(study)
     answers: dict[Item, list[Floats]] = {}
     tested: list[Ints] = []
     with one_thread():
@@ -86,6 +86,13 @@ def leaned(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Hea
         found[what].append(entry)
     area = _rounded(pooled_auc(ours))
     return {"windows": len(where), "people": len(np.unique(person)), "auc": area, **found}
+
+
+def _some(study: Study) -> Ints:
+    """Rows of the table that it is measured on: of those that are tested, and of the others that only train."""
+    order = permutation(len(study.table.label), "occlusion", study.options.run.seed)
+    tested = np.isin(order, np.concatenate([fold.test for fold in study.folds]))
+    return np.sort(np.concatenate([order[tested][:_MOST_WINDOWS], order[~tested][:_MOST_WINDOWS]]))
 
 
 def _rounded(value: float) -> float | None:

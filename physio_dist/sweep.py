@@ -385,7 +385,8 @@ def table(results: dict[str, Any]) -> list[str]:
     for one in results.get("differences", []):
         if one["auc"] is not None and one["p"] is not None:
             interval = f"{one['ci'][0]:+.3f} to {one['ci'][1]:+.3f}"
-            lines.append(f"{'LEAKY ' * leaky}{one['row']} - {one['minus']}: {one['auc']:+.3f} ({interval}), p = {one['p']:.2g}")
+            what = f"{'LEAKY ' * leaky}{one['row']} - {one['minus']}"
+            lines.append(f"{what}: {one['auc']:+.3f} ({interval}), p = {one['p']:.2g}")
     if any(row["name"].startswith("bound_") for row in results["rows"]):
         lines.append("bound_*: the best that the simulator's hidden state allows")
     if paper := results.get("published"):

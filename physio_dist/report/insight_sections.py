@@ -174,7 +174,10 @@ def _verdict(sweep: Sweep) -> str:
         if math.isfinite(share) and chance > 0:
             label, by_chance = plane.near["label"]
             lead = label - by_chance
-            more = f", {100 * lead:+.0f} points above chance".replace("-", "\u2212") if math.isfinite(lead) else ""
+            more = ""
+            if math.isfinite(lead):
+                side = "above" if lead > 0 else "below"
+                more = f", {100 * abs(lead):.0f} points {side} chance" if abs(lead) >= 0.005 else ", as by chance"
             told.append(
                 f"of a window's nearest {signal.upper()} neighbours {percent(share)} are of the same person "
                 f"({share / chance:.1f} times as many as by chance); of the nearest of other people {percent(label)} "

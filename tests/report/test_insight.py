@@ -141,7 +141,11 @@ def test_planes_by_person_and_by_label(tmp_path):
         assert sum(words in alt for alt in alts) >= 1, words
     text = page.text.replace("\u00a0", " ")
     assert "EEG neighbours 83 % are of the same person (10.4 times as many as by chance)" in text
-    assert "of other people 55 % have its label, +5 points above chance" in text
+    assert "of other people 55 % have its label, 5 points above chance" in text
+    told = json.loads(results_with())["embedding"]
+    told["eeg"]["label"] = 0.504
+    page = page_of(write_sweep(tmp_path, results=results_with(embedding=told)))
+    assert "of other people 50 % have its label, as by chance" in page.text.replace("\u00a0", " ")
     styles = plots.person_colours(36)
     assert len(set(styles)) == 36 and len(set(plots.person_colours(9))) == 9
 

@@ -207,7 +207,7 @@ def test_rows_of_missing_signals_noise_and_calibration(tmp_path):
     assert "Calibration error" in page.text and "0.123" in page.text and "before 0.234" in page.text
     assert "With one signal withheld at the test" in page.text and "with noise in place of one signal" in page.text
     plain, _ = page_of(write_sweep(tmp_path / "plain"))
-    assert "Calibration error" not in plain and "withheld" not in plain and "noise" not in plain
+    assert "Calibration error" not in plain and "withheld at the test" not in plain and "noise" not in plain
 
 
 def test_recorded_signals_have_no_bound(tmp_path):

@@ -26,8 +26,8 @@ from physio_dist.shards.index import open_set
 from physio_dist.task_options import LEAKY, SHARED_PEOPLE
 from physio_dist.training.rundir import CONFIG, RunDir
 
-TRIALS, RESULTS, PREDICTIONS, DATA, BOARD = (
-    "trials.jsonl", "results.json", "predictions.safetensors", "data.json", "tensorboard",
+TRIALS, RESULTS, PREDICTIONS, EMBEDDING, DATA, BOARD = (
+    "trials.jsonl", "results.json", "predictions.safetensors", "embedding.safetensors", "data.json", "tensorboard",
 )  # fmt: skip
 # They say where and how fast a sweep runs, not what it finds.
 MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.storage", "tune.features"])
@@ -357,29 +357,36 @@ class Ledger:
 
 
 
-
 def table(results: dict[str, Any]) -> list[str]:
     """The rows of ``results.json`` as lines of text, metrics over the pooled windows of all held-out people."""
     simulated = "SIMULATED signals: " if results.get("simulated") else ""
-    head = f"{'':16}{'accuracy':>10}{'balanced':>10}{'macro F1':>10}{'ROC-AUC':>10}{'95% interval':>16}{'PR-AUC':>10}"
+    leaky = results["protocol"] == LEAKY
+    names = [row["name"] + " LEAKY" * leaky for row in results["rows"]]
+    wide = max(14, *map(len, names)) + 2
+    titles = {"accuracy": 10, "balanced": 10, "macro F1": 10, "ROC-AUC": 10, "95% interval": 16, "PR-AUC": 10}
+    head = " " * wide + "".join(f"{title:>{room}}" for title, room in titles.items())
     who = "people" if results["protocol"] in SHARED_PEOPLE else "held-out people"
     lines = [
         f"{simulated}{results['task']}, {results['protocol']}: {results['windows']} windows of "
         f"{results['people']} {who}",
         head,
     ]
-    if leaky := results["protocol"] == LEAKY:
+    if leaky:
         lines.insert(0, "LEAKY SPLIT: windows of the same people and recordings train and test; no row below holds")
-    for row in results["rows"]:
-        name = row["name"] + " LEAKY" * leaky
-        values = {name: "-" if row.get(name) is None else f"{row[name]:.3f}" for name in METRICS}
+    for name, row in zip(names, results["rows"], strict=True):
+        values = {one: "-" if row.get(one) is None else f"{row[one]:.3f}" for one in METRICS}
         span = row.get("auc_ci")
         known = span is not None and None not in span
         interval = f"{span[0]:.3f} to {span[1]:.3f}" if known and span is not None else "-"
         lines.append(
-            f"{name:16}{values['accuracy']:>10}{values['balanced_accuracy']:>10}{values['macro_f1']:>10}"
+            f"{name:{wide}}{values['accuracy']:>10}{values['balanced_accuracy']:>10}{values['macro_f1']:>10}"
             f"{values['auc']:>10}{interval:>16}{values['pr_auc']:>10}"
         )
+    for one in results.get("differences", []):
+        if one["auc"] is not None and one["p"] is not None:
+            interval = f"{one['ci'][0]:+.3f} to {one['ci'][1]:+.3f}"
+            what = f"{'LEAKY ' * leaky}{one['row']} - {one['minus']}"
+            lines.append(f"{what}: {one['auc']:+.3f} ({interval}), p = {one['p']:.2g}")
     if any(row["name"].startswith("bound_") for row in results["rows"]):
         lines.append("bound_*: the best that the simulator's hidden state allows")
     if paper := results.get("published"):

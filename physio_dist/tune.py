@@ -301,6 +301,8 @@ def _sweep(
     classifier_folder.keep(prepared, ledger.records(), directory.file(classifier_folder.FOLDER), say)
     storage.write_bytes(directory.file(sweep.TRIALS), ledger.lines())
     storage.write_bytes(directory.file(sweep.PREDICTIONS), outcome.predictions)
+    if outcome.embedding is not None:
+        storage.write_bytes(directory.file(sweep.EMBEDDING), outcome.embedding)
     # Last: with it the sweep is finished.
     storage.write_json(directory.file(sweep.RESULTS), outcome.results)
     return outcome.results

@@ -20,9 +20,10 @@ MAY_KNOW = {
     },
     "downstream": {
         "downstream", "models", "shards", "signals", "storage", "config", "options", "task_options", "errors",
-        "lifeline", "",
+        "lifeline", "pairs", "",
     },
-    "report": {"report", "errors"},
+    "report": {"report", "pairs", "errors"},
+    "pairs": set(),
     "storage": {"faults", "urls"},
     "faults": {"errors", "urls"},
     "urls": set(),
@@ -43,7 +44,8 @@ MAY_KNOW = {
 HOMES = {
     "deepspeed": {"training/engine.py", "training/rank.py"},
     "ray": {"cluster.py", "foldwise.py", "gauges.py", "launch.py", "spread.py", "tune.py"},
-    "sklearn": {f"downstream/{name}.py" for name in ("handmade", "metrics", "splits", "study")} | {"report/heldout.py"},
+    "sklearn": {f"downstream/{name}.py" for name in ("embedding", "handmade", "metrics", "splits", "study")}
+    | {"report/heldout.py"},
     "wfdb": {"signals/readers/wfdb_records.py", "downstream/handmade.py"},
     "h5py": {"signals/readers/code15.py", "signals/readers/mat_people.py"},
     "edfio": {"signals/readers/edf_files.py"},

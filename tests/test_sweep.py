@@ -317,6 +317,15 @@ def test_the_table(run: RunDir) -> None:
     leaky = sweep.table({**results, "protocol": "leaky_window", "simulated": False})
     assert leaky[0].startswith("LEAKY SPLIT") and leaky[1].endswith("48 windows of 6 people")
     assert all(line.split()[1] == "LEAKY" for line in leaky[3:5])
+    rows = [results["rows"][0], {**row, "name": "fused_untrained_only", "auc_ci": [0.7, 0.9]}]
+    lines = sweep.table({**results, "protocol": "leaky_window", "rows": rows})
+    assert len({len(line) for line in lines[2:5]}) == 1, "columns stay where they are under a long name"
+    gain = {"row": "fused", "minus": "eeg", "auc": -0.0123, "ci": [-0.05, 0.0207], "p": 0.0432}
+    none = {"row": "fused", "minus": "ecg", "auc": 0.1, "ci": None, "p": None}
+    lines = sweep.table({**results, "differences": [gain, none]})
+    assert lines[4] == "fused - eeg: -0.012 (-0.050 to +0.021), p = 0.043" and len(lines) == 7
+    leaky = sweep.table({**results, "protocol": "leaky_window", "differences": [gain]})
+    assert any(line.startswith("LEAKY fused - eeg") for line in leaky)
     paper = {"source": "arXiv 1", "metric": "auc", "value": 0.8479, "unknown": "the split"}
     assert "arXiv 1 reports auc 0.8479; unknown: the split" in sweep.table({**results, "published": paper})
     real = sweep.table({**results, "simulated": False, "rows": results["rows"][:1], "notes": []})

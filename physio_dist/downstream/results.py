@@ -16,6 +16,7 @@ from scipy.stats import ttest_1samp
 from physio_dist.downstream.metrics import METRICS, auc_interval, calibration_error, confusion, score
 from physio_dist.downstream.splits import Fold
 from physio_dist.downstream.tasks import Table
+from physio_dist.pairs import all_pairs, compared, difference, p_of_no_difference
 from physio_dist.shards.index import key_table
 
 Floats = npt.NDArray[np.floating]
@@ -47,10 +48,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``results.json`` as an object, and the bytes of ``predictions.safetensors``."""
+    """``results.json`` as an object, the bytes of ``predictions.safetensors``, and those of ``embedding.safetensors``
+    where frozen features are known."""
 
     results: dict[str, Any]
     predictions: bytes
+    embedding: bytes | None = None
 
 
 def row_of(row: Row, table: Table, folds: Sequence[Fold], seed: int) -> dict[str, Any]:
@@ -82,6 +85,23 @@ def row_of(row: Row, table: Table, folds: Sequence[Fold], seed: int) -> dict[str
         "spread": {name: _spread([fold[name] for fold in per_fold]) for name in METRICS},
         "confusion": confusion(label, probability),
     }
+
+
+def differences(rows: Sequence[Row], table: Table, folds: Sequence[Fold]) -> list[dict[str, Any]]:
+    """Pooled AUCs of rows less those of others, on the same people: ``row minus auc ci p``, see `physio_dist.pairs`."""
+    tested = np.concatenate([fold.test for fold in folds])
+    label, person = table.label[tested], table.person[tested]
+    # As predictions.safetensors has them, so that whoever reads it finds the same.
+    given = {row.name: np.concatenate(list(row.probability)).astype(np.float32).astype(np.float64) for row in rows}
+    pairs = {name: all_pairs(label, person, probability) for name, probability in given.items()}
+    found = []
+    for name, minus in compared(given):
+        one = difference(pairs[name], pairs[minus])
+        p = p_of_no_difference(label, person, given[name], given[minus])
+        told = [None if math.isnan(x) else round(x, _DIGITS) for x in (one.value, one.low, one.high, p)]
+        interval = None if told[1] is None else told[1:3]
+        found.append({"row": name, "minus": minus, "auc": told[0], "ci": interval, "p": told[3]})
+    return found
 
 
 def _rounded(scores: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -170,10 +190,10 @@ def predictions(rows: Sequence[Row], table: Table, folds: Sequence[Fold]) -> byt
     for row in rows:
         tensors[f"probability.{row.name}"] = np.concatenate(list(row.probability))[order].astype(np.float32)
     about = {"classes": json.dumps(list(table.classes)), "folds": json.dumps([fold.name for fold in folds])}
-    return _same_bytes(save_safetensors({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata=about))
+    return same_bytes(save_safetensors({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata=about))
 
 
-def _same_bytes(data: bytes) -> bytes:
+def same_bytes(data: bytes) -> bytes:
     """A safetensors file with its header in order: the library writes metadata in the order of a random hash."""
     length = int.from_bytes(data[:8], "little")
     text = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)

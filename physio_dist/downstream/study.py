@@ -8,16 +8,27 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig, check_tune
 from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_overlap, untrained, urls_of
 from physio_dist.downstream.clips import since_rest
+from physio_dist.downstream.embedding import embedding
 from physio_dist.downstream.features import Features, check_fits, embed, open_features
 from physio_dist.downstream.folds import folds_for
 from physio_dist.downstream.handmade import handmade, logistic
-from physio_dist.downstream.results import Outcome, Row, bounds, majority, permuted_part, predictions, row_of
+from physio_dist.downstream.occlusion import leaned
+from physio_dist.downstream.pooling import pooled
+from physio_dist.downstream.results import (
+    Outcome,
+    Row,
+    bounds,
+    differences,
+    majority,
+    permuted_part,
+    predictions,
+    row_of,
+)
 from physio_dist.downstream.splits import LEAKY_NOTE, Fold, can_permute
 from physio_dist.downstream.tasks import SIGNALS, Table, label_name, published
 from physio_dist.downstream.trials import MODALITIES as MODALITIES
@@ -27,6 +38,7 @@ from physio_dist.downstream.trials import (
     Study,
     TrialRecord,
     control,
+    kept_heads,
     noisy,
     predict,
     reductions_of,
@@ -36,7 +48,6 @@ from physio_dist.downstream.trials import (
 from physio_dist.downstream.trials import candidates as candidates
 from physio_dist.downstream.trials import train as train
 from physio_dist.errors import DataError, UserError
-from physio_dist.models.fusion import tokens
 from physio_dist.models.fusion_heads import input_kind
 from physio_dist.shards.index import ShardSet, read_sidecar
 from physio_dist.task_options import LEAKY
@@ -47,8 +58,6 @@ ROWS = ("majority", "untrained", "handmade", "ecg", "eeg", "fused")
 """Rows of every study, in the order of ``results.json``. ``search.modality_dropout`` adds ``fused_ecg_only
 fused_eeg_only``, ``tune.noise_control`` ``noise_ecg noise_eeg``, simulated data ``bound_ecg bound_eeg bound_fused``."""
 
-# Windows pooled at a time: features of patches are much larger than what becomes of them.
-_WINDOWS = 256
 _PROTOCOL = {
     "grouped_kfold": "groups of people take turns as test people; nobody is on two sides of a fold",
     "loso": "each person takes a turn as the only test person (leave one subject out)",
@@ -96,6 +105,7 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
     backbones = {signal: _backbones(options, signal, folds, table, shards) for signal in SIGNALS}
     encoders: dict[str, tuple[str, ...]] = {}
     inputs: dict[str, npt.NDArray[np.float32]] = {}
+    features: dict[str, str] = {}
     for signal in SIGNALS:
         fresh = [untrained(backbone, seed) for backbone in backbones[signal]]
         for name, those in ((signal, backbones[signal]), (f"untrained_{signal}", fresh)):
@@ -104,8 +114,11 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
                 folder = f"{signal}-{backbone.sha256[:16]}-{shards.fingerprint[:16]}"
                 where = storage.join(features_url, folder)
                 embed(backbone, tune.data, where, say)
+                found = _features(where, table)
                 for kind in _kinds(options):
-                    inputs[f"{signal}/{backbone.sha256}/{kind}"] = _pooled(open_features(where), table, kind, where)
+                    inputs[f"{signal}/{backbone.sha256}/{kind}"] = pooled(found, table.sample, kind, table.rest)
+                if name == signal:
+                    features[f"{signal}/{backbone.sha256}"] = where
     measured = {
         name: since_rest(values.__getitem__, table.sample, table.rest)
         for name, values in handmade(tune.data, say).items()
@@ -114,7 +127,7 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
     reductions = reductions_of(inputs, encoders, folds, max(options.search.components), valid)
     about = {signal: _about(backbones[signal], folds) for signal in SIGNALS}
     notes = tuple(_notes(options, shards, table, folds, backbones, valid))
-    return Study(options, table, folds, encoders, inputs, measured, reductions, about, notes, valid)
+    return Study(options, table, folds, encoders, inputs, measured, reductions, about, notes, valid, features)
 
 
 def _kinds(options: TuneConfig) -> list[str]:
@@ -161,19 +174,11 @@ def _backbones(
     return [opened[urls[name]] for name in names]
 
 
-def _pooled(features: Features, table: Table, kind: str, where: str) -> npt.NDArray[np.float32]:
-    if [features.keys[i] for i in table.sample] != table.keys:
+def _features(where: str, table: Table) -> Features:
+    found = open_features(where)
+    if [found.keys[i] for i in table.sample] != table.keys:
         raise DataError(f"{where} holds features of other windows than the shard set's; remove it")
-
-    def of(sample: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        parts = []
-        for start in range(0, len(sample), _WINDOWS):
-            rows = sample[start : start + _WINDOWS]
-            values, valid = features.values[rows], features.valid[rows]
-            parts.append(tokens(torch.from_numpy(values), torch.from_numpy(valid), kind)[0].numpy())
-        return np.concatenate(parts)
-
-    return since_rest(of, table.sample, table.rest)
+    return found
 
 
 def _about(backbones: list[Backbone], folds: tuple[Fold, ...]) -> dict[str, Any]:
@@ -279,6 +284,7 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
         },
         "notes": list(study.notes),
         "rows": found,
+        "differences": differences(ordered, table, folds),
     }
     if row := published(results["task"], results["label"]):
         results["published"] = row
@@ -286,7 +292,13 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
         say(f"training fused heads on labels permuted by recording within people, {repeats} times")
         observed = next(row["auc"] for row in found if row["name"] == "fused")
         results["permuted"] = permuted_part(observed, control(study, chosen["fused"], repeats))
-    return Outcome(results, predictions(ordered, table, folds))
+    plane = None
+    if study.features:
+        say("what the fused heads lean on: each signal, channel and patch withheld in turn")
+        results["leaned"] = leaned(study, chosen["fused"], kept_heads(study, "fused", chosen["fused"]))
+        say("frozen features on a plane")
+        results["embedding"], plane = embedding(study)
+    return Outcome(results, predictions(ordered, table, folds), plane)
 
 
 def _handmade_row(study: Study) -> Row:

@@ -52,6 +52,7 @@ class Study:
         about: what ``results.json`` says of the encoders.
         notes: what a reader of the results has to know.
         valid: of each signal bool ``[n, channel]``; a signal that is not named is there in all windows.
+        features: ``<signal>/<hash>`` -> URL of the frozen features that were pooled; not those of untrained encoders.
     """
 
     options: TuneConfig
@@ -64,6 +65,7 @@ class Study:
     about: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     valid: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    features: dict[str, str] = field(default_factory=dict)
 
     def there(self, key: str) -> npt.NDArray[np.bool_] | None:
         """bool ``[n, token]`` or ``[n, 1]``: which windows have what is at this key of ``inputs``; None: all."""

@@ -40,8 +40,8 @@ SHORT = {
     "eeg": "EEG",
     "fused_ecg_only": "fused, ECG",
     "fused_eeg_only": "fused, EEG",
-    "noise_ecg": "EEG + noise",
-    "noise_eeg": "ECG + noise",
+    "noise_ecg": "EEG+noise",
+    "noise_eeg": "ECG+noise",
 }
 SHADE = "#08518c"
 # From this share on white figures read better than black ones on it.
@@ -102,7 +102,7 @@ def forest(lines: Sequence[Interval], chance: float, alt: str) -> Image:
     height = 0.36 * len(lines) + 0.85
     figure = new_figure(WIDE_INCHES, height)
     left, right = 1.75, 2.0
-    axes = _axes(figure, left, 0.5, WIDE_INCHES - left - right, height - 0.85)
+    axes = axes_at(figure, left, 0.5, WIDE_INCHES - left - right, height - 0.85)
     drawn = [x for line in lines for x in (line.value, line.low, line.high, line.bound, *line.folds)]
     seen = np.array([*drawn, chance])
     seen = seen[np.isfinite(seen)]
@@ -170,7 +170,7 @@ def confusions(tables: Sequence[tuple[str, Ints]], classes: Sequence[str], alt: 
     figure = new_figure(WIDE_INCHES, height)
     for number, (row, table) in enumerate(tables):
         x, y = left + (number % across) * (side + gap), height - (number // across) * slot - 0.32 - side
-        axes = _axes(figure, x, y, side, side)
+        axes = axes_at(figure, x, y, side, side)
         axes.set_title(label_of(row), pad=5)
         _matrix(axes, table, size=float(np.clip(15.0 * side / k, 5.0, 11.0)))
         axes.set_xticks(range(k), names, rotation=35 if turned else 0, ha="right" if turned else "center")
@@ -193,7 +193,7 @@ def people_panel(
     wide = n > FEW_PEOPLE
     width, height = (WIDE_INCHES, 3.6) if wide else (PANEL_INCHES, 3.7)
     figure = new_figure(width, height)
-    axes = _axes(figure, 0.6, 0.8, width - 0.7, height - 1.55)
+    axes = axes_at(figure, 0.6, 0.8, width - 0.7, height - 1.55)
     axes.set_title(title, pad=38, x=-0.5 / (width - 0.7))
     size = float(np.clip(58 * (width - 0.7) / n * 0.3, 2.4, 6.5))
     axes.grid(False)
@@ -219,7 +219,7 @@ def people_panel(
 def permuted_strip(values: Floats, observed: float, alt: str) -> Image:
     """AUCs under permuted labels, one dot each where few, as a histogram where many; the observed one beside them."""
     figure = new_figure(WIDE_INCHES, 2.0)
-    axes = _axes(figure, 0.3, 0.52, WIDE_INCHES - 0.6, 1.1)
+    axes = axes_at(figure, 0.3, 0.52, WIDE_INCHES - 0.6, 1.1)
     seen = np.array([*values.tolist(), 0.5, *([observed] if math.isfinite(observed) else [])])
     low, high = float(seen.min()), float(seen.max())
     room = 0.08 * (high - low) or 0.05
@@ -247,7 +247,7 @@ def best_single(rows: Mapping[str, Floats]) -> Floats:
     return np.asarray(best, np.float64)
 
 
-def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes at a place given in inches from the lower left corner."""
     w, h = figure.get_size_inches()
     return figure.add_axes((left / w, bottom / h, width / w, height / h))
@@ -256,7 +256,7 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
 def _square(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     side = 2.75
     figure = new_figure(PANEL_INCHES, side + 0.95)
-    axes = _axes(figure, 0.66, 0.55, side, side)
+    axes = axes_at(figure, 0.66, 0.55, side, side)
     axes.set_title(title, pad=8, x=-0.6 / side)
     axes.set_xlim(-0.012, 1.012)
     axes.set_ylim(-0.012, 1.012)

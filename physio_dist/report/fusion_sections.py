@@ -9,12 +9,13 @@ import math
 
 import numpy as np
 
+from physio_dist.pairs import EXCHANGES, compared, pooled_auc
 from physio_dist.report import fusion_plots as plots
 from physio_dist.report import protocol, setting
 from physio_dist.report.drawing import percent
 from physio_dist.report.fusion_plots import colour_of, label_of, metric, span
-from physio_dist.report.fusion_summary import CHANCE, better_single, gains, p_word, reached, signed
-from physio_dist.report.heldout import HeldOut, mean_roc, pooled_auc, precision_recall, present, roc
+from physio_dist.report.fusion_summary import CHANCE, better_single, p_word, reached, signed
+from physio_dist.report.heldout import HeldOut, mean_roc, precision_recall, present, roc
 from physio_dist.report.parts import Cell, Figure, Section, Table
 from physio_dist.report.rundata import Floats, without_credentials
 from physio_dist.report.sweepdata import BOUND, METRICS, PREDICTIONS, ROWS, Row, Sweep
@@ -318,26 +319,33 @@ def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
 
 
 def _gain_table(sweep: Sweep, held: HeldOut | None) -> Table | None:
-    """What fusion adds to each other row, on the same resampled people."""
-    if held is None:
-        return None
-    found = gains(held, [row.name for row in sweep.real_rows if row.name not in ("fused", "majority")])
-    if not found:
+    """What fusion adds to each other row, and what is left of it, on the same resampled people."""
+    named = [row.name for row in sweep.real_rows]
+    found = {} if held is None else held.differences
+    found = {pair: one for pair in compared(named) if (one := found.get(pair)) is not None}
+    if held is None or not found:
         return None
     lines = []
-    for name, one in found.items():
-        mine, other = held.people.auc["fused"], held.people.auc[name]
+    for (name, minus), one in found.items():
+        mine, other = held.people.auc[name], held.people.auc[minus]
         both = np.isfinite(mine) & np.isfinite(other)
         share = f"{int((mine > other)[both].sum())} of {int(both.sum())}" if both.any() else "–"
         interval = f"{signed(one.low)} to {signed(one.high)}" if math.isfinite(one.low) else "–"
-        cells = [Cell(label_of(name), colour=colour_of(name)), Cell(signed(one.value)), Cell(interval), Cell(share)]
-        lines.append(cells)
+        p = p_word(one.p) if math.isfinite(one.p) else "–"
+        what = label_of(minus) if name == "fused" else f"{label_of(name)} minus {label_of(minus)}"
+        lines.append([
+            Cell(what, colour=colour_of(minus if name == "fused" else name)), Cell(signed(one.value)), Cell(interval),
+            Cell(p), Cell(share),
+        ])  # fmt: skip
     caption = (
         "By how much the fused row's ROC-AUC exceeds each other's. The interval is a bootstrap over people in which "
-        "both rows are measured on the same drawn people; above zero it shows a gain. Last: people whose own AUC is "
-        "higher fused."
+        "both rows are measured on the same drawn people; above zero it shows a gain. p: two-sided, by exchanging both "
+        f"rows' answers for a random half of the people, {EXCHANGES:,} times; not corrected for how many are compared. "
+        "Last: people whose own AUC is higher."
     )
-    return Table(["Fused minus", "ROC-AUC", "95 % interval", "People better"], lines, caption)
+    if any(name != "fused" for name, _ in found):
+        caption += " Below the fused row: what rows with one signal and nothing, or noise, add to that signal alone."
+    return Table(["Fused minus", "ROC-AUC", "95 % interval", "p", "People better"], lines, caption)
 
 
 def _curve_alt(what: str, drawn: list[plots.Curve]) -> str:

@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 
+from physio_dist.pairs import Difference
 from physio_dist.report import protocol
 from physio_dist.report.drawing import percent
 from physio_dist.report.fusion_plots import label_of, metric, span
-from physio_dist.report.heldout import Difference, HeldOut, difference
+from physio_dist.report.heldout import HeldOut
 from physio_dist.report.parts import Fact
 from physio_dist.report.summary import Summary, badge_of, duration
 from physio_dist.report.sweepdata import Row, Sweep
@@ -49,13 +50,6 @@ def reached(row: Row, bound: Row | None) -> float:
     if bound is None or not bound.scores["auc"] > CHANCE:
         return math.nan
     return (row.scores["auc"] - CHANCE) / (bound.scores["auc"] - CHANCE)
-
-
-def gains(held: HeldOut | None, names: list[str]) -> dict[str, Difference]:
-    """Fused minus each of these rows, where predictions tell."""
-    if held is None or "fused" not in held.pairs:
-        return {}
-    return {name: difference(held.pairs["fused"], held.pairs[name]) for name in names if name in held.pairs}
 
 
 def better_single(sweep: Sweep) -> Row | None:
@@ -103,12 +97,12 @@ def _gain(sweep: Sweep, held: HeldOut | None) -> list[str]:
     for name, called in (("handmade", "hand-made features"), ("untrained", "untrained encoders of the same shape")):
         if (row := sweep.row(name)) is not None and math.isfinite(row.scores["auc"]):
             against.append((row, called))
-    found = gains(held, [row.name for row, _ in against])
+    found = {} if held is None else held.differences
     for row, called in against:
         text = f"Fused minus {called}: {signed(fused.scores['auc'] - row.scores['auc'])}"
-        one = found.get(row.name)
+        one = found.get(("fused", row.name))
         if one is not None and math.isfinite(one.low):
-            text += f", 95 % interval {signed(one.low)} to {signed(one.high)}{_meaning(one)}"
+            text += f", 95 % interval {signed(one.low)} to {signed(one.high)}, p = {p_word(one.p)}{_meaning(one)}"
         told.append(text + ".")
     return told
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from physio_dist.errors import UserError
-from physio_dist.report import fusion_sections, protocol, sections, setting, sweep_section
+from physio_dist.report import fusion_sections, insight_sections, protocol, sections, setting, sweep_section
 from physio_dist.report.drawing import style
 from physio_dist.report.fusion_summary import summarise_sweep
 from physio_dist.report.heldout import HeldOut
@@ -34,7 +34,10 @@ SWEEP_SECTIONS: tuple[Callable[[Sweep, HeldOut | None], Section], ...] = (
     fusion_sections.baselines,
     fusion_sections.curves,
     fusion_sections.confusion,
+    insight_sections.trust,
     fusion_sections.people,
+    insight_sections.leaning,
+    insight_sections.planes,
     sweep_section.search,
     fusion_sections.control,
     fusion_sections.dataset,
@@ -58,9 +61,9 @@ def render(read: Reader, *more: Reader) -> str:
     ``read(name)`` returns the bytes of a file of the run directory, or None where there is none. A directory with
     ``metrics.jsonl`` is a pretraining run (``config.yaml``, ``examples.safetensors``, ``data.json`` and
     ``attempts.json`` are asked for too); one with ``results.json`` alone is a sweep (``predictions.safetensors``,
-    ``trials.jsonl``, ``config.yaml``, ``data.json``). Raises ``UserError`` where both are missing, where there is no
-    logged step, or where a file cannot be understood, and ``DataError`` where files contradict each other; both name
-    the file.
+    ``embedding.safetensors``, ``trials.jsonl``, ``config.yaml``, ``data.json``). Raises ``UserError`` where both are
+    missing, where there is no logged step, or where a file cannot be understood, and ``DataError`` where files
+    contradict each other; both name the file.
     """
     first, *rest = (_chapter(one) for one in (read, *more))
     chapters = [first, *(replace(chapter, prefix=f"run{n}-") for n, chapter in enumerate(rest, 2))]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from physio_dist.errors import DataError, UserError
+from physio_dist.report.insight import AGAIN, EMBEDDING, Leaned, Plane, parse_leaned, parse_planes
 from physio_dist.report.rundata import Floats, Given, Reader, load_given, printable
 
 Ints = NDArray[np.int64]
@@ -25,7 +26,6 @@ ROWS = ("majority", "untrained", "handmade", "ecg", "eeg", "fused")
 BOUND = "bound_"
 # Probabilities are stored as float32.
 SUM_TOLERANCE = 1e-3
-AGAIN = "run the sweep again, or put back the files that belong together"
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ class Sweep(Given):
     predictions: Predictions | None = None
     trials: list[Trial] = field(default_factory=list)
     unfinished: bool = False
+    leaned: Leaned | None = None
+    planes: dict[str, Plane] = field(default_factory=dict)
 
     def row(self, name: str) -> Row | None:
         """The row of this name, or None."""
@@ -173,6 +175,8 @@ def load_sweep(read: Reader) -> Sweep:
         predictions=predictions,
         trials=trials,
         unfinished=unfinished,
+        leaned=parse_leaned(results.get("leaned")),
+        planes=parse_planes(read(EMBEDDING), results.get("embedding"), len(classes)),
     )
 
 

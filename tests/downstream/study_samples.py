@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save as save_safetensors
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig
+from physio_dist.downstream.features import FORMAT, INDEX, KIND
 from physio_dist.downstream.heads import Job
 from physio_dist.downstream.splits import folds_of
 from physio_dist.downstream.tasks import Table
@@ -168,3 +170,17 @@ def changed(study: Study, **fields: Any) -> Study:
 def with_label(study: Study, label: np.ndarray) -> Study:
     """The same study with other labels."""
     return replace(study, table=replace(study.table, label=label))
+
+
+def write_features(url: str, values: np.ndarray, valid: np.ndarray, keys: Sequence[str], signal: str) -> str:
+    """Frozen features ``[n, channel, patch, d]`` as ``physio-dist embed`` leaves them, by an encoder called so."""
+    content = save_safetensors({"values": values.astype(np.float32), "valid": valid})
+    name = "features-00000.safetensors"
+    storage.write_bytes(storage.join(url, name), content)
+    file = {"file": name, "windows": len(values), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    about = {
+        "format": FORMAT, "kind": KIND, "encoder_sha256": f"{signal}-a", "encoder": {}, "fingerprint": "made",
+        "signal": signal, "shape": list(values.shape[1:]), "windows": len(values), "files": [file], "keys": list(keys),
+    }  # fmt: skip
+    storage.write_json(storage.join(url, INDEX), about)
+    return url

@@ -207,7 +207,7 @@ def test_rows_of_missing_signals_noise_and_calibration(tmp_path):
     assert "Calibration error" in page.text and "0.123" in page.text and "before 0.234" in page.text
     assert "With one signal withheld at the test" in page.text and "with noise in place of one signal" in page.text
     plain, _ = page_of(write_sweep(tmp_path / "plain"))
-    assert "Calibration error" not in plain and "withheld" not in plain and "noise" not in plain
+    assert "Calibration error" not in plain and "withheld at the test" not in plain and "noise" not in plain
 
 
 def test_recorded_signals_have_no_bound(tmp_path):
@@ -274,7 +274,7 @@ def test_what_fusion_adds_is_counted_in_people_too(tmp_path):
     gain = auc_of(tensors["label"], tensors["probability.fused"][:, 1])
     gain -= auc_of(tensors["label"], tensors["probability.eeg"][:, 1])
     shown = re.escape(f"{gain:+.3f}".replace("-", "\u2212"))
-    assert re.search(rf"EEG alone {shown} \S+ to \S+ {better} of 12", page.text)
+    assert re.search(rf"EEG alone {shown} \S+ to \S+ \S+ {better} of 12", page.text)
 
 
 def test_each_class_has_its_own_area(tmp_path):
@@ -334,14 +334,15 @@ def test_undefined_scores_are_dashes(tmp_path):
 def test_only_nulls(tmp_path):
     empty = dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "auc", "pr_auc", "auc_ci", "confusion"))
     raw = changed(**{name: empty | {"per_fold": [], "spread": {}} for name in TITLES})
-    _, page = page_of(write_sweep(tmp_path, results=raw, predictions=None, trials=None))
+    raw = json.dumps(json.loads(raw) | {"leaned": None}).encode()
+    _, page = page_of(write_sweep(tmp_path, results=raw, predictions=None, trials=None, embedding=None))
     assert "Majority class – – – – – –" in page.text
     assert "results.json holds no confusion matrix." in page.text
     assert len(page.images()) == 0
 
 
 def test_sections_without_data_say_so_in_a_line(tmp_path):
-    folder = write_sweep(tmp_path, predictions=None, trials=None, data=None, config=None)
+    folder = write_sweep(tmp_path, predictions=None, trials=None, data=None, config=None, embedding=None)
     _, page = page_of(folder)
     for line in (
         "The run holds no predictions.safetensors, so no curve can be drawn.",
@@ -353,7 +354,7 @@ def test_sections_without_data_say_so_in_a_line(tmp_path):
         "unnamed run",
     ):
         assert line in page.text
-    assert len(page.images()) == 2
+    assert len(page.images()) == 5
 
 
 def test_bare_results(tmp_path):

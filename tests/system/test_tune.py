@@ -253,8 +253,8 @@ def test_a_submitted_job_sweeps_and_its_trials_are_seen(
 
 def test_the_files_of_a_sweep(finished: Sweep, place: Place) -> None:
     assert {file.name for file in finished.path.iterdir()} == {
-        "classifier", "config.yaml", "data.json", "lease.json", "predictions.safetensors", "ray", "results.json",
-        "tensorboard", "trials.jsonl",
+        "classifier", "config.yaml", "data.json", "embedding.safetensors", "lease.json", "predictions.safetensors",
+        "ray", "results.json", "tensorboard", "trials.jsonl",
     }  # fmt: skip
     predictions = load((finished.path / "predictions.safetensors").read_bytes())
     first = int(np.flatnonzero(predictions["fold"] == 0)[0])

@@ -144,6 +144,8 @@ class TuneOptions(TaskOptions):
     eeg_encoder: Any = "???"
     # Configurations that are tried; each for every kind of input.
     trials: int = 32
+    # latin_hypercube draws all of them beforehand; optuna proposes by what was found, for each row and fold apart.
+    search: str = "latin_hypercube"
     # asha stops what falls behind; fifo lets every trial finish.
     scheduler: str = "asha"
     max_epochs: int = 40
@@ -303,6 +305,7 @@ def check_tune(options: TuneConfig) -> None:
     _run_name(options.run.name)
     check_task(tune)
     _one_of("tune.scheduler", tune.scheduler, ("asha", "fifo"))
+    _one_of("tune.search", tune.search, ("latin_hypercube", "optuna"))
     if not tune.data:
         raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
     for name, least in (("folds", 2), ("val_folds", 2), ("trials", 1), ("max_epochs", 1), ("permutations", 0)):

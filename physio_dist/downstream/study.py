@@ -1,5 +1,5 @@
 """One fusion study from its options to its results. No Ray here: whoever drives the trials calls, in this order,
-:func:`prepare`, :func:`candidates`, :func:`train` for every configuration and row, and :func:`conclude`."""
+:func:`prepare`, :func:`train` for every configuration (``proposals.py``) and row, and :func:`conclude`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from physio_dist.downstream.clips import since_rest
 from physio_dist.downstream.features import Features, check_fits, embed, open_features
 from physio_dist.downstream.folds import folds_for
 from physio_dist.downstream.handmade import handmade, logistic
+from physio_dist.downstream.proposals import STARTUP
 from physio_dist.downstream.results import Outcome, Row, bounds, majority, permuted_part, predictions, row_of
 from physio_dist.downstream.splits import LEAKY_NOTE, Fold, can_permute
 from physio_dist.downstream.tasks import SIGNALS, Table, label_name, published
@@ -33,7 +34,6 @@ from physio_dist.downstream.trials import (
     select,
     views,
 )
-from physio_dist.downstream.trials import candidates as candidates
 from physio_dist.downstream.trials import train as train
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.fusion import tokens
@@ -198,6 +198,11 @@ def _notes(
 ) -> list[str]:  # fmt: skip
     tune = options.tune
     notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_rule(tune.protocol)}."]
+    if tune.search == "optuna" and tune.trials > STARTUP:
+        notes.append(
+            f"Search: {STARTUP} configurations drawn for all folds, then {tune.trials - STARTUP} for each row and fold "
+            "that Optuna proposed, by that fold's validation AUC alone."
+        )
     if table.simulated:
         notes.append("SIMULATED signals: the figures say that the software works, and nothing about people.")
     notes += table.notes

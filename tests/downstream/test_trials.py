@@ -14,6 +14,7 @@ from study_samples import CONFIG, changed, features_of, job_of, study_of, table_
 from physio_dist.config import TuneConfig
 from physio_dist.downstream.heads import Heads
 from physio_dist.downstream.metrics import auc
+from physio_dist.downstream.proposals import candidates
 from physio_dist.downstream.splits import Fold
 from physio_dist.downstream.tasks import Table
 from physio_dist.downstream.trials import (
@@ -21,7 +22,6 @@ from physio_dist.downstream.trials import (
     Choice,
     Study,
     TrialRecord,
-    candidates,
     control,
     predict,
     select,

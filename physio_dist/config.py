@@ -161,6 +161,11 @@ class TuneOptions(TaskOptions):
     calibrate: bool = False
     # Rows with one modality replaced by noise, as a control: they should gain nothing over the other alone.
     noise_control: bool = False
+    # A row more: both encoders and a linear head over them trained end to end, what freezing costs.
+    finetune: bool = False
+    finetune_epochs: int = 5
+    # Of the encoders; the head's is ten times that.
+    finetune_lr: float = 1e-4
 
 
 @dataclass
@@ -308,9 +313,12 @@ def check_tune(options: TuneConfig) -> None:
     _one_of("tune.search", tune.search, ("latin_hypercube", "optuna"))
     if not tune.data:
         raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
-    for name, least in (("folds", 2), ("val_folds", 2), ("trials", 1), ("max_epochs", 1), ("permutations", 0)):
+    least_of = {"folds": 2, "val_folds": 2, "trials": 1, "max_epochs": 1, "permutations": 0, "finetune_epochs": 1}
+    for name, least in least_of.items():
         if getattr(tune, name) < least:
             raise UserError(f"tune.{name}={getattr(tune, name)}: it must be at least {least}")
+    if not 0 < tune.finetune_lr < math.inf:
+        raise UserError(f"tune.finetune_lr={tune.finetune_lr}: it must be a positive number")
     if not tune.cpus > 0:
         raise UserError(f"tune.cpus={tune.cpus}: it must be positive")
     for name, value in (("ecg_encoder", tune.ecg_encoder), ("eeg_encoder", tune.eeg_encoder)):

@@ -143,6 +143,10 @@ class FoldwiseOptuna(Searcher):  # type: ignore[misc]
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing of it is kept."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles what it is given, for a way of going on that is not ours; open files stay out of it.
+        return {}
+
 
 class _Past:
     """As much of a trial as schedulers ask for."""

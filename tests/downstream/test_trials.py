@@ -47,6 +47,15 @@ def test_every_epoch_tells_each_fold_and_their_mean() -> None:
     assert seen == list(train(pickle.loads(pickle.dumps(study)), "fused", CONFIG))
 
 
+def test_one_fold_alone_is_what_it_is_among_all() -> None:
+    study = study_of(TABLE, features_of(TABLE.label, 0.8, 3, 1), features_of(TABLE.label, 1.2, 3, 2), epochs=3)
+    for fold in ("0", "2"):
+        together = [line[f"fold_{fold}"] for line in train(study, "fused", CONFIG)]
+        alone = list(train(study, "fused", CONFIG, fold))
+        assert [set(line) for line in alone] == [{"epoch", "val_auc", f"fold_{fold}"}] * 3
+        assert [line["val_auc"] for line in alone] == pytest.approx(together, abs=0.005)
+
+
 def test_a_fold_is_the_mean_auc_of_heads_trained_one_by_one() -> None:
     study = known()
     seen = list(train(study, "fused", CONFIG))[-1]

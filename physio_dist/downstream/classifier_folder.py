@@ -29,7 +29,8 @@ from physio_dist.signals.windows import WindowSpec
 from physio_dist.task_options import LEAKY
 
 KIND = "physio-dist-classifier"
-FORMAT = 1
+FORMATS = (1, 2)
+"""Of format 2 are those that subtract the rest before a recording, which versions that know format 1 only would not."""
 CONFIG = "config.json"
 FOLDER = "classifier"
 """Where it lies in a sweep's directory."""
@@ -45,6 +46,12 @@ _RULE = (
     "; groups of people take turns, each head is trained on all but one group. Nobody is left to test it on: what the "
     "fold models say of what they are tested on is the estimate"
 )
+
+_REST = {
+    None: "nothing is subtracted",
+    "fit": "the features of a rest before are subtracted, their mean over its windows with enough valid channels",
+    "all": "the features of a rest before are subtracted, their mean over its windows",
+}
 
 
 def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[str], None]) -> None:
@@ -65,9 +72,6 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
     if window is None:
         say("no classifier is kept: the shard set does not tell how raw recordings become its windows")
         return
-    if study.options.tune.baseline != "none":
-        say("no classifier is kept: a raw file does not tell which rest tune.baseline=subtract would subtract")
-        return
     say("keeping the fused heads of all folds, and training one ensemble on everybody")
     encoders, files = _encoders(study)
     ensembles: dict[str, dict[str, Any]] = {}
@@ -85,9 +89,10 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
     except UserError as error:
         say(f"the classifier has no ensemble for everybody: {error}")
     tune = study.options.tune
+    subtracts = tune.baseline != "none"
     about: dict[str, Any] = {
         "kind": KIND,
-        "format": FORMAT,
+        "format": FORMATS[subtracts],
         "physio_dist": __version__,
         "task": tune.task,
         "label": label_name(tune.task, tune.label),
@@ -97,6 +102,8 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
         "simulated": study.table.simulated,
         "data": {"fingerprint": shards.fingerprint, "sources": list(shards.sources)},
         "window": asdict(window),
+        # Which windows of the rest are averaged and subtracted: those that the shard set has.
+        **({"rest": "fit" if shards.made_by["options"].get("quality") == "reject" else "all"} if subtracts else {}),
         "ensembles": ensembles,
     }
     files["README.md"] = _card(about, window).encode()
@@ -226,6 +233,7 @@ def _card(about: Mapping[str, Any], window: WindowSpec) -> str:
 | Protocol | `{about["protocol"]}` |
 | Takes | {needed(window)} |
 | Windows | {window.seconds:g} s at {window.rate} Hz; {bands} |
+| Rest | {_REST[about.get("rest")]} |
 | Data | `{about["data"]["fingerprint"][:12]}` ({", ".join(about["data"]["sources"])}) |
 
 Heads over frozen encoders, which lie beside them. Fold models {", ".join(folds)} are those of the sweep's `{_ROW}`

@@ -421,7 +421,4 @@ def test_what_cannot_be_told_from_raw_files_keeps_no_classifier(study: Study, tm
     said: list[str] = []
     classifier_folder.keep(other, records_of(other, HEADS["plain"]), str(tmp_path / "classifier"), said.append)
     assert said == ["no classifier is kept: the shard set does not tell how raw recordings become its windows"]
-    study.options.tune.baseline = "subtract"
-    classifier_folder.keep(study, [], str(tmp_path / "classifier"), said.append)
-    study.options.tune.baseline = "none"
-    assert "tune.baseline=subtract" in said[-1] and not (tmp_path / "classifier").exists()
+    assert not (tmp_path / "classifier").exists()

@@ -105,6 +105,7 @@ class Sweep:
     options: tuple[str, ...] = SMALL
     run_dir: str = ""
     code: Path = ROOT
+    configuration: str = CONFIG
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +119,7 @@ class Sweep:
     def start(self, job: str = "", extra: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         """Start it by itself, or as a job of the cluster whose dashboard is at ``job``."""
         words = [f"run.dir={self.run_dir}", f"run.name={self.name}", *self.place.words(*self.options), *extra]
-        given = CONFIG if job else str(ROOT / CONFIG)
+        given = self.configuration if job else str(ROOT / self.configuration)
         command = [sys.executable, "-m", "physio_dist.tune", "--config", given, *words]
         if job:
             submit = [str(BIN / "ray"), "job", "submit", "--address", job]

@@ -331,6 +331,9 @@ def test_recordings_that_will_not_do(cli: Cli, run: Path, raw: Path, tmp_path: P
         done = cli("predict", run, tmp_path / name)
         assert done.returncode == 2 and words in done.stderr and done.stdout == "", done.stderr
         assert done.stderr.count("\n") == 1 and str(tmp_path / name) in done.stderr
+    for rest, words in (("0:10", "was trained without subtracting any"), ("0:x", "neither a file nor START:END")):
+        done = cli("predict", run, raw / "r03.edf", "--rest", rest)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     with pytest.raises(UserError, match="copy it there first"):
         read_file("s3://bucket/a.edf")
 

@@ -14,7 +14,8 @@ from safetensors.numpy import load
 from scipy.io import savemat
 
 from physio_dist.downstream.classifier import FusionClassifier
-from physio_dist.shards.index import open_set
+from physio_dist.errors import UserError
+from physio_dist.shards.index import open_set, pseudonym
 from physio_dist.signals.readers import reader
 from tests.signals.dreamer_samples import people_of, write_v5, write_v73
 from tests.system.clusters import Cluster
@@ -61,7 +62,7 @@ def test_the_table_stands_beside_the_papers_figure(swept: Sweep) -> None:
     assert "tune.neutral=low" in notes and "tune.baseline=subtract" in notes
     said = swept.said()
     assert f"dreamer, loso: {PEOPLE * CLIPS} windows of {PEOPLE} held-out people" in said
-    assert "arXiv 2512.15250 reports AUC 0.8479; unknown:" in said
+    assert "arXiv 2512.15250 reports auc 0.8479; unknown:" in said
     done = physio("report", str(swept.path))
     assert done.returncode == 0, done.stderr
     assert "0.8479" in (swept.path / "report.html").read_text()
@@ -74,7 +75,11 @@ def test_the_classifier_subtracts_a_rest_as_the_sweep_did(swept: Sweep) -> None:
     for fold in (0, 3):
         model = FusionClassifier.load(str(swept.path), fold=fold)
         for row in np.flatnonzero(tensors["fold"] == fold)[::6]:
-            (record,) = [one for one in dreamer.records(raw) if one in keys[row]]
+            # A key has the person's pseudonym in place of the name.
+            (record,) = [
+                one for one in dreamer.records(raw)
+                if keys[row].startswith(f"{pseudonym('dreamer', one[:3]):016x}{one[3:]}")
+            ]  # fmt: skip
             clip, rest = (
                 {
                     name: (one.data, one.channels, one.rate)
@@ -84,6 +89,13 @@ def test_the_classifier_subtracts_a_rest_as_the_sweep_did(swept: Sweep) -> None:
             )
             found = model.predict(clip, rest).probability
             np.testing.assert_allclose(found, tensors["probability.fused"][row][None], atol=1e-5)
+    with pytest.raises(UserError, match="give a rest of the same person"):
+        model.predict(clip)
+    with pytest.raises(UserError, match="the rest has no whole window of 10 s"):
+        model.predict(clip, (0.0, 9.0))
+    # All that is left of a window when it is subtracted from itself is nothing, whatever it held.
+    nothing = model.predict(clip, (0.0, 10.0)).probability
+    np.testing.assert_allclose(nothing, model.predict(rest, (0.0, 10.0)).probability, atol=1e-5)
 
 
 def refused(words: list[str], status: int = 2) -> str:

@@ -65,7 +65,8 @@ def test_the_table_stands_beside_the_papers_figure(swept: Sweep) -> None:
     assert "arXiv 2512.15250 reports auc 0.8479; unknown:" in said
     done = physio("report", str(swept.path))
     assert done.returncode == 0, done.stderr
-    assert "0.8479" in (swept.path / "report.html").read_text()
+    page = (swept.path / "report.html").read_text()
+    assert "arXiv 2512.15250" in page and "0.848" in page
 
 
 def test_the_classifier_subtracts_a_rest_as_the_sweep_did(swept: Sweep) -> None:

@@ -8,11 +8,13 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from physio_dist import __version__, config, exits, storage
 from physio_dist.errors import DataError, UserError, nearest
 from physio_dist.signals import readers
+from physio_dist.signals.recording import Recording
 
 if TYPE_CHECKING:
     from physio_dist.downstream.reconstruction import Trained
@@ -72,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("model", metavar="MODEL", help="a sweep's folder, or the classifier/ in it")
     predict.add_argument("file", metavar="FILE", help="an EDF file or a WFDB record")
     predict.add_argument("--fold", metavar="K", help="the heads that fold K was tested with; else those of everybody")
+    predict.add_argument(
+        "--rest", metavar="REST", help="what tune.baseline=subtract subtracts: a file, or START:END of FILE in seconds"
+    )
     predict.add_argument("--out", metavar="FILE.csv", help="where the rows go, a path or URL; else they are printed")
 
     probe = verbs.add_parser("probe", help="linear probe of a frozen encoder, with its baselines")
@@ -187,12 +192,13 @@ def _folds(given: argparse.Namespace) -> None:
 
 def _predict(given: argparse.Namespace) -> None:
     recording = readers.read_file(given.file)
+    rest = None if given.rest is None else _rest(given.rest)
     # A file that will not do is told at once; torch takes seconds to import.
     from physio_dist.downstream.classifier import FusionClassifier
 
     model = FusionClassifier.load(given.model, given.fold)
     try:
-        found = model.predict_recording(recording)
+        found = model.predict_recording(recording, rest)
     except UserError as error:
         raise UserError(f"{given.file}: {error}") from None
     for note in found.notes:
@@ -207,6 +213,17 @@ def _predict(given: argparse.Namespace) -> None:
     else:
         storage.write_bytes(given.out, text.getvalue().encode())
         print(given.out)
+
+
+def _rest(given: str) -> Recording | tuple[float, float]:
+    """``--rest``: a recording, or seconds of the one that is classified."""
+    start, colon, end = given.partition(":")
+    try:
+        return float(start), float(end)
+    except ValueError:
+        if colon and not Path(given).exists():
+            raise UserError(f"--rest {given}: neither a file nor START:END in seconds") from None
+        return readers.read_file(given)
 
 
 def _probe(given: argparse.Namespace) -> None:
@@ -303,7 +320,7 @@ def _given(words: list[str]) -> argparse.Namespace:
 
 _OPTIONS = {
     "shard": ("--out",), "inspect": ("--plot",), "export": ("--raw",), "probe": ("--config",),
-    "folds": ("--config", "--out"), "predict": ("--fold", "--out"),
+    "folds": ("--config", "--out"), "predict": ("--fold", "--rest", "--out"),
     "embed": ("--encoder", "--data", "--out", "--signal"),
     "plan": ("--config", "--nodes", "--gpus-per-node", "--samples-per-s", "--gpu", "--gpu-memory-gb", "--json"),
 }  # fmt: skip

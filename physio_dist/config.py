@@ -130,6 +130,8 @@ class TuneOptions(TaskOptions):
     eeg_encoder: Any = "???"
     # Configurations that are tried; each for every kind of input.
     trials: int = 32
+    # latin_hypercube draws all of them beforehand; optuna proposes by what was found, for each row and fold apart.
+    search: str = "latin_hypercube"
     # asha stops what falls behind; fifo lets every trial finish.
     scheduler: str = "asha"
     max_epochs: int = 40
@@ -145,6 +147,11 @@ class TuneOptions(TaskOptions):
     calibrate: bool = False
     # Rows with one modality replaced by noise, as a control: they should gain nothing over the other alone.
     noise_control: bool = False
+    # A row more: both encoders and a linear head over them trained end to end, what freezing costs.
+    finetune: bool = False
+    finetune_epochs: int = 5
+    # Of the encoders; the head's is ten times that.
+    finetune_lr: float = 1e-4
 
 
 @dataclass
@@ -270,11 +277,15 @@ def check_tune(options: TuneConfig) -> None:
     _run_name(options.run.name)
     check_task(tune)
     _one_of("tune.scheduler", tune.scheduler, ("asha", "fifo"))
+    _one_of("tune.search", tune.search, ("latin_hypercube", "optuna"))
     if not tune.data:
         raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
-    for name, least in (("folds", 2), ("val_folds", 2), ("trials", 1), ("max_epochs", 1), ("permutations", 0)):
+    least_of = {"folds": 2, "val_folds": 2, "trials": 1, "max_epochs": 1, "permutations": 0, "finetune_epochs": 1}
+    for name, least in least_of.items():
         if getattr(tune, name) < least:
             raise UserError(f"tune.{name}={getattr(tune, name)}: it must be at least {least}")
+    if not 0 < tune.finetune_lr < math.inf:
+        raise UserError(f"tune.finetune_lr={tune.finetune_lr}: it must be a positive number")
     if not tune.cpus > 0:
         raise UserError(f"tune.cpus={tune.cpus}: it must be positive")
     for name, value in (("ecg_encoder", tune.ecg_encoder), ("eeg_encoder", tune.eeg_encoder)):

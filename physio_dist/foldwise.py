@@ -1,13 +1,19 @@
-"""Early stopping that no test person takes part in."""
+"""Early stopping and search that no test person takes part in."""
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
-from physio_dist.downstream.trials import TrialRecord
+from physio_dist.config import TuneConfig
+from physio_dist.downstream.proposals import Trial, propose
+from physio_dist.downstream.trials import TrialRecord, counting
+from physio_dist.sweep import Ledger
 
 # The first look at a trial comes after this part of its epochs, the next after three times as many. A trial goes on
 # that is among the best third of those that have come so far.
@@ -79,6 +85,67 @@ class FoldwiseAsha(FIFOScheduler):  # type: ignore[misc]
     def debug_string(self) -> str:
         """What Ray may print."""
         return "ASHA for each row and fold"
+
+
+class FoldwiseOptuna(Searcher):  # type: ignore[misc]
+    """Trials in the order of the plan, their configurations proposed by Optuna for each fold apart.
+
+    As with early stopping, a search by the mean over folds would be guided by people whom some fold tests. So each
+    (row, fold) has a search of its own, which sees that fold's validation AUC alone: of the drawn trials, which all
+    folds share, and of its own. Its trials run one after the other; then what is proposed does not depend on which
+    trials happen to be faster. The ledger is all that it remembers.
+
+    Args:
+        options: of the sweep.
+        ledger: with the trials that are left, and what has ended.
+    """
+
+    def __init__(self, options: TuneConfig, ledger: Ledger) -> None:
+        super().__init__()
+        self._options, self._ledger = options, ledger
+        self._drawn = deque(trial for trial in ledger.left if not trial.fold)
+        self._left: dict[tuple[str, str], deque[Trial]] = defaultdict(deque)
+        for trial in ledger.left:
+            if trial.fold:
+                self._left[trial.row, trial.fold].append(trial)
+        # What each search waits for.
+        self._needed = {
+            (row, fold): [trial.name for trial in ledger.trials if trial.row == row and not trial.fold]
+            for row, fold in self._left
+        }
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial; None while all that is left waits for trials that run."""
+        if self._drawn:
+            return {"trial": asdict(self._drawn.popleft())}
+        for search, left in self._left.items():
+            if left and all(name in self._ledger.ended for name in self._needed[search]):
+                trial = left.popleft()
+                config = propose(self._options.search, f"{self._options.run.seed}/{trial.name}", self._past(trial))
+                self._ledger.propose(trial.name, config)
+                self._needed[search] = [trial.name]
+                return {"trial": asdict(replace(trial, config=config))}
+        return None if any(self._left.values()) else str(Searcher.FINISHED)
+
+    def _past(self, trial: Trial) -> list[tuple[dict[str, Any], float]]:
+        """What the trials of the same search before this one were, and the best AUC of each."""
+        trials = self._ledger.trials
+        earlier = [
+            self._ledger.ended[one.name]
+            for one in trials[: trials.index(trial)] if one.row == trial.row and one.fold in ("", trial.fold)
+        ]  # fmt: skip
+        found = [(record.config, [area for _, area in counting(record, trial.fold)]) for record in earlier]
+        return [(config, max(areas)) for config, areas in found if areas]
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The ledger knows."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing of it is kept."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles what it is given, for a way of going on that is not ours; open files stay out of it.
+        return {}
 
 
 class _Past:

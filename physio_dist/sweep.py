@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -20,7 +20,8 @@ from physio_dist import storage
 from physio_dist.config import TuneConfig, refuse_another
 from physio_dist.downstream.backbones import FOLD, exported_hash, urls_of
 from physio_dist.downstream.metrics import METRICS
-from physio_dist.downstream.trials import SEARCHED, TrialRecord, candidates
+from physio_dist.downstream.proposals import Trial
+from physio_dist.downstream.trials import SEARCHED, TrialRecord
 from physio_dist.errors import UserError
 from physio_dist.shards.index import open_set
 from physio_dist.task_options import LEAKY, SHARED_PEOPLE
@@ -36,24 +37,6 @@ _SEND_S = 15.0
 _TELL_S = 10.0
 _FLUSH_S = 1.0
 _FACTS = ("trial", "row", "config", "seconds", "last", "folds")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One configuration for one kind of input."""
-
-    name: str
-    row: str
-    config: dict[str, Any]
-
-
-def plan(options: TuneConfig) -> list[Trial]:
-    """All trials: the same configurations, under the same numbers, for each row that is searched for."""
-    return [
-        Trial(f"{row}-{number:03d}", row, config)
-        for number, config in enumerate(candidates(options))
-        for row in SEARCHED
-    ]
 
 
 def finished(run: RunDir, options: TuneConfig) -> dict[str, Any] | None:
@@ -205,7 +188,7 @@ class Ledger:
 
     Args:
         run: the sweep's directory, begun.
-        trials: of :func:`plan`.
+        trials: of :func:`physio_dist.downstream.proposals.plan`.
         max_epochs: of a trial.
         say: told about the progress where there is no terminal to draw a bar on.
     """
@@ -237,8 +220,12 @@ class Ledger:
         return [
             record
             for record in records
-            if record.trial in planned and planned[record.trial].config == record.config and record.history
+            if record.trial in planned and planned[record.trial].config in (record.config, {}) and record.history
         ]
+
+    def propose(self, name: str, config: dict[str, Any]) -> None:
+        """The configuration of a trial is known now."""
+        self._planned[name] = replace(self._planned[name], config=config)
 
     def start(self, name: str) -> None:
         """A trial starts, perhaps again after its worker was lost."""
@@ -349,7 +336,8 @@ class Ledger:
         found: dict[str, float] = {}
         running = [trial.record for trial in self._running.values()]
         for record in [*self.ended.values(), *running]:
-            value = best(record.history)
+            # Of a single fold it is no mean over folds.
+            value = None if self._planned[record.trial].fold else best(record.history)
             if value is not None:
                 found[record.row] = max(value, found.get(record.row, 0.0))
         rows = [f"{row} {found[row]:.3f}" for row in SEARCHED if row in found]

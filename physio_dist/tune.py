@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from physio_dist import cluster, config, exits, storage, sweep
 from physio_dist.config import TuneConfig
 from physio_dist.downstream import classifier_folder, study
 from physio_dist.downstream.backbones import CBRAMOD
+from physio_dist.downstream.proposals import STARTUP, need_optuna, plan
 from physio_dist.downstream.trials import Study
 from physio_dist.errors import EXIT_FAULT, PhysioError
-from physio_dist.foldwise import FoldwiseAsha, line_of
+from physio_dist.foldwise import FoldwiseAsha, FoldwiseOptuna, line_of
 from physio_dist.gauges import Gauges
 from physio_dist.training.lease import Lease, end_process
 from physio_dist.training.rundir import CONFIG, RunDir
@@ -74,7 +76,9 @@ class FusionTrial(tune.Trainable):  # type: ignore[misc]
     def _begin(self, trial: dict[str, Any]) -> None:
         # It stands in the actor's log, which is where the dashboard tells which trials an actor served.
         print(f"trial {trial['name']}: {trial['config']}", flush=True)
-        self._epochs: Iterator[dict[str, float]] = study.train(self._study, trial["row"], trial["config"])
+        self._epochs: Iterator[dict[str, float]] = study.train(
+            self._study, trial["row"], trial["config"], trial["fold"]
+        )
 
     def step(self) -> dict[str, Any]:
         """One epoch, as the study yields it."""
@@ -217,19 +221,23 @@ def search(
     """
     if not ledger.left:
         return
+    space: dict[str, Any] = {}
+    proposed = FoldwiseOptuna(options, ledger) if options.tune.search == "optuna" else None
+    if proposed is None:
+        space["trial"] = tune.grid_search([asdict(trial) for trial in ledger.left])
     early = options.tune.scheduler == "asha"
     asha = FoldwiseAsha(options.tune.max_epochs, ledger.records()) if early else None
     filesystem, path = _for_arrow(options.tune.storage)
-    trials = [{"name": trial.name, "row": trial.row, "config": trial.config} for trial in ledger.left]
     # In the object store once; a node's trials share one copy of its arrays.
     trainable = tune.with_parameters(FusionTrial, study_of_all=prepared)
     # The dashboard would name them after a function of Ray's.
     trainable.__qualname__ = FusionTrial.__qualname__
     tuner = tune.Tuner(
         trainable,
-        param_space={"trial": tune.grid_search(trials), "cpus": options.tune.cpus},
+        param_space={**space, "cpus": options.tune.cpus},
         tune_config=tune.TuneConfig(
-            scheduler=asha or FIFOScheduler(), reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name
+            scheduler=asha or FIFOScheduler(), search_alg=proposed, num_samples=len(ledger.left) if proposed else 1,
+            reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name,
         ),
         run_config=tune.RunConfig(
             name=f"{options.run.name}-{attempt}", storage_path=path, storage_filesystem=filesystem, verbose=0,
@@ -252,6 +260,7 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
     Raises:
         PhysioError: everything that has a documented status.
     """
+    need_optuna(options)
     _settle(options)
     directory = RunDir(storage.join(options.run.dir, options.run.name), 0)
     if (results := sweep.finished(directory, options)) is not None:
@@ -282,13 +291,16 @@ def _sweep(
     """All of it that writes to the run's directory."""
     directory.begin(held.attempt)
     sweep.refuse_other_inputs(directory, facts)
-    ledger = sweep.Ledger(directory, sweep.plan(options), options.tune.max_epochs, say)
+    trials = plan(options, [fold.name for fold in prepared.folds])
+    ledger = sweep.Ledger(directory, trials, options.tune.max_epochs, say)
     try:
         storage.write_bytes(directory.file(CONFIG), config.to_yaml(options).encode())
         storage.write_json(directory.file(sweep.DATA), facts)
         kept = f", {len(ledger.ended)} of them done in an earlier attempt" if ledger.ended else ""
-        rows = len(study.SEARCHED)
-        say(f"{len(ledger.trials)} trials: {options.tune.trials} configurations for each of {rows} rows{kept}")
+        each = f"{len(study.SEARCHED)} rows"
+        if any(trial.fold for trial in trials):
+            each += f" and, beyond the first {STARTUP}, {len(prepared.folds)} folds"
+        say(f"{len(trials)} trials: {options.tune.trials} configurations for each of {each}{kept}")
         # Otherwise TensorBoard would not notice trials that begin after it did.
         fresh = "" if storage.is_local(directory.url) else "FSSPEC_S3='{\"use_listings_cache\": false}' "
         say(f"while they run: {fresh}tensorboard --logdir {directory.file(sweep.BOARD)}")

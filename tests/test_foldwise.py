@@ -1,16 +1,23 @@
-"""Early stopping that is decided for each fold apart."""
+"""Early stopping and proposals, decided for each fold apart."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
+from physio_dist.config import TuneConfig
+from physio_dist.downstream.proposals import STARTUP, plan
 from physio_dist.downstream.trials import TrialRecord
-from physio_dist.foldwise import FoldwiseAsha
+from physio_dist.foldwise import FoldwiseAsha, FoldwiseOptuna
+from physio_dist.sweep import Ledger
+from physio_dist.training.rundir import RunDir
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 # One look, after the third epoch of 24; a second after the ninth.
@@ -90,6 +97,76 @@ def test_no_fold_has_a_say_in_another(seed: int) -> None:
         survivors.append({name: out.get("a") for name, out in asha.last.items()})
     assert survivors[0] == survivors[1]
     assert {3, None} <= set(survivors[0].values())
+
+
+@pytest.fixture()
+def book(tmp_path: Path) -> Callable[[str], Ledger]:
+    """Ledgers of sweeps of one row's worth of trials that Optuna searches."""
+
+    def make(name: str) -> Ledger:
+        run = RunDir(str(tmp_path / name), 0)
+        run.begin(1)
+        return Ledger(run, plan(optuna(), ["a", "b"]), EPOCHS, lambda _: None)
+
+    return make
+
+
+def optuna() -> TuneConfig:
+    given = TuneConfig()
+    given.tune.trials, given.tune.search = STARTUP + 3, "optuna"
+    return given
+
+
+def ends(ledger: Ledger, given: Any, **folds: float) -> None:
+    """A trial that was suggested ends with these AUCs."""
+    name, fold = given["trial"]["name"], given["trial"]["fold"]
+    ledger.start(name)
+    ledger.epoch(name, line(1, **{n: auc for n, auc in folds.items() if fold in ("", n)})["line"])
+    ledger.end(name, {})
+
+
+def searched(ledger: Ledger, a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """What a search proposes whose n-th trial of a row finds these AUCs; name -> configuration."""
+    search, found = FoldwiseOptuna(optuna(), ledger), {name: one.config for name, one in ledger.ended.items()}
+    while isinstance(given := search.suggest("id"), dict):
+        number = int(given["trial"]["name"].split("-")[1])
+        ends(ledger, given, a=a[number], b=b[number])
+        found[given["trial"]["name"]] = given["trial"]["config"]
+    assert given == Searcher.FINISHED and len(found) == len(ledger.trials)
+    ledger.close()
+    return found
+
+
+def test_no_fold_has_a_say_in_what_is_proposed_for_another(book: Callable[[str], Ledger]) -> None:
+    draw = np.random.default_rng(0)
+    a, b, other = draw.uniform(0.4, 0.9, (3, STARTUP + 3)).tolist()
+    first, second = searched(book("first"), a, b), searched(book("second"), a, other)
+    apart = {name for name in first if first[name] != second[name]}
+    assert apart and all(name.endswith("-b") for name in apart)
+
+
+def test_a_search_waits_for_what_it_rests_on_and_goes_on_from_the_ledger(book: Callable[[str], Ledger]) -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.uniform(0.4, 0.9, (2, STARTUP + 3)).tolist()
+    whole = searched(book("whole"), a, b)
+    ledger = book("cut")
+    search = FoldwiseOptuna(optuna(), ledger)
+    given = [search.suggest("id") for _ in range(4 * STARTUP)]
+    assert search.suggest("id") is None, "all that is left waits"
+    for one in given:
+        assert isinstance(one, dict)
+        number = int(one["trial"]["name"].split("-")[1])
+        ends(ledger, one, a=a[number], b=b[number])
+    # One at a time for each row and fold; two of them end before the driver is lost.
+    given = [search.suggest("id") for _ in range(8)]
+    assert search.suggest("id") is None
+    for one in (given[5], given[2]):
+        assert isinstance(one, dict)
+        ends(ledger, one, a=a[STARTUP], b=b[STARTUP])
+    ledger.close()
+    again = book("cut")
+    assert len(again.left) == len(again.trials) - 4 * STARTUP - 2
+    assert searched(again, a, b) == whole
 
 
 def test_an_undefined_auc_stops_nothing_and_says_nothing() -> None:

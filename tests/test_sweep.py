@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from physio_dist import config, storage, sweep
 from physio_dist.config import TuneConfig
+from physio_dist.downstream.proposals import plan
 from physio_dist.downstream.trials import SEARCHED, TrialRecord
 from physio_dist.errors import UserError
 from physio_dist.training.rundir import CONFIG, RunDir
@@ -34,7 +35,7 @@ def begun(url: str, attempt: int = 1) -> RunDir:
 
 
 def ledger(run: RunDir, said: list[str] | None = None) -> sweep.Ledger:
-    return sweep.Ledger(run, sweep.plan(options()), EPOCHS, (said if said is not None else []).append)
+    return sweep.Ledger(run, plan(options(), ["0", "1"]), EPOCHS, (said if said is not None else []).append)
 
 
 def epochs(book: sweep.Ledger, name: str, *aucs: float) -> None:
@@ -49,7 +50,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_every_row_tries_the_same_configurations() -> None:
-    trials = sweep.plan(options())
+    trials = plan(options(), ["0", "1"])
     assert [trial.name for trial in trials] == [f"{row}-{n}" for n in ("000", "001") for row in SEARCHED]
     for number in range(2):
         same = [trial.config for trial in trials[number * 4 : number * 4 + 4]]

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from physio_dist import storage
-from physio_dist.downstream.classifier_folder import CONFIG, EVERYBODY, FOLDER, FORMAT, KIND, hash_of, needed
+from physio_dist.downstream.classifier_folder import CONFIG, EVERYBODY, FOLDER, FORMATS, KIND, hash_of, needed
 from physio_dist.downstream.features import features_of
 from physio_dist.downstream.heads import one_thread
 from physio_dist.errors import DataError, UserError, nearest
@@ -36,6 +36,9 @@ _WINDOWS = 256
 
 Given = tuple[npt.ArrayLike, Sequence[str], float] | tuple[npt.ArrayLike, Sequence[str], float, str]
 """A signal: values ``[channel, time]``, channel names, samples a second and, where it is not uV, the unit."""
+
+Rest = Recording | tuple[float, float]
+"""A rest: a recording of its own, or (start, end) in seconds, of which whole windows count."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class FusionClassifier:
         config: of its heads, as selected.
         heads: their probabilities are averaged.
         simulated: whether it was trained on simulated signals.
+        rest: empty; or it was trained on features from which those of a rest before the recording were subtracted, the
+            mean over its windows that are ``fit`` or over ``all``.
     """
 
     name: str
@@ -102,6 +107,7 @@ class FusionClassifier:
     config: dict[str, Any]
     heads: tuple[Head, ...]
     simulated: bool
+    rest: str
     _encoders: dict[str, _Encoder]
 
     @classmethod
@@ -135,43 +141,50 @@ class FusionClassifier:
             key: tuple(value) if isinstance(value, list) else value for key, value in about["window"].items()
         }
         window = WindowSpec(**told)
-        return cls(name, tuple(about["classes"]), window, chosen["config"], heads, about["simulated"], encoders)
+        rest, simulated = about.get("rest", ""), about["simulated"]
+        return cls(name, tuple(about["classes"]), window, chosen["config"], heads, simulated, rest, encoders)
 
     @property
     def takes_one(self) -> bool:
         """Whether its heads have learnt to answer from one signal alone."""
         return self.config.get("head") == "late" or self.config.get("modality_dropout", 0.0) > 0
 
-    def predict(self, signals: Mapping[str, Given]) -> Prediction:
+    def predict(
+        self, signals: Mapping[str, Given], rest: Mapping[str, Given] | tuple[float, float] | None = None
+    ) -> Prediction:
         """Classify every whole window of some signals that start at the same moment.
 
         Args:
             signals: ``{"ecg": (values, names, rate), "eeg": (values, names, rate, "mV")}``; values ``[channel, time]``,
                 NaN where there is none. Channels go by name, in any order, others are left out; one signal alone will
                 do where the heads have learnt that (:attr:`takes_one`).
+            rest: needed where :attr:`rest` is not empty, and only there: the same of a rest of the same person, or its
+                (start, end) in these signals, in seconds.
 
         Raises:
             UserError: a signal or a needed channel is missing, they are too short or sampled too slowly, or are no
-                signals.
+                signals; or a rest is missing, or of no use.
         """
+        if not isinstance(rest, tuple) and rest is not None:
+            return self.predict_recording(self._given(signals), self._given(rest))
+        return self.predict_recording(self._given(signals), rest)
+
+    def _given(self, signals: Mapping[str, Given]) -> Recording:
         if unknown := sorted(set(signals) - set(self.window.signals)):
             raise UserError(f"signals: {', '.join(unknown)} is none of {', '.join(self.window.signals)}")
-        given = {name: _signal(name, *one) for name, one in signals.items()}
-        return self.predict_recording(Recording("given", given, None, {}))
+        return Recording("given", {name: _signal(name, *one) for name, one in signals.items()}, None, {})
 
-    def predict_recording(self, recording: Recording) -> Prediction:
+    def predict_recording(self, recording: Recording, rest: Rest | None = None) -> Prediction:
         """The same of what a reader has read."""
         window, notes = self._window(recording)
-        try:
-            cut = windows_of(recording, window)
-        except RecordError as error:
-            raise UserError(f"{error}; this classifier takes {needed(self.window)}") from None
+        cut = self._cut(recording, window)
+        still = self._still(cut, window, rest)
         fit = np.array([one.fit for one in cut])
         if unfit := int((~fit).sum()):
             notes.append(f"{unfit} of {len(cut)} windows have too few valid channels to be relied on (fit: no)")
         if self.simulated:
             notes.append("the classifier was trained on SIMULATED signals")
-        parts = [self._probability(cut[low : low + _WINDOWS]) for low in range(0, len(cut), _WINDOWS)]
+        parts = [self._probability(cut[low : low + _WINDOWS], still) for low in range(0, len(cut), _WINDOWS)]
         return Prediction(
             start_s=np.array([one.start_s for one in cut]),
             probability=np.concatenate(parts),
@@ -181,6 +194,36 @@ class FusionClassifier:
             fit=fit,
             notes=tuple(notes),
         )
+
+    def _cut(self, recording: Recording, window: WindowSpec) -> list[Window]:
+        try:
+            return windows_of(recording, window)
+        except RecordError as error:
+            raise UserError(f"{error}; this classifier takes {needed(self.window)}") from None
+
+    def _still(self, cut: Sequence[Window], window: WindowSpec, rest: Rest | None) -> dict[str, torch.Tensor]:
+        """What is subtracted of each signal: the mean of what heads are given of the rest, float64."""
+        if rest is None and not self.rest:
+            return {}
+        if rest is None:
+            raise UserError(
+                "this classifier was trained on what is left when the features of a rest before are subtracted "
+                "(tune.baseline=subtract): give a rest of the same person (--rest FILE, or START:END in seconds)"
+            )
+        if not self.rest:
+            raise UserError("a rest was given, and this classifier was trained without subtracting any")
+        if isinstance(rest, tuple):
+            start, end = rest
+            still = [one for one in cut if start <= one.start_s and one.start_s + window.seconds <= end]
+        else:
+            still = self._cut(rest, window)
+        if self.rest == "fit":
+            still = [one for one in still if one.fit]
+        if not still:
+            raise UserError(
+                f"the rest has no whole window of {window.seconds:g} s with enough valid channels to be subtracted"
+            )
+        return {signal: x.double().mean(dim=0) for signal, x in self._inputs(still)[0].items()}
 
     def _window(self, recording: Recording) -> tuple[WindowSpec, list[str]]:
         """How this recording is cut, and what has to be said of it."""
@@ -213,8 +256,18 @@ class FusionClassifier:
         nothing = np.zeros(len(self.window.channels_of(signal)), dtype=np.bool_)
         return one.valid.get(signal, nothing)
 
-    def _probability(self, cut: Sequence[Window]) -> npt.NDArray[np.float32]:
+    def _probability(self, cut: Sequence[Window], still: Mapping[str, torch.Tensor]) -> npt.NDArray[np.float32]:
         """float32 ``[window, class]``."""
+        inputs, there = self._inputs(cut)
+        inputs |= {signal: (inputs[signal] - mean).float() for signal, mean in still.items()}
+        with one_thread(), torch.inference_mode():
+            # A head that has diverged knows nothing.
+            each = [head(inputs, there).softmax(-1).nan_to_num(1.0 / len(self.classes)) for head in self.heads]
+            found: npt.NDArray[np.float32] = torch.stack(each).double().mean(dim=0).float().numpy()
+        return found
+
+    def _inputs(self, cut: Sequence[Window]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What heads are given of each signal, and what of it is there."""
         inputs, there = {}, {}
         kind = input_kind(self.config)
         for signal in self.heads[0].features:
@@ -229,11 +282,7 @@ class FusionClassifier:
                 many, size = self.heads[0].tokens[signal], self.heads[0].features[signal]
                 inputs[signal] = torch.zeros(len(cut), many, size)
                 there[signal] = torch.zeros(len(cut), 1, dtype=torch.bool)
-        with one_thread(), torch.inference_mode():
-            # A head that has diverged knows nothing.
-            each = [head(inputs, there).softmax(-1).nan_to_num(1.0 / len(self.classes)) for head in self.heads]
-            found: npt.NDArray[np.float32] = torch.stack(each).double().mean(dim=0).float().numpy()
-        return found
+        return inputs, there
 
 
 def _signal(name: str, values: npt.ArrayLike, channels: Sequence[str], rate: float, unit: str = "uV") -> Signal:
@@ -258,8 +307,9 @@ def _read_config(url: str) -> tuple[str, dict[str, Any]]:
         name = storage.join(where, CONFIG)
         if not isinstance(about, dict) or about.get("kind") != KIND:
             raise UserError(f"{name} is not a classifier's; give a sweep's folder, or the {FOLDER}/ in it")
-        if about.get("format") != FORMAT:
-            raise UserError(f"{name} has format {about.get('format')!r}, this version reads format {FORMAT}")
+        if about.get("format") not in FORMATS:
+            known = " and ".join(map(str, FORMATS))
+            raise UserError(f"{name} has format {about.get('format')!r}, this version reads formats {known}")
         if about.get("sha256") != hash_of(about):
             raise DataError(f"{name} was altered: its hash does not fit its content; copy the classifier again")
         return where, about

@@ -19,7 +19,7 @@ from physio_dist import __version__, storage
 from physio_dist.downstream.backbones import files_of, open_backbone
 from physio_dist.downstream.splits import Fold, inner_splits
 from physio_dist.downstream.tasks import SIGNALS, label_name
-from physio_dist.downstream.trials import Choice, Study, TrialRecord, kept_heads, reductions_of, select
+from physio_dist.downstream.trials import Choice, Study, TrialRecord, kept_heads, reductions_of, select, train
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.fusion import Head
 from physio_dist.models.fusion_heads import input_kind
@@ -29,17 +29,29 @@ from physio_dist.signals.windows import WindowSpec
 from physio_dist.task_options import LEAKY
 
 KIND = "physio-dist-classifier"
-FORMAT = 1
+FORMATS = (1, 2)
+"""Of format 2 are those that subtract the rest before a recording, which versions that know format 1 only would not."""
 CONFIG = "config.json"
 FOLDER = "classifier"
 """Where it lies in a sweep's directory."""
 EVERYBODY = "everybody"
 _ROW = "fused"
+_RULES = {
+    "latin_hypercube": "its configuration and epoch are those with the best AUC on validation people, the mean over "
+    "all folds",
+    "optuna": "of the configurations that folds selected it has the one, and the epoch, with the best AUC on "
+    "validation people, who are groups of all",
+}
 _RULE = (
-    "its configuration and epoch are those with the best AUC on validation people, the mean over all folds; groups of "
-    "people take turns, each head is trained on all but one group. Nobody is left to test it on: what the fold models "
-    "say of what they are tested on is the estimate"
+    "; groups of people take turns, each head is trained on all but one group. Nobody is left to test it on: what the "
+    "fold models say of what they are tested on is the estimate"
 )
+
+_REST = {
+    None: "nothing is subtracted",
+    "fit": "the features of a rest before are subtracted, their mean over its windows with enough valid channels",
+    "all": "the features of a rest before are subtracted, their mean over its windows",
+}
 
 
 def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[str], None]) -> None:
@@ -60,9 +72,6 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
     if window is None:
         say("no classifier is kept: the shard set does not tell how raw recordings become its windows")
         return
-    if study.options.tune.baseline != "none":
-        say("no classifier is kept: a raw file does not tell which rest tune.baseline=subtract would subtract")
-        return
     say("keeping the fused heads of all folds, and training one ensemble on everybody")
     encoders, files = _encoders(study)
     ensembles: dict[str, dict[str, Any]] = {}
@@ -73,17 +82,17 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
         of = {signal: folders[number] for signal, folders in encoders.items()}
         ensembles[fold.name] = _ensemble(fold.name, choice, heads, of, files)
     try:
-        choice = best_of_all(records)
-        ensembles[EVERYBODY] = _ensemble(
-            EVERYBODY, choice, _trained_on_all(study, choice), {signal: f[0] for signal, f in encoders.items()}, files
-        )
-        ensembles[EVERYBODY]["rule"] = _RULE
+        choice, everybodys = _of_everybody(study, records, choices)
+        of = {signal: folders[0] for signal, folders in encoders.items()}
+        ensembles[EVERYBODY] = _ensemble(EVERYBODY, choice, everybodys, of, files)
+        ensembles[EVERYBODY]["rule"] = _RULES[study.options.tune.search] + _RULE
     except UserError as error:
         say(f"the classifier has no ensemble for everybody: {error}")
     tune = study.options.tune
+    subtracts = tune.baseline != "none"
     about: dict[str, Any] = {
         "kind": KIND,
-        "format": FORMAT,
+        "format": FORMATS[subtracts],
         "physio_dist": __version__,
         "task": tune.task,
         "label": label_name(tune.task, tune.label),
@@ -93,6 +102,8 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
         "simulated": study.table.simulated,
         "data": {"fingerprint": shards.fingerprint, "sources": list(shards.sources)},
         "window": asdict(window),
+        # Which windows of the rest are averaged and subtracted: those that the shard set has.
+        **({"rest": "fit" if shards.made_by["options"].get("quality") == "reject" else "all"} if subtracts else {}),
         "ensembles": ensembles,
     }
     files["README.md"] = _card(about, window).encode()
@@ -126,19 +137,32 @@ def best_of_all(records: Sequence[TrialRecord]) -> Choice:
     return Choice(json.loads(config), epoch, -area)
 
 
-def _trained_on_all(study: Study, choice: Choice) -> list[Head]:
-    """Heads trained as those of a fold are, with nobody left out for a test."""
+def _of_everybody(
+    study: Study, records: Sequence[TrialRecord], choices: Sequence[Choice]
+) -> tuple[Choice, list[Head]]:  # fmt: skip
+    """A choice, and heads trained as those of a fold are, with nobody left out for a test.
+
+    Raises:
+        UserError: the AUC is defined nowhere.
+    """
     options, rows = study.options, np.arange(len(study.table.label))
     turns = inner_splits(study.table, rows, options.tune.val_folds, f"{options.run.seed}/inner/{EVERYBODY}")
     # Too few people to take turns: one head of all of them.
     fold = Fold(EVERYBODY, rows[:0], turns or ((rows, rows),))
-    keys = study.keys_of(_ROW, input_kind(choice.config), 0).values()
-    inputs = {key: study.inputs[key] for key in keys}
+    # What Optuna proposed was tried in one fold only and has no mean over folds.
+    again = options.tune.search == "optuna"
+    configs = [choice.config for choice in choices] if again else [best_of_all(records).config]
+    kinds = dict.fromkeys(input_kind(config) for config in configs)
+    inputs = {key: study.inputs[key] for kind in kinds for key in study.keys_of(_ROW, kind, 0).values()}
     encoders = {name: hashes[:1] for name, hashes in study.encoders.items()}
     most = max(options.search.components)
     reductions = reductions_of(inputs, encoders, [fold], most, study.valid)
     everybody = replace(study, folds=(fold,), inputs=inputs, encoders=encoders, reductions=reductions)
-    return kept_heads(everybody, _ROW, [choice])[0]
+    if again:
+        tried = {json.dumps(config, sort_keys=True): config for config in configs}
+        records = [TrialRecord(text, _ROW, one, list(train(everybody, _ROW, one))) for text, one in tried.items()]
+    choice = best_of_all(records)
+    return choice, kept_heads(everybody, _ROW, [choice])[0]
 
 
 def _ensemble(
@@ -197,7 +221,7 @@ def _card(about: Mapping[str, Any], window: WindowSpec) -> str:
         for name, band in (("ecg", window.band), ("eeg", window.eeg_band)) if name in window.signals
     )  # fmt: skip
     folds = [name for name in about["ensembles"] if name != EVERYBODY]
-    everybody = f" `{EVERYBODY}`: {_RULE}." if EVERYBODY in about["ensembles"] else ""
+    everybody = f" `{EVERYBODY}`: {about['ensembles'][EVERYBODY]['rule']}." if EVERYBODY in about["ensembles"] else ""
     first = sorted(set(about["ensembles"].get(EVERYBODY, {}).get("encoders", {}).values()) - set(SIGNALS))
     if first:
         everybody += f" Folds have encoders of their own; it stands on those of fold {folds[0]}: {', '.join(first)}."
@@ -209,6 +233,7 @@ def _card(about: Mapping[str, Any], window: WindowSpec) -> str:
 | Protocol | `{about["protocol"]}` |
 | Takes | {needed(window)} |
 | Windows | {window.seconds:g} s at {window.rate} Hz; {bands} |
+| Rest | {_REST[about.get("rest")]} |
 | Data | `{about["data"]["fingerprint"][:12]}` ({", ".join(about["data"]["sources"])}) |
 
 Heads over frozen encoders, which lie beside them. Fold models {", ".join(folds)} are those of the sweep's `{_ROW}`

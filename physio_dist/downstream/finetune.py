@@ -1,9 +1,11 @@
-"""Encoder and linear head trained end to end: what freezing costs."""
+"""Encoders and a linear head trained end to end: what freezing costs."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from copy import deepcopy
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,6 @@ from torch import Tensor, nn
 
 from physio_dist.downstream.backbones import Backbone
 from physio_dist.downstream.metrics import auc
-from physio_dist.downstream.probe_options import ProbeOptions
 from physio_dist.downstream.splits import Fold
 from physio_dist.downstream.tasks import Table
 from physio_dist.models.criss_cross import PATCH, CrissCrossEncoder
@@ -28,36 +29,55 @@ Ints = npt.NDArray[np.int64]
 _HEAD_FASTER = 10.0
 
 
-class _Classifier(nn.Module):
-    """Encoder, pooling, normalisation without parameters, linear head that begins at zero."""
+class Finetuning(Protocol):
+    """How it is trained: epochs, learning rate of the encoders, windows of a batch, pooling of the features."""
 
-    def __init__(self, encoder: CrissCrossEncoder, channels: int, classes: int, pooling: str) -> None:
+    epochs: int
+    lr: float
+    batch: int
+    pooling: str
+
+
+class _Classifier(nn.Module):
+    """Of each signal an encoder, pooling and normalisation without parameters; over all of them side by side a linear
+    head that begins at zero."""
+
+    def __init__(
+        self, encoders: Mapping[str, CrissCrossEncoder], channels: Mapping[str, int], classes: int, pooling: str
+    ) -> None:
         super().__init__()
         # A standard deviation of nothing but zeros, as of an invalid channel, has no gradient.
         self.pooling = pooling.removesuffix("_std")
-        features = encoder.config.d * (channels if self.pooling.startswith("channels_") else 1)
-        self.encoder = encoder
-        self.norm = nn.LayerNorm(features, elementwise_affine=False)
-        self.head = nn.Linear(features, classes)
+        apart = self.pooling.startswith("channels_")
+        sizes = {name: one.config.d * (channels[name] if apart else 1) for name, one in encoders.items()}
+        self.encoders = nn.ModuleDict(encoders)
+        self.norms = nn.ModuleDict({n: nn.LayerNorm(size, elementwise_affine=False) for n, size in sizes.items()})
+        self.head = nn.Linear(sum(sizes.values()), classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """``x`` ``[batch, channel, patch, 200]``, ``valid`` ``[batch, channel]`` -> logits ``[batch, class]``."""
-        features = self.encoder(x, valid=valid[:, :, None].expand(x.shape[:3]))
-        logits: Tensor = self.head(self.norm(pool(features, valid, self.pooling)))
+    def forward(self, inputs: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """Of each signal ``[batch, channel, patch, 200]`` and what is valid, ``[batch, channel]`` -> logits ``[batch,
+        class]``. A signal without a valid channel counts as zeros."""
+        parts = []
+        for name, encoder in self.encoders.items():
+            x, valid = inputs[name]
+            features = encoder(x, valid=valid[:, :, None].expand(x.shape[:3]))
+            parts.append(self.norms[name](pool(features, valid, self.pooling)))
+        logits: Tensor = self.head(torch.cat(parts, dim=1))
         return logits
 
 
 def finetune(
-    backbone: Backbone, source: Source, table: Table, fold: Fold, options: ProbeOptions, purpose: str
+    backbones: Mapping[str, Backbone], sources: Mapping[str, Source], table: Table, fold: Fold, options: Finetuning,
+    purpose: str,
 ) -> tuple[Floats, int]:  # fmt: skip
-    """Train an encoder and a head on a fold's first inner split, and test after the epoch that its validation people
+    """Train encoders and a head on a fold's first inner split, and test after the epoch that its validation people
     chose.
 
     Args:
-        backbone: where training begins; it stays as it is.
-        source: of the windows.
+        backbones: of each signal, where training begins; they stay as they are.
+        sources: of each signal's windows.
         table: the labelled windows.
         fold: its first inner split trains and validates.
         options: ``epochs``, ``lr``, ``batch``, ``pooling``.
@@ -71,31 +91,35 @@ def finetune(
     digest = hashlib.blake2b(f"finetune/{purpose}".encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-        encoder = deepcopy(backbone.module)
-        model = _Classifier(encoder, len(source.info.channels), len(table.classes), options.pooling).to(device)
+        encoders = {name: deepcopy(backbone.module) for name, backbone in backbones.items()}
+        channels = {name: len(source.info.channels) for name, source in sources.items()}
+        model = _Classifier(encoders, channels, len(table.classes), options.pooling).to(device)
         groups = [
-            {"params": list(model.encoder.parameters()), "lr": options.lr},
+            {"params": list(model.encoders.parameters()), "lr": options.lr},
             {"params": list(model.head.parameters()), "lr": options.lr * _HEAD_FASTER},
         ]
         counts = np.bincount(table.label[train], minlength=len(table.classes))
         weight = torch.from_numpy(len(train) / (len(counts) * counts)).float().to(device)
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+
+        def windows(rows: Ints) -> dict[str, tuple[Tensor, Tensor]]:
+            ids = table.sample[rows]
+            return {name: _windows(sources[name], ids, one.unit_uv, device) for name, one in backbones.items()}
+
         best: tuple[float, int, Floats] | None = None
         for epoch in range(1, options.epochs + 1):
             model.train()
             order = train[permutation(len(train), "finetune", purpose, epoch)]
             for rows in np.array_split(order, -(-len(order) // options.batch)):
-                x, valid = _windows(source, table.sample[rows], backbone.unit_uv, device)
-                loss = F.cross_entropy(model(x, valid), torch.from_numpy(table.label[rows]).to(device), weight)
+                loss = F.cross_entropy(model(windows(rows)), torch.from_numpy(table.label[rows]).to(device), weight)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-            chosen = _probability(model, source, table.sample[validation], backbone.unit_uv, device, options.batch)
+            chosen = _probability(model, windows, validation, options.batch)
             area = auc(table.label[validation], chosen) or 0.0
             if best is None or area > best[0]:
-                tested = _probability(model, source, table.sample[fold.test], backbone.unit_uv, device, options.batch)
-                best = (area, epoch, tested)
+                best = (area, epoch, _probability(model, windows, fold.test, options.batch))
     assert best is not None
     return best[2], best[1]
 
@@ -110,12 +134,11 @@ def _windows(source: Source, ids: Ints, unit_uv: float, device: torch.device) ->
 
 @torch.no_grad()
 def _probability(
-    model: nn.Module, source: Source, ids: Ints, unit_uv: float, device: torch.device, size: int
+    model: nn.Module, windows: Callable[[Ints], dict[str, tuple[Tensor, Tensor]]], rows: Ints, size: int
 ) -> Floats:  # fmt: skip
     model.eval()
     parts = [
-        model(*_windows(source, ids[low : low + size], unit_uv, device)).double().softmax(1).cpu().numpy()
-        for low in range(0, len(ids), size)
+        model(windows(rows[low : low + size])).double().softmax(1).cpu().numpy() for low in range(0, len(rows), size)
     ]
     found: Floats = np.concatenate(parts)
     return found

@@ -197,7 +197,8 @@ def _tested(
         begins = backbone if name == "finetuned" else untrained(backbone, seed)
         source = Source([(shards.url, 1.0)], backbone.signal, shard_cache())
         for fold in folds:
-            tested, epoch = finetune(begins, source, table, fold, options.probe, f"{seed}/{fold.name}")
+            one = {backbone.signal: begins}, {backbone.signal: source}
+            tested, epoch = finetune(*one, table, fold, options.probe, f"{seed}/{fold.name}")
             probability.append(tested)
             chosen.append({"epoch": epoch})
     else:

@@ -1,5 +1,5 @@
 """One fusion study from its options to its results. No Ray here: whoever drives the trials calls, in this order,
-:func:`prepare`, :func:`candidates`, :func:`train` for every configuration and row, and :func:`conclude`."""
+:func:`prepare`, :func:`train` for every configuration (``proposals.py``) and row, and :func:`conclude`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_ove
 from physio_dist.downstream.clips import since_rest
 from physio_dist.downstream.embedding import embedding
 from physio_dist.downstream.features import Features, check_fits, embed, open_features
+from physio_dist.downstream.finetune import finetune
 from physio_dist.downstream.folds import folds_for
 from physio_dist.downstream.handmade import handmade, logistic
 from physio_dist.downstream.occlusion import leaned
 from physio_dist.downstream.pooling import pooled
+from physio_dist.downstream.probe_options import ProbeOptions
+from physio_dist.downstream.proposals import STARTUP
 from physio_dist.downstream.results import (
     Outcome,
     Row,
@@ -30,7 +33,7 @@ from physio_dist.downstream.results import (
     row_of,
 )
 from physio_dist.downstream.splits import LEAKY_NOTE, Fold, can_permute
-from physio_dist.downstream.tasks import SIGNALS, Table, label_name, published
+from physio_dist.downstream.tasks import SIGNALS, Table, label_name, published, shard_cache
 from physio_dist.downstream.trials import MODALITIES as MODALITIES
 from physio_dist.downstream.trials import SEARCHED as SEARCHED
 from physio_dist.downstream.trials import (
@@ -45,18 +48,19 @@ from physio_dist.downstream.trials import (
     select,
     views,
 )
-from physio_dist.downstream.trials import candidates as candidates
 from physio_dist.downstream.trials import train as train
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.fusion_heads import input_kind
-from physio_dist.shards.index import ShardSet, read_sidecar
+from physio_dist.shards.index import ShardSet, open_set, read_sidecar
+from physio_dist.shards.stream import Source
 from physio_dist.task_options import LEAKY
 
 Say = Callable[[str], None]
 
 ROWS = ("majority", "untrained", "handmade", "ecg", "eeg", "fused")
 """Rows of every study, in the order of ``results.json``. ``search.modality_dropout`` adds ``fused_ecg_only
-fused_eeg_only``, ``tune.noise_control`` ``noise_ecg noise_eeg``, simulated data ``bound_ecg bound_eeg bound_fused``."""
+fused_eeg_only``, ``tune.noise_control`` ``noise_ecg noise_eeg``, ``tune.finetune`` ``finetuned``, simulated data
+``bound_ecg bound_eeg bound_fused``."""
 
 _PROTOCOL = {
     "grouped_kfold": "groups of people take turns as test people; nobody is on two sides of a fold",
@@ -203,6 +207,17 @@ def _notes(
 ) -> list[str]:  # fmt: skip
     tune = options.tune
     notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_rule(tune.protocol)}."]
+    if tune.search == "optuna" and tune.trials > STARTUP:
+        notes.append(
+            f"Search: {STARTUP} configurations drawn for all folds, then {tune.trials - STARTUP} for each row and fold "
+            "that Optuna proposed, by that fold's validation AUC alone."
+        )
+    if tune.finetune:
+        rest = "; nothing of the rest before a clip is subtracted there" if tune.baseline != "none" else ""
+        notes.append(
+            "Row finetuned: both encoders and a linear head, trained end to end on the first of each fold's turns, the "
+            f"epoch chosen by its validation people{rest}."
+        )
     if table.simulated:
         notes.append("SIMULATED signals: the figures say that the software works, and nothing about people.")
     notes += table.notes
@@ -258,6 +273,8 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
     if study.options.tune.noise_control:
         say("training fused heads with noise in place of each modality")
         rows |= _noise_rows(study, chosen["fused"])
+    if study.options.tune.finetune:
+        rows["finetuned"] = _finetuned_row(study, say)
     extra = [name for name in rows if name not in ROWS]
     ordered = [*(rows[name] for name in (*ROWS, *extra)), *bounds(table, folds)]
     found = [row_of(row, table, folds, seed) for row in ordered]
@@ -306,6 +323,24 @@ def _handmade_row(study: Study) -> Row:
     fitted = [logistic(study.handmade, label, classes, fold) for fold in study.folds]
     none = [None] * len(fitted)
     return Row("handmade", SIGNALS, [one.probability for one in fitted], [{"C": one.c} for one in fitted], none)
+
+
+def _finetuned_row(study: Study, say: Say) -> Row:
+    """Both encoders trained end to end with a linear head over them, each fold from its own encoders."""
+    options, table, folds = study.options, study.table, study.folds
+    shards = open_set(options.tune.data)
+    backbones = {signal: _backbones(options, signal, folds, table, shards) for signal in SIGNALS}
+    sources = {signal: Source([(shards.url, 1.0)], signal, shard_cache()) for signal in SIGNALS}
+    how = ProbeOptions(epochs=options.tune.finetune_epochs, lr=options.tune.finetune_lr)
+    probability: list[npt.NDArray[np.floating]] = []
+    epochs: list[int | None] = []
+    for number, fold in enumerate(folds):
+        say(f"fine-tuning both encoders: fold {fold.name}, {number + 1} of {len(folds)}")
+        mine = {signal: those[number] for signal, those in backbones.items()}
+        tested, epoch = finetune(mine, sources, table, fold, how, f"{options.run.seed}/fused/{fold.name}")
+        probability.append(tested.astype(np.float32))
+        epochs.append(epoch)
+    return Row("finetuned", SIGNALS, probability, [None] * len(folds), epochs)
 
 
 def _searched_rows(study: Study, name: str, choices: list[Choice]) -> dict[str, Row]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from physio_dist.config import SearchOptions, TuneConfig
+from physio_dist.config import TuneConfig
 from physio_dist.downstream.heads import Heads, Job
 from physio_dist.downstream.metrics import auc
 from physio_dist.downstream.splits import Fold, permuted
@@ -19,7 +19,7 @@ from physio_dist.downstream.tasks import Table
 from physio_dist.errors import UserError
 from physio_dist.models.fusion import Head, Reduction, reduction
 from physio_dist.models.fusion_heads import input_kind
-from physio_dist.shards.order import number_of, permutation
+from physio_dist.shards.order import number_of
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -29,9 +29,6 @@ SEARCHED = ("fused", "ecg", "eeg", "untrained")
 
 MODALITIES = {"fused": ("ecg", "eeg"), "ecg": ("ecg",), "eeg": ("eeg",), "untrained": ("ecg", "eeg")}
 
-_FIRST = ("pooling", "components", "depth", "width", "dropout", "label_smoothing", "lr", "weight_decay")
-# Choices that came later: where there is none a configuration is what it was without them, and so are its trials.
-_LATER = ("head", "modality_dropout", "class_weight")
 # Heads trained at a time in the control with permuted labels.
 _MOST_HEADS = 64
 
@@ -88,7 +85,7 @@ class TrialRecord:
     Attributes:
         trial: its name.
         row: one of ``SEARCHED``.
-        config: one of :func:`candidates`.
+        config: what was drawn or proposed for it (``proposals.py``).
         history: what :func:`train` yielded.
         last: name of a fold -> last epoch that counts in the selection for that fold; absent: all of them.
         seconds: how long it took.
@@ -109,31 +106,6 @@ class Choice:
     config: dict[str, Any]
     epoch: int
     val_auc: float
-
-
-def candidates(options: TuneConfig) -> list[dict[str, Any]]:
-    """``tune.trials`` configurations drawn from ``search`` by ``run.seed``.
-
-    A Latin hypercube (McKay, Beckman, Conover 1979): each option's values are visited equally often, as far as they go.
-
-    Returns:
-        Objects with ``pooling components depth width dropout label_smoothing lr weight_decay``, and those of ``head
-        modality_dropout class_weight`` for which another value than the default could be chosen.
-    """
-    n, search, seed = options.tune.trials, options.search, options.run.seed
-    found: list[dict[str, Any]] = [{} for _ in range(n)]
-    later = [name for name in _LATER if getattr(search, name) != getattr(SearchOptions(), name)]
-    for name in (*_FIRST, *later):
-        choices, stratum = getattr(search, name), permutation(n, "search", seed, name)
-        for i in range(n):
-            u = (int(stratum[i]) + number_of("search", seed, name, i) / 2**64) / n
-            if name in ("lr", "weight_decay"):
-                low, high = choices
-                value = float(f"{low * (high / low) ** u:.4g}")
-                found[i][name] = min(max(value, low), high)
-            else:
-                found[i][name] = choices[min(int(u * len(choices)), len(choices) - 1)]
-    return found
 
 
 def shown(valid: npt.NDArray[np.bool_] | None, kind: str) -> npt.NDArray[np.bool_] | None:
@@ -190,7 +162,7 @@ def _kept(values: npt.NDArray[np.float32], there: npt.NDArray[np.bool_]) -> npt.
     return values[there[:, 0]] if values.ndim == 2 else values[np.broadcast_to(there, values.shape[:2])]
 
 
-def train(study: Study, row: str, config: dict[str, Any]) -> Iterator[dict[str, float]]:
+def train(study: Study, row: str, config: dict[str, Any], only: str = "") -> Iterator[dict[str, float]]:
     """Train one configuration, the heads of all folds and inner splits at once.
 
     A head never sees a label or a feature of its fold's test people, nor, in training, of its validation people.
@@ -198,14 +170,16 @@ def train(study: Study, row: str, config: dict[str, Any]) -> Iterator[dict[str, 
     Args:
         study: see :func:`physio_dist.downstream.study.prepare`.
         row: one of ``SEARCHED``.
-        config: one of :func:`candidates`.
+        config: of :mod:`physio_dist.downstream.proposals`.
+        only: name of the one fold to train for; empty: all.
 
     Yields:
         After each of ``tune.max_epochs`` epochs ``epoch`` (from 1), ``fold_<name>``: the AUC on the validation
         people of that fold, the mean over its inner splits, and ``val_auc``: the mean over folds.
     """
-    label, folds = study.table.label, study.folds
-    jobs = [job for fold in range(len(folds)) for job in _jobs(study, row, config, fold, label)]
+    label, numbers = study.table.label, [n for n, fold in enumerate(study.folds) if only in ("", fold.name)]
+    folds = [study.folds[number] for number in numbers]
+    jobs = [job for number in numbers for job in _jobs(study, row, config, number, label)]
     valid = [rows for fold in folds for _, rows in fold.inner]
     owner = [fold.name for fold in folds for _ in fold.inner]
     heads = Heads(jobs, len(study.table.classes), config)
@@ -222,6 +196,12 @@ def train(study: Study, row: str, config: dict[str, Any]) -> Iterator[dict[str, 
             "val_auc": float(np.mean(list(each.values()))),
             **{f"fold_{name}": area for name, area in each.items()},
         }
+
+
+def counting(record: TrialRecord, fold: str) -> list[tuple[int, float]]:
+    """Epochs of a trial that count in the selection for a fold, and the AUC on its validation people after each."""
+    found = [(int(seen["epoch"]), float(seen.get(f"fold_{fold}", math.nan))) for seen in record.history]
+    return [(epoch, area) for epoch, area in found if not math.isnan(area) and epoch <= record.last.get(fold, epoch)]
 
 
 def select(study: Study, row: str, records: Sequence[TrialRecord]) -> list[Choice]:
@@ -241,10 +221,7 @@ def select(study: Study, row: str, records: Sequence[TrialRecord]) -> list[Choic
             if record.row != row:
                 continue
             text = json.dumps(record.config, sort_keys=True)
-            for seen in record.history:
-                epoch, area = int(seen["epoch"]), float(seen.get(f"fold_{fold.name}", math.nan))
-                if math.isnan(area) or epoch > record.last.get(fold.name, epoch):
-                    continue
+            for epoch, area in counting(record, fold.name):
                 if best is None or (-area, epoch, text) < best:
                     best, config = (-area, epoch, text), record.config
         if best is None:

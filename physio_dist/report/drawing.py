@@ -29,6 +29,7 @@ ROW_COLOURS = {
     "fused_eeg_only": "#56B4E9",
     "noise_ecg": "#6f8fa6",
     "noise_eeg": "#a68a6f",
+    "finetuned": "#8c564b",
 }
 INK = "#1c1c1c"
 SOFT = "#6b6b6b"

@@ -30,6 +30,7 @@ LABELS = {
     "fused_eeg_only": "Fused, EEG shown",
     "noise_ecg": "EEG + noise for ECG",
     "noise_eeg": "ECG + noise for EEG",
+    "finetuned": "Fine-tuned encoders",
 }
 # On a drawing with little room.
 SHORT = {
@@ -42,6 +43,7 @@ SHORT = {
     "fused_eeg_only": "fused, EEG",
     "noise_ecg": "EEG+noise",
     "noise_eeg": "ECG+noise",
+    "finetuned": "fine-tuned",
 }
 SHADE = "#08518c"
 # From this share on white figures read better than black ones on it.

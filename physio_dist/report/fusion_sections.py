@@ -43,11 +43,13 @@ OPTIONS = (
     "tune.folds",
     "tune.val_folds",
     "tune.trials",
+    "tune.search",
     "tune.scheduler",
     "tune.max_epochs",
     "tune.permutations",
     "tune.calibrate",
     "tune.noise_control",
+    "tune.finetune",
     "run.seed",
 )
 

@@ -46,6 +46,8 @@ def search(sweep: Sweep, held: HeldOut | None) -> Section:
     how = how.get("rule") if isinstance(how, dict) else how
     text = [f"How it was selected: {plain(how).rstrip('.')}."] if how else []
     notes = [f"The last line of {TRIALS} was not finished and is left out."] if sweep.unfinished else []
+    if sweep.option("tune.search") == "optuna":
+        notes.append("What Optuna proposed was tried in one fold only: the AUC of such a trial is no mean over folds.")
     lost = sum(not math.isfinite(trial.val_auc) for trial in sweep.trials)
     if lost:
         notes.append(f"{lost} of {len(sweep.trials)} trials came to no validation AUC and are not drawn.")

@@ -331,6 +331,9 @@ def test_recordings_that_will_not_do(cli: Cli, run: Path, raw: Path, tmp_path: P
         done = cli("predict", run, tmp_path / name)
         assert done.returncode == 2 and words in done.stderr and done.stdout == "", done.stderr
         assert done.stderr.count("\n") == 1 and str(tmp_path / name) in done.stderr
+    for rest, words in (("0:10", "was trained without subtracting any"), ("0:x", "neither a file nor START:END")):
+        done = cli("predict", run, raw / "r03.edf", "--rest", rest)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     with pytest.raises(UserError, match="copy it there first"):
         read_file("s3://bucket/a.edf")
 
@@ -421,7 +424,4 @@ def test_what_cannot_be_told_from_raw_files_keeps_no_classifier(study: Study, tm
     said: list[str] = []
     classifier_folder.keep(other, records_of(other, HEADS["plain"]), str(tmp_path / "classifier"), said.append)
     assert said == ["no classifier is kept: the shard set does not tell how raw recordings become its windows"]
-    study.options.tune.baseline = "subtract"
-    classifier_folder.keep(study, [], str(tmp_path / "classifier"), said.append)
-    study.options.tune.baseline = "none"
-    assert "tune.baseline=subtract" in said[-1] and not (tmp_path / "classifier").exists()
+    assert not (tmp_path / "classifier").exists()

@@ -14,6 +14,7 @@ from study_samples import CONFIG, changed, features_of, job_of, study_of, table_
 from physio_dist.config import TuneConfig
 from physio_dist.downstream.heads import Heads
 from physio_dist.downstream.metrics import auc
+from physio_dist.downstream.proposals import candidates
 from physio_dist.downstream.splits import Fold
 from physio_dist.downstream.tasks import Table
 from physio_dist.downstream.trials import (
@@ -21,7 +22,6 @@ from physio_dist.downstream.trials import (
     Choice,
     Study,
     TrialRecord,
-    candidates,
     control,
     predict,
     select,
@@ -45,6 +45,15 @@ def test_every_epoch_tells_each_fold_and_their_mean() -> None:
         assert set(one) == {"epoch", "val_auc", "fold_0", "fold_1", "fold_2"}
         assert one["val_auc"] == pytest.approx(np.mean([one[f"fold_{i}"] for i in range(3)]))
     assert seen == list(train(pickle.loads(pickle.dumps(study)), "fused", CONFIG))
+
+
+def test_one_fold_alone_is_what_it_is_among_all() -> None:
+    study = study_of(TABLE, features_of(TABLE.label, 0.8, 3, 1), features_of(TABLE.label, 1.2, 3, 2), epochs=3)
+    for fold in ("0", "2"):
+        together = [line[f"fold_{fold}"] for line in train(study, "fused", CONFIG)]
+        alone = list(train(study, "fused", CONFIG, fold))
+        assert [set(line) for line in alone] == [{"epoch", "val_auc", f"fold_{fold}"}] * 3
+        assert [line["val_auc"] for line in alone] == pytest.approx(together, abs=0.005)
 
 
 def test_a_fold_is_the_mean_auc_of_heads_trained_one_by_one() -> None:

@@ -24,6 +24,7 @@ from safetensors.numpy import load
 from physio_dist import cluster as ray_cluster
 from physio_dist import config, tune
 from physio_dist.downstream.classifier import FusionClassifier
+from physio_dist.downstream.proposals import propose
 from physio_dist.errors import UserError
 from physio_dist.models.criss_cross import CrissCrossEncoder, preset
 from physio_dist.models.weights import save_encoder
@@ -104,6 +105,7 @@ class Sweep:
     options: tuple[str, ...] = SMALL
     run_dir: str = ""
     code: Path = ROOT
+    configuration: str = CONFIG
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class Sweep:
     def start(self, job: str = "", extra: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         """Start it by itself, or as a job of the cluster whose dashboard is at ``job``."""
         words = [f"run.dir={self.run_dir}", f"run.name={self.name}", *self.place.words(*self.options), *extra]
-        given = CONFIG if job else str(ROOT / CONFIG)
+        given = self.configuration if job else str(ROOT / self.configuration)
         command = [sys.executable, "-m", "physio_dist.tune", "--config", given, *words]
         if job:
             submit = [str(BIN / "ray"), "job", "submit", "--address", job]
@@ -317,21 +319,23 @@ def workers(ray_nodes: Cluster) -> list[psutil.Process]:
 def test_stopped_and_started_again_it_finds_the_same(sweep: Make, ray_nodes: Cluster, finished: Sweep) -> None:
     run = sweep("stopped")
     before: list[dict[str, Any]] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        done = len(before)
+    # The driver is asked to end, and the last time it is killed.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        done, killed = len(before), number == signal.SIGKILL
         process = run.start()
         try:
             run.wait_for_trials(process, done + 2)
             process.send_signal(number)
-            assert process.wait(timeout=60) == 75, run.said()
+            assert process.wait(timeout=60) == (-signal.SIGKILL if killed else 75), run.said()
         finally:
             end_session(process)
-        assert run.told()[-1] == "stopped: interrupted; the same command goes on where it can (exit status 75)"
+        if not killed:
+            assert run.told()[-1] == "stopped: interrupted; the same command goes on where it can (exit status 75)"
         assert "Traceback" not in run.said()
         assert not (run.path / "results.json").exists()
         before = run.trials()
         assert done + 2 <= len(before) < 16
-        assert json.loads((run.path / "lease.json").read_text())["released"] is True
+        assert json.loads((run.path / "lease.json").read_text())["released"] is not killed
     process = run.start()
     try:
         # And a worker is lost on top of it.
@@ -346,6 +350,44 @@ def test_stopped_and_started_again_it_finds_the_same(sweep: Make, ray_nodes: Clu
     assert run.results() == finished.results()
     after = {trial["trial"]: trial for trial in run.trials()}
     assert all(after[trial["trial"]] == trial for trial in before)
+
+
+def test_optuna_sees_one_fold_at_a_time_and_goes_on_after_a_killed_driver(sweep: Make) -> None:
+    options = (*SMALL, "tune.search=optuna", "tune.trials=12", "tune.max_epochs=2", "search.components=[8]")
+    run = sweep("optuna", options=options)
+    process = run.start()
+    try:
+        # Four rows share ten drawn configurations; then each row and fold goes on by itself.
+        run.wait_for_trials(process, 44)
+        process.kill()
+        process.wait(timeout=60)
+    finally:
+        end_session(process)
+    before = run.trials()
+    assert 44 <= len(before) < 64
+    assert run() == 0, run.said()
+    plan = "64 trials: 12 configurations for each of 4 rows and, beyond the first 10, 3 folds"
+    assert f"{plan}, {len(before)} of them done in an earlier attempt" in run.told()
+    trials = run.trials()
+    after = {trial["trial"]: trial for trial in trials}
+    assert all(after[trial["trial"]] == trial for trial in before)
+    proposed = [name for name in after if name.count("-") == 2]
+    assert len(after) == 64 and len(proposed) == 4 * 2 * 3
+    search = config.load(config.TuneConfig, str(ROOT / CONFIG), run.place.words(*options), config.check_tune).search
+    for name in proposed:
+        row, number, fold = name.split("-")
+        tag = f"fold_{fold}"
+        assert list(after[name]["folds"]) == [tag]
+        earlier = [one for one in trials if one["row"] == row and tag in one["folds"]]
+        past = [(one["config"], max(one["folds"][tag])) for one in earlier[: int(number)]]
+        assert after[name]["config"] == propose(search, f"0/{name}", past)
+    results = run.results()
+    assert any(note.startswith("Search: 10 configurations drawn for all folds, then 2") for note in results["notes"])
+    tried = [one["config"] for one in trials]
+    assert all(fold["config"] in tried for fold in results["rows"][-1]["per_fold"])
+    assert np.isfinite(FusionClassifier.load(str(run.path)).predict_recording(
+        read_file(str(run.place.raw / "Subject00_1.edf"))
+    ).probability).all()
 
 
 def test_a_sweep_whose_artefacts_are_all_in_a_bucket(sweep: Make, ray_nodes: Cluster, s3: S3) -> None:

@@ -29,9 +29,10 @@ from physio_dist.config import TuneConfig, check_tune
 from physio_dist.downstream import study
 from physio_dist.downstream.backbones import open_backbone
 from physio_dist.downstream.features import embed, open_features
+from physio_dist.downstream.proposals import candidates
 from physio_dist.downstream.splits import folds_of
 from physio_dist.downstream.tasks import Table
-from physio_dist.downstream.trials import MODALITIES, SEARCHED, Study, candidates, reductions_of
+from physio_dist.downstream.trials import MODALITIES, SEARCHED, Study, reductions_of
 from physio_dist.models.criss_cross import PRESETS, CrissCrossEncoder, preset
 from physio_dist.models.fusion import pool
 from physio_dist.models.weights import save_encoder

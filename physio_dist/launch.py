@@ -33,6 +33,7 @@ from physio_dist.board import Board, BoardActor
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
 from physio_dist.gauges import LINE, Gauges, figures
+from physio_dist.rollcall import RollCall
 from physio_dist.training.rundir import map_urls
 
 # What a step, its checkpoint and the end of the ranks may take once a stop was asked for; a rank gives itself 60 s.
@@ -40,6 +41,8 @@ _STOP_S = 90.0
 # A lost node is worth waiting for a while, even where nobody announced an autoscaler.
 _REPLACE_S = 60.0
 _TELL_S = 10.0
+# A driver that has just ended has its board taken down within this time.
+_BOARD_S = 10.0
 # Between two words of the first rank to the driver about steps alone.
 _TELL_STEP_S = 1.0
 _GOES_ON = "the same command goes on from the newest checkpoint"
@@ -105,14 +108,13 @@ class Launch:
         Raises:
             PhysioError: how the run ended, where it is not done.
         """
+        board = self._put_up_board()
         cluster.require(self.cpus, self.gpus, self.least, self.options.cluster.wait_s, _say, "cluster.wait_s")
         many = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
         each = f"{self.cpus:g} CPU(s)" + (f" and {self.gpus:g} GPU" if self.gpus else "")
         _say(f"run {self.url}: {many} rank(s) of {each}, up to {self.options.cluster.max_failures} restart(s)")
         # Prints of the ranks would go through Ray Train's logger, whose remarks are silenced there.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(BoardActor).options(num_cpus=0, scheduling_strategy=here).remote()
         # Ray Train wants a folder. Nothing of value lies there: checkpoints are found in the run's own.
         storage = tempfile.mkdtemp(prefix="physio-dist-")
         try:
@@ -126,6 +128,28 @@ class Launch:
             shutil.rmtree(storage, ignore_errors=True)
         self._conclude(last)
 
+    def _put_up_board(self) -> Any:
+        """The run's board, of which a cluster has one; the lease keeps out drivers that are elsewhere.
+
+        Raises:
+            UserError: another driver on this cluster is at the run.
+        """
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(BoardActor).options(
+            name=self.url, namespace="physio-dist", num_cpus=0, scheduling_strategy=here
+        )
+        began = time.monotonic()
+        while True:
+            try:
+                return board.remote()
+            except ValueError:
+                if time.monotonic() - began > _BOARD_S:
+                    raise UserError(
+                        f"the run at {self.url} is live: another job on this cluster is at it; stop that one (`ray job "
+                        "list` and the dashboard show it) or choose another run.name"
+                    ) from None
+                time.sleep(0.5)
+
     def _trainer(self, board: Any, storage: str) -> Any:
         resources = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
         # A worker without a GPU of its own sees all of its node's, unless it is told otherwise.
@@ -133,6 +157,7 @@ class Launch:
         return ray.train.torch.TorchTrainer(
             train_one_rank,
             train_loop_config={"options": self.options, "board": board},
+            torch_config=RollCall(board=board, gpu=self.gpus > 0),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self.least if self.least == self.most else (self.least, self.most),
                 use_gpu=self.gpus > 0,
@@ -283,7 +308,10 @@ def train_one_rank(given: dict[str, Any]) -> None:
         if isinstance(error, NonFiniteError):
             ray.get(board.tell_nonfinite.remote())
         # All ranks come to a stop together. From other errors the rest does not hear: it waits in a collective.
-        ray.get(board.tell_end.remote(error.exit_status, str(error), not isinstance(error, Stopped)))
+        stopped = isinstance(error, Stopped)
+        # What one node lacks, another may have.
+        where = "" if stopped else f" (rank {me} on node {ray.util.get_node_ip_address()})"
+        ray.get(board.tell_end.remote(error.exit_status, f"{error}{where}", not stopped))
     except Exception:
         traceback.print_exc()
         raise

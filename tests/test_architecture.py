@@ -32,6 +32,7 @@ MAY_KNOW = {
     "spread": {"cluster", "shards", "storage", "errors", "exits", ""},
     "sweep": {"downstream", "training", "shards", "storage", "config", "task_options", "errors"},
     "board": set(),
+    "rollcall": {"errors", ""},
     "gauges": {"board", "config"},
     "errors": set(),
     "lifeline": set(),
@@ -39,7 +40,7 @@ MAY_KNOW = {
 }
 HOMES = {
     "deepspeed": {"training/engine.py", "training/rank.py"},
-    "ray": {"cluster.py", "foldwise.py", "gauges.py", "launch.py", "spread.py", "tune.py"},
+    "ray": {"cluster.py", "foldwise.py", "gauges.py", "launch.py", "rollcall.py", "spread.py", "tune.py"},
     "sklearn": {f"downstream/{name}.py" for name in ("handmade", "metrics", "splits", "study")} | {"report/heldout.py"},
     "wfdb": {"signals/readers/wfdb_records.py", "downstream/handmade.py"},
     "h5py": {"signals/readers/code15.py", "signals/readers/mat_people.py"},

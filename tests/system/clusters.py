@@ -42,6 +42,7 @@ class Cluster:
     Args:
         env: of all nodes.
         cpus, gpus: that each node declares; the GPUs need not be there.
+        addresses: whether each node has one of its own, by which Ray Train tells machines apart.
 
     Attributes:
         nodes: beside the head.
@@ -49,8 +50,9 @@ class Cluster:
         dashboard: URL that ``ray job submit`` takes.
     """
 
-    def __init__(self, env: Mapping[str, str], cpus: int = 1, gpus: int = 0) -> None:
+    def __init__(self, env: Mapping[str, str], cpus: int = 1, gpus: int = 0, addresses: bool = False) -> None:
         self._size = ["--num-cpus", str(cpus), "--num-gpus", str(gpus)]
+        self._addresses = addresses
         self.mark = uuid.uuid4().hex
         # Ray puts sockets there, whose paths must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
@@ -67,7 +69,11 @@ class Cluster:
         ports = ["--port", self.address.rpartition(":")[2], "--dashboard-port", str(dashboard_port)]
         client = ["--ray-client-server-port", str(free_port())]
         self.nodes: list[subprocess.Popen[bytes]] = []
-        self._start("--head", *ports, *client)
+        try:
+            self._start("--head", *ports, *client)
+        except BaseException:
+            self.end()
+            raise
 
     def add_node(self, hidden: Path | None = None, env: Mapping[str, str] | None = None) -> None:
         """Start a further node, for which the folder ``hidden`` is empty; ``env`` goes over that of all nodes."""
@@ -83,6 +89,9 @@ class Cluster:
             "--temp-dir", str(self.folder / str(number)),
             "--object-store-memory", str(80 * 2**20), "--dashboard-agent-listen-port", str(free_port()),
         ]  # fmt: skip
+        if self._addresses and number:
+            # All of 127.0.0.0/8 is this machine; the head has the machine's own, by which drivers find their node.
+            command += ["--node-ip-address", f"127.0.0.{number + 1}"]
         if hidden is not None:
             assert os.geteuid() == 0, "this test mounts a disk for one node alone: run it as root"
             mount = 'mount -t tmpfs tmpfs "$0" && exec "$@"'

@@ -22,7 +22,7 @@ PLACE = Path(__file__).with_name("place_ranks.py")
 @pytest.fixture(scope="module")
 def gpu_nodes() -> Iterator[Cluster]:
     """Two nodes of two GPUs each."""
-    cluster = Cluster({}, cpus=2, gpus=2)
+    cluster = Cluster({}, cpus=2, gpus=2, addresses=True)
     try:
         cluster.add_node()
         yield cluster

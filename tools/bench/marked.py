@@ -3,6 +3,8 @@
 ``marked.py FOLDER``, then the options of ``physio_dist.launch``.
 """
 
+from __future__ import annotations
+
 import time
 
 BEGAN = time.time(), time.process_time()

@@ -78,10 +78,10 @@ def test_a_node_with_other_packages(ray_run: Make, with_node: Callable[..., None
     with_node(PYTHONPATH=str(older))
     refused(ray_run(), "physio-dist is 0.0.1 on node ", " where the command was started: install the same")
     # What pip left beside a package is what tells its version.
-    facts = tmp_path / "torch-1.0.0.dist-info" / "METADATA"
-    facts.parent.mkdir()
+    facts = tmp_path / "other" / "torch-1.0.0.dist-info" / "METADATA"
+    facts.parent.mkdir(parents=True)
     facts.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0.0\n")
-    with_node(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    with_node(PYTHONPATH=f"{tmp_path / 'other'}:{ROOT}")
     run = ray_run(name="torch")
     refused(run, "torch is ", "1.0.0 on node ", "install the same version on every node")
 

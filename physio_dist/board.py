@@ -11,6 +11,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+# For a checkpoint that is asked for: a step, and sending it.
+_SAVE_S = 60.0
+
 
 @dataclass
 class Board:
@@ -61,7 +64,7 @@ class BoardActor:
         await self._asked.wait()
         return self._board.stop or ""
 
-    async def save(self, seconds: float) -> bool:
+    async def save(self, seconds: float = _SAVE_S) -> bool:
         """Have the ranks save the step they are in; whether that was done within this time."""
         self._committed.clear()
         self._wished.set()

@@ -6,6 +6,7 @@ Tokens, certificates and credentials come from the environment of the nodes; not
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -92,8 +93,9 @@ def connect(say: Say, hear_workers: bool = True, option: str = "RAY_ADDRESS") ->
             f"{option}, or set it to local to use this machine alone"
         ) from None
     except (RuntimeError, ValueError) as error:
-        # Ray has no class of its own for a cluster of another version.
-        raise UserError(f"cannot join the Ray cluster{_at(address)}: {' '.join(str(error).split())}") from None
+        raise UserError(_mismatch(str(error), address) or (
+            f"cannot join the Ray cluster{_at(address)}: {' '.join(str(error).split())}"
+        )) from None
     finally:
         limit.cancel()
         if threading.current_thread() is threading.main_thread():
@@ -228,6 +230,18 @@ def _gcs_address() -> str:
 
 def _at(address: str) -> str:
     return f" at {address}" if address else ""
+
+
+def _mismatch(told: str, address: str) -> str | None:
+    """A message where Ray tells of other versions in the cluster, for which it has no class of error."""
+    versions = re.findall(r"(Ray|Python): (\S+)", told)
+    if "Version mismatch" not in told or len(versions) != 4:
+        return None
+    theirs, ours = (" and ".join(" ".join(pair) for pair in versions[i : i + 2]) for i in (0, 2))
+    return (
+        f"the Ray cluster{_at(address)} runs {theirs}, this driver {ours}: start it with the cluster's versions, or "
+        "have it run there, which any version can: ray job submit --working-dir . -- python -m physio_dist.launch ..."
+    )
 
 
 def _causes(error: BaseException | None) -> str:

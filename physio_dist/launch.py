@@ -26,15 +26,16 @@ import ray
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from physio_dist import cluster, config, exits
 from physio_dist.board import Board, BoardActor
+from physio_dist.callbacks import Resizer, Watcher, last_line
 from physio_dist.cluster_options import workers as workers_of
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
 from physio_dist.gauges import LINE, Gauges, figures
+from physio_dist.rollcall import RollCall
 from physio_dist.training.rundir import map_urls
 
 # What a step, its checkpoint and the end of the ranks may take once a stop was asked for; a rank gives itself 60 s.
@@ -45,42 +46,12 @@ _TELL_S = 10.0
 # Between two looks for nodes that were announced to go, and between two checkpoints for their sake.
 _LOOK_S = 3.0
 _AGAIN_S = 10.0
-# For a checkpoint that is asked for: a step, and sending it.
-_SAVE_S = 60.0
+# A driver that has just ended has its board taken down within this time.
+_BOARD_S = 10.0
 # Between two words of the first rank to the driver about steps alone.
 _TELL_STEP_S = 1.0
 _GOES_ON = "the same command goes on from the newest checkpoint"
 _NOT_BEGUN = "stopped before training began; the same command starts it"
-
-
-class Watcher(ray.train.UserCallback):  # type: ignore[misc]
-    """What the controller of the Ray Train run passes on to the board."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        told = [f"rank {rank}: {_last_line(error)}" for rank, error in sorted(worker_exceptions.items())]
-        self._board.tell_loss.remote("; ".join(told))
-
-
-class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Has the ranks save before Ray ends them to start more or fewer, so that no step is repeated.
-
-    Ray takes such a callback beside the documented ones, and calls it in the controller of the run.
-    """
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        now: Board = ray.get(self._board.read.remote())
-        if now.ranks:
-            saved = ray.get(self._board.save.remote(_SAVE_S))
-            ray.get(self._board.tell_resize.remote(resize_decision.num_workers, saved))
-
-    def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        ray.get(self._board.tell_ended.remote())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -131,6 +102,7 @@ class Launch:
         Raises:
             PhysioError: how the run ended, where it is not done.
         """
+        board = self._put_up_board()
         cluster.require(self.cpus, self.gpus, self.least, self.options.cluster.wait_s, _say, "cluster.wait_s")
         many = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
         each = f"{self.cpus:g} CPU(s)" + (f" and {self.gpus:g} GPU" if self.gpus else "")
@@ -139,8 +111,6 @@ class Launch:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
         # After a loss Ray's first try may still count on the lost node, for a minute unless it is told otherwise.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(BoardActor).options(num_cpus=0, scheduling_strategy=here).remote()
         # Ray Train wants a folder. Nothing of value lies there: checkpoints are found in the run's own.
         storage = tempfile.mkdtemp(prefix="physio-dist-")
         try:
@@ -149,10 +119,32 @@ class Launch:
                 thread.start()
                 last = self._follow(board, thread)
         except ray.exceptions.RayError as error:
-            raise PhysioError(f"lost the cluster ({_last_line(error)}); {_GOES_ON}") from error
+            raise PhysioError(f"lost the cluster ({last_line(error)}); {_GOES_ON}") from error
         finally:
             shutil.rmtree(storage, ignore_errors=True)
         self._conclude(last)
+
+    def _put_up_board(self) -> Any:
+        """The run's board, of which a cluster has one; the lease keeps out drivers that are elsewhere.
+
+        Raises:
+            UserError: another driver on this cluster is at the run.
+        """
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(BoardActor).options(
+            name=self.url, namespace="physio-dist", num_cpus=0, scheduling_strategy=here
+        )
+        began = time.monotonic()
+        while True:
+            try:
+                return board.remote()
+            except ValueError:
+                if time.monotonic() - began > _BOARD_S:
+                    raise UserError(
+                        f"the run at {self.url} is live: another job on this cluster is at it; stop that one (`ray job "
+                        "list` and the dashboard show it) or choose another run.name"
+                    ) from None
+                time.sleep(0.5)
 
     def _trainer(self, board: Any, storage: str) -> Any:
         resources = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
@@ -161,6 +153,7 @@ class Launch:
         return ray.train.torch.TorchTrainer(
             train_one_rank,
             train_loop_config={"options": self.options, "board": board},
+            torch_config=RollCall(board=board, gpu=self.gpus > 0),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self.least if self.least == self.most else (self.least, self.most),
                 use_gpu=self.gpus > 0,
@@ -233,7 +226,7 @@ class Launch:
                     _say(f"announced to go: {', '.join(sorted(going - known))}; the ranks save now and then until then")
                 if now.ranks and going and (going - known or clock - saved > _AGAIN_S):
                     saved = clock
-                    board.save.remote(_SAVE_S)
+                    board.save.remote()
                 known = going
             if now.ranks:
                 heard = told = clock
@@ -265,7 +258,7 @@ class Launch:
                 "physio_dist.launch ...` from a checkout brings it along, or install it on every node"
             )
         if self._failure is not None:
-            why = board.losses[-1] if board.losses else _last_line(self._failure)
+            why = board.losses[-1] if board.losses else last_line(self._failure)
             count = max(len(board.losses) - 1, 0)
             raise PhysioError(
                 f"given up after {count} restart(s) ({why}); the lines of the workers above say more. Then {_GOES_ON}"
@@ -336,7 +329,10 @@ def train_one_rank(given: dict[str, Any]) -> None:
         if isinstance(error, NonFiniteError):
             ray.get(board.tell_nonfinite.remote())
         # All ranks come to a stop together. From other errors the rest does not hear: it waits in a collective.
-        ray.get(board.tell_end.remote(error.exit_status, str(error), not isinstance(error, Stopped)))
+        stopped = isinstance(error, Stopped)
+        # What one node lacks, another may have.
+        where = "" if stopped else f" (rank {me} on node {ray.util.get_node_ip_address()})"
+        ray.get(board.tell_end.remote(error.exit_status, f"{error}{where}", not stopped))
     except Exception:
         traceback.print_exc()
         raise
@@ -362,12 +358,6 @@ def _teller(board: Any) -> Callable[[dict[str, Any]], None]:
 
 def _known(line: dict[str, Any]) -> dict[str, Any]:
     return {name: line[name] for name in LINE if line.get(name) is not None}
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Ray adds a page of guesses after the first sentence.
-    return (lines or [type(error).__name__])[-1].partition(". ")[0][:300]
 
 
 def _say(text: str) -> None:

@@ -36,6 +36,8 @@ MAY_KNOW = {
     "spread": {"cluster", "shards", "storage", "errors", "exits", ""},
     "sweep": {"downstream", "training", "shards", "storage", "config", "task_options", "errors"},
     "board": set(),
+    "callbacks": {"board"},
+    "rollcall": {"errors", ""},
     "gauges": {"board", "config"},
     "errors": set(),
     "lifeline": set(),
@@ -43,7 +45,10 @@ MAY_KNOW = {
 }
 HOMES = {
     "deepspeed": {"training/engine.py", "training/rank.py"},
-    "ray": {"cluster.py", "foldwise.py", "gauges.py", "launch.py", "spread.py", "tune.py"},
+    "ray": {
+        f"{name}.py"
+        for name in ("callbacks", "cluster", "foldwise", "gauges", "launch", "rollcall", "spread", "tune")
+    },
     "sklearn": {f"downstream/{name}.py" for name in ("embedding", "handmade", "metrics", "splits", "study")}
     | {"report/heldout.py"},
     "wfdb": {"signals/readers/wfdb_records.py", "downstream/handmade.py"},

@@ -37,6 +37,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _import_muon() -> None:
+    """Import DeepSpeed's own optimizer, which it looks for when it starts, without torch's compiler.
+
+    Its kernels are compiled as it is imported, which takes a second of every start to import the compiler.
+    """
+    compiler = torch.compile
+    torch.compile = lambda *_, **__: lambda kernel: kernel  # type: ignore[assignment]
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        torch.compile = compiler
+
+
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups of AdamW: matrices and kernels decay, biases and norms do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -80,6 +93,7 @@ class Engine:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.register_hook(lambda grad: grad / self.scale)  # type: ignore[no-untyped-call]
+        _import_muon()
         self.deepspeed = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.stage = options.zero.stage
         self.clip, self.ema = train.clip, train.ema

@@ -23,8 +23,9 @@ from physio_dist.errors import UserError
 
 NAME = "lease.json"
 _BEAT_S = 10.0
-# A run whose launcher was just ended may still be saving.
+# For a beat of a holder on another host. One on this host, whose launcher was just ended, may still be saving.
 _PATIENCE_S = 30.0
+_PATIENCE_HERE_S = 15.0
 
 
 def _host() -> str:
@@ -101,7 +102,7 @@ class Lease:
         """What the last holder left, once it is gone."""
         first = self._read()
         told = False
-        deadline = time.monotonic() + _PATIENCE_S
+        began = time.monotonic()
         while True:
             now = self._read()
             if not now or now.get("released") or self._is_dead_here(now):
@@ -109,7 +110,7 @@ class Lease:
             elsewhere = now.get("host") != _host()
             if elsewhere and now.get("beat") != first.get("beat"):
                 raise UserError(self._refusal(now))
-            if time.monotonic() > deadline:
+            if time.monotonic() - began > (_PATIENCE_S if elsewhere else _PATIENCE_HERE_S):
                 if elsewhere:
                     return now
                 raise UserError(self._refusal(now))

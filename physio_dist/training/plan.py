@@ -18,7 +18,6 @@ from physio_dist.models.criss_cross import (
     PATCH,
     EncoderConfig,
     MaskedModel,
-    count_flops,
     count_parameters,
     preset,
 )
@@ -26,20 +25,13 @@ from physio_dist.shards.index import SIDECAR, ShardSet, read_sidecar
 from physio_dist.shards.order import LANES, Ints, Mixture, node_slice, rank_slice
 from physio_dist.shards.sets import open_sets, order_of
 from physio_dist.shards.traffic import Traffic, node_traffic
-from physio_dist.training.meters import PEAKS, training_flops
+from physio_dist.training import scaling
+from physio_dist.training.meters import PEAKS
 from physio_dist.training.place import split_share
 
 # Epochs that are played through, fewer where they are long; later ones are like the last of them.
 _PLAYED = (2, 12)
 _PLAYED_SAMPLES = 2**28
-# What a rank's feed was measured to deliver, in bytes a second: out of its node's cache, and out of an S3 server
-# (docs/benchmarks.md).
-_FEED_RATE = 4.8e9
-_FETCH_RATE = 2.5e8
-# Share of a GPU's peak that an encoder of this kind reaches; an assumption where samples/s are not given.
-_ASSUMED_MFU = 0.3
-# Some hundred kernels forward and backward, and an all-reduce; an assumption too.
-_SHORTEST_STEP_S = 0.01
 _GB = 1e9
 
 
@@ -51,7 +43,7 @@ class Cluster:
         nodes, gpus: how many nodes, and GPUs in each.
         gpu: name of the GPU, a key of ``meters.PEAKS``.
         gpu_gb: its memory.
-        samples_per_s: of all GPUs together; None to assume a share of their peak.
+        samples_per_s: of all GPUs together; None to take it from ``scaling.py``, which assumes a share of their peak.
     """
 
     nodes: int
@@ -85,10 +77,10 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
     signal = len(info.channels), info.samples
     sidecars = [read_sidecar(one) for one in sets]
     order = order_of(sets, sidecars, [weight for _, weight in parts], "train", batch, options.run.seed)
-    flops = count_flops(preset(options.model.preset), signal[0], signal[1] // PATCH)
     rate = cluster.samples_per_s
     if rate is None:
-        rate = cluster.world * PEAKS[cluster.gpu] * _ASSUMED_MFU / training_flops(flops)
+        alone = on_paper(options, cluster, signal)
+        rate = batch / (alone.passes + alone.exchange)
     told: dict[str, Any] = {
         "nodes": cluster.nodes, "gpus_per_node": cluster.gpus, "world": cluster.world,
         "global_batch": batch, "steps": options.train.steps, "samples": [one.total for one in order.sets],
@@ -99,6 +91,16 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
         "memory": memory(options, cluster, signal),
     }  # fmt: skip
     return {**told, "warnings": list(_warnings(options, cluster, told, sets, signal))}
+
+
+def on_paper(options: PretrainConfig, cluster: Cluster, signal: tuple[int, int]) -> scaling.Step:
+    """A step as ``scaling.py`` has it; feed and checkpoints are looked at apart."""
+    load = scaling.Load(
+        options.model.preset, options.train.global_batch, options.train.micro_batch, options.zero.stage,
+        options.train.save_every, signal[0], signal[1] // PATCH,
+    )  # fmt: skip
+    machines = scaling.Machines(cluster.gpus, scaling.SHARE_OF_PEAK * PEAKS[cluster.gpu])
+    return scaling.step(load, cluster.world, machines)
 
 
 def feed(
@@ -211,25 +213,27 @@ def _warnings(
             f"data.cache_gb={options.data.cache_gb:g} holds: {fed['singles']} samples would be read one by one, or "
             "shards fetched again; raise data.cache_gb or use more nodes"
         )
-    if (wanted := fed["rank_bytes_per_s"]) > _FEED_RATE:
+    if (wanted := fed["rank_bytes_per_s"]) > scaling.FEED_RATE:
         yield (
             f"feed: {told['samples_per_s'] / world:,.0f} samples/s a GPU are {_bytes(wanted)}/s; a rank's feed was "
-            f"measured at {_bytes(_FEED_RATE)}/s"
+            f"measured at {_bytes(scaling.FEED_RATE)}/s"
         )
-    if not fed["local"] and (wanted := fed["storage_bytes_per_s"] / world) > _FETCH_RATE:
+    if not fed["local"] and (wanted := fed["storage_bytes_per_s"] / world) > scaling.FETCH_RATE:
         yield (
             f"storage: {_bytes(wanted)}/s for each rank while an epoch is fetched; a rank was measured to fetch "
-            f"{_bytes(_FETCH_RATE)}/s, so that epoch waits for storage"
+            f"{_bytes(scaling.FETCH_RATE)}/s, so that epoch waits for storage"
         )
     if not fed["local"] and fed["amplification"] > 1.5:
         yield (
             f"shards: each is fetched {fed['amplification']:.1f} times in an epoch, because nodes share lanes or lanes "
             f"share shards; a number of nodes that divides {min(batch, LANES)}, or smaller shards, make it less"
         )
-    if told["samples_per_s_assumed"] and told["step_s"] < _SHORTEST_STEP_S:
+    alone = on_paper(options, cluster, signal)
+    if told["samples_per_s_assumed"] and alone.launches > alone.arithmetic:
         yield (
-            f"speed: no step takes {told['step_s'] * 1e3:.1f} ms, launching its kernels takes longer; measure it and "
-            "give --samples-per-s, or use a larger train.global_batch or fewer GPUs"
+            f"speed: a GPU is busier with starting operations ({alone.launches * 1e3:.1f} ms a step) than with what "
+            f"they do ({alone.arithmetic * 1e3:.1f} ms): more windows a pass (train.micro_batch, train.global_batch) "
+            "or fewer GPUs; measure it and give --samples-per-s"
         )
     if (needed := room["by_stage_gb"][str(options.zero.stage)]) > 0.9 * cluster.gpu_gb:
         yield (
@@ -250,7 +254,8 @@ def _warnings(
 def tell(told: dict[str, Any]) -> Iterator[str]:
     """The plan, line by line."""
     fed, room = told["feed"], told["memory"]
-    assumed = f" (assumed: {_ASSUMED_MFU:.0%} of the peak; --samples-per-s tells)" * told["samples_per_s_assumed"]
+    share = f"{scaling.SHARE_OF_PEAK:.0%} of the peak"
+    assumed = f" (on paper, with at most {share}; --samples-per-s tells)" * told["samples_per_s_assumed"]
     yield (
         f"{told['nodes']} nodes x {told['gpus_per_node']} GPUs = {told['world']} ranks, global batch "
         f"{told['global_batch']}"

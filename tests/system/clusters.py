@@ -37,7 +37,12 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 class Cluster:
-    """Ray nodes of one CPU each, with token authentication.
+    """Ray nodes, with token authentication.
+
+    Args:
+        env: of all nodes.
+        cpus, gpus: that each node declares; the GPUs need not be there.
+        addresses: whether each node has one of its own, by which Ray Train tells machines apart.
 
     Attributes:
         nodes: beside the head.
@@ -45,7 +50,9 @@ class Cluster:
         dashboard: URL that ``ray job submit`` takes.
     """
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self, env: Mapping[str, str], cpus: int = 1, gpus: int = 0, addresses: bool = False) -> None:
+        self._size = ["--num-cpus", str(cpus), "--num-gpus", str(gpus)]
+        self._addresses = addresses
         self.mark = uuid.uuid4().hex
         # Ray puts sockets there, whose paths must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
@@ -62,28 +69,38 @@ class Cluster:
         ports = ["--port", self.address.rpartition(":")[2], "--dashboard-port", str(dashboard_port)]
         client = ["--ray-client-server-port", str(free_port())]
         self.nodes: list[subprocess.Popen[bytes]] = []
-        self._start("--head", *ports, *client)
+        try:
+            self._start("--head", *ports, *client)
+        except BaseException:
+            self.end()
+            raise
 
-    def add_node(self, hidden: Path | None = None) -> None:
-        """Start a further node, for which the folder ``hidden`` is empty."""
-        self.nodes.append(self._start("--address", self.address, hidden=hidden))
+    def add_node(self, hidden: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+        """Start a further node, for which the folder ``hidden`` is empty; ``env`` goes over that of all nodes."""
+        self.nodes.append(self._start("--address", self.address, hidden=hidden, env=env))
 
-    def _start(self, *words: str, hidden: Path | None = None) -> subprocess.Popen[bytes]:
+    def _start(
+        self, *words: str, hidden: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         number = len(list(self.folder.glob("*.log")))
         log = self.folder / f"{number}.log"
         command = [
-            str(BIN / "ray"), "start", *words, "--block", "--num-cpus", "1",
+            str(BIN / "ray"), "start", *words, "--block", *self._size,
             "--temp-dir", str(self.folder / str(number)),
             "--object-store-memory", str(80 * 2**20), "--dashboard-agent-listen-port", str(free_port()),
         ]  # fmt: skip
+        if self._addresses and number:
+            # All of 127.0.0.0/8 is this machine; the head has the machine's own, by which drivers find their node.
+            command += ["--node-ip-address", f"127.0.0.{number + 1}"]
         if hidden is not None:
             assert os.geteuid() == 0, "this test mounts a disk for one node alone: run it as root"
             mount = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
             command = ["unshare", "--mount", "sh", "-c", mount, str(hidden), *command]
         with log.open("wb") as file:
             process = subprocess.Popen(
-                command, env=self._node_env, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+                command, env={**self._node_env, **(env or {})}, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
 
         def up() -> bool:
             assert process.poll() is None, log.read_text()

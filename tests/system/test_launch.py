@@ -56,16 +56,21 @@ def own_cluster() -> Iterator[dict[str, str]]:
 
 @pytest.fixture()
 def checkout(tmp_path: Path) -> Path:
-    """Code with a version of its own, beside an environment and a run that are far too large to be uploaded."""
+    """Code with a version of its own, beside an environment, a run and recordings, too large to be uploaded."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "physio_dist", folder / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", folder / "configs")
-    shutil.copy(ROOT / ".gitignore", folder)
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, folder)
     (folder / "physio_dist" / "__init__.py").write_text('"""Uploaded."""\n\n__version__ = "0.0.0+uploaded"\n')
     for large in (folder / ".venv" / "lib", folder / "runs" / "old"):
         large.parent.mkdir()
         with large.open("wb") as file:
             file.truncate(2**31)
+    (folder / "data").mkdir()
+    with (folder / "data" / "one.edf").open("wb") as file:
+        for _ in range(110):
+            file.write(os.urandom(2**20))
     return folder
 
 

@@ -1,0 +1,87 @@
+"""What ``submit.py`` submits: ``physio_dist.launch`` that notes into a folder when it got how far.
+
+``marked.py FOLDER``, then the options of ``physio_dist.launch``.
+"""
+
+from __future__ import annotations
+
+import time
+
+BEGAN = time.time(), time.process_time()
+
+import json  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+FOLDER = sys.argv.pop(1)
+
+
+def note(name: str, when: tuple[float, float] | None = None, folder: str = FOLDER) -> None:
+    """A line of this process: what it has reached, when, and at how many seconds of its CPU time."""
+    clock, used = when or (time.time(), time.process_time())
+    with (Path(folder) / f"{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps({"name": name, "time": clock, "cpu": used}) + "\n")
+
+
+note("driver runs", BEGAN)
+
+from physio_dist import cluster, exits, launch  # noqa: E402
+
+note("its imports")
+CONNECT, ROLL_CALL = cluster.connect, launch.RollCall
+
+
+def connect(*given: Any) -> None:
+    CONNECT(*given)
+    note("connected")
+
+
+class MarkedRollCall(ROLL_CALL):
+    """Notes on every worker."""
+
+    @property
+    def backend_cls(self) -> type:
+        class Backend(super().backend_cls):  # type: ignore[misc]
+            def on_start(self, workers: Any, config: Any) -> None:
+                workers.execute(note, "workers started")
+                super().on_start(workers, config)
+                workers.execute(note, "process group up")
+
+        return Backend
+
+
+def rank_of(given: dict[str, Any]) -> None:
+    """``train_one_rank`` with notes in it."""
+    from physio_dist import launch
+    from physio_dist.training.place import choose_accelerator
+
+    choose_accelerator()
+    from physio_dist.training import rank
+
+    note("rank's imports")
+    source, loop, log = rank.Source, rank.train, rank._Rank._log
+
+    def opened(*words: Any) -> Any:
+        found = source(*words)
+        note("data opened")
+        return found
+
+    def train(*words: Any) -> None:
+        note("engine built")
+        loop(*words)
+
+    def logged(self: Any, line: dict[str, Any]) -> None:
+        log(self, line)
+        if line["step"] == 1:
+            note("first step done")
+
+    rank.Source, rank.train, rank._Rank._log = opened, train, logged
+    launch.train_one_rank(given)
+
+
+if __name__ == "__main__":
+    cluster.connect, launch.RollCall = connect, MarkedRollCall
+    launch.train_one_rank = rank_of
+    exits.end_rank(exits.status_of(launch.main))

@@ -147,6 +147,8 @@ class TuneOptions(TaskOptions):
     # asha stops what falls behind; fifo lets every trial finish.
     scheduler: str = "asha"
     max_epochs: int = 40
+    # Configurations that each fold selects, best first, and whose heads' probabilities are averaged at the test.
+    ensemble: int = 1
     # CPUs of a trial.
     cpus: float = 1.0
     # Folder of Ray Tune's own state; empty for run.dir/run.name/ray.
@@ -305,9 +307,12 @@ def check_tune(options: TuneConfig) -> None:
     _one_of("tune.scheduler", tune.scheduler, ("asha", "fifo"))
     if not tune.data:
         raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
-    for name, least in (("folds", 2), ("val_folds", 2), ("trials", 1), ("max_epochs", 1), ("permutations", 0)):
+    least_of = {"folds": 2, "val_folds": 2, "trials": 1, "max_epochs": 1, "ensemble": 1, "permutations": 0}
+    for name, least in least_of.items():
         if getattr(tune, name) < least:
             raise UserError(f"tune.{name}={getattr(tune, name)}: it must be at least {least}")
+    if tune.ensemble > tune.trials:
+        raise UserError(f"tune.ensemble={tune.ensemble}: only tune.trials={tune.trials} configurations are tried")
     if not tune.cpus > 0:
         raise UserError(f"tune.cpus={tune.cpus}: it must be positive")
     for name, value in (("ecg_encoder", tune.ecg_encoder), ("eeg_encoder", tune.eeg_encoder)):

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from physio_dist import storage
-from physio_dist.downstream.classifier_folder import CONFIG, EVERYBODY, FOLDER, FORMAT, KIND, hash_of, needed
+from physio_dist.downstream.classifier_folder import CONFIG, EVERYBODY, FOLDER, FORMATS, KIND, hash_of, needed
 from physio_dist.downstream.features import features_of
 from physio_dist.downstream.heads import one_thread
 from physio_dist.errors import DataError, UserError, nearest
@@ -91,7 +92,7 @@ class FusionClassifier:
         name: of the ensemble: a fold's, or ``everybody``.
         classes: what it tells apart.
         window: how raw signals become windows: rate, length, bands, channels, units.
-        config: of its heads, as selected.
+        configs: of each of its heads, as selected.
         heads: their probabilities are averaged.
         simulated: whether it was trained on simulated signals.
     """
@@ -99,7 +100,7 @@ class FusionClassifier:
     name: str
     classes: tuple[str, ...]
     window: WindowSpec
-    config: dict[str, Any]
+    configs: tuple[dict[str, Any], ...]
     heads: tuple[Head, ...]
     simulated: bool
     _encoders: dict[str, _Encoder]
@@ -125,7 +126,9 @@ class FusionClassifier:
         def read(where: str) -> bytes:
             return _verified(url, where.removeprefix(f"{url}/"), about["files"])
 
-        heads = _heads(chosen, read(f"{url}/{chosen['file']}"), f"{url}/{chosen['file']}")
+        members = [chosen, *chosen.get("others", [])]
+        heads = _heads(members, read(f"{url}/{chosen['file']}"))
+        configs = tuple(member["config"] for member in members for _ in range(member["heads"]))
         encoders = {}
         for signal, folder in chosen["encoders"].items():
             where = f"{url}/{folder}"
@@ -135,12 +138,12 @@ class FusionClassifier:
             key: tuple(value) if isinstance(value, list) else value for key, value in about["window"].items()
         }
         window = WindowSpec(**told)
-        return cls(name, tuple(about["classes"]), window, chosen["config"], heads, about["simulated"], encoders)
+        return cls(name, tuple(about["classes"]), window, configs, heads, about["simulated"], encoders)
 
     @property
     def takes_one(self) -> bool:
         """Whether its heads have learnt to answer from one signal alone."""
-        return self.config.get("head") == "late" or self.config.get("modality_dropout", 0.0) > 0
+        return all(one.get("head") == "late" or one.get("modality_dropout", 0.0) > 0 for one in self.configs)
 
     def predict(self, signals: Mapping[str, Given]) -> Prediction:
         """Classify every whole window of some signals that start at the same moment.
@@ -215,8 +218,21 @@ class FusionClassifier:
 
     def _probability(self, cut: Sequence[Window]) -> npt.NDArray[np.float32]:
         """float32 ``[window, class]``."""
-        inputs, there = {}, {}
-        kind = input_kind(self.config)
+        features, each = self._features(cut), []
+        given: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        for head, config in zip(self.heads, self.configs, strict=True):
+            kind = input_kind(config)
+            if kind not in given:
+                given[kind] = _given(head, kind, features, len(cut))
+            with one_thread(), torch.inference_mode():
+                # A head that has diverged knows nothing.
+                each.append(head(*given[kind]).softmax(-1).nan_to_num(1.0 / len(self.classes)))
+        found: npt.NDArray[np.float32] = torch.stack(each).double().mean(dim=0).float().numpy()
+        return found
+
+    def _features(self, cut: Sequence[Window]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each signal that is there what its encoder makes of it, and which channels are valid."""
+        found = {}
         for signal in self.heads[0].features:
             if signal in cut[0].data:
                 data, valid = (np.stack([getattr(one, what)[signal] for one in cut]) for what in ("data", "valid"))
@@ -224,16 +240,22 @@ class FusionClassifier:
                 values = features_of(encoder.module, encoder.unit_uv, data, self.window.uv_per_bit_of(signal), valid)
                 if not np.isfinite(values).all():
                     raise UserError(f"{encoder.url} gives features that are no numbers")
-                inputs[signal], there[signal] = tokens(torch.from_numpy(values), torch.from_numpy(valid), kind)
-            else:
-                many, size = self.heads[0].tokens[signal], self.heads[0].features[signal]
-                inputs[signal] = torch.zeros(len(cut), many, size)
-                there[signal] = torch.zeros(len(cut), 1, dtype=torch.bool)
-        with one_thread(), torch.inference_mode():
-            # A head that has diverged knows nothing.
-            each = [head(inputs, there).softmax(-1).nan_to_num(1.0 / len(self.classes)) for head in self.heads]
-            found: npt.NDArray[np.float32] = torch.stack(each).double().mean(dim=0).float().numpy()
+                found[signal] = torch.from_numpy(values), torch.from_numpy(valid)
         return found
+
+
+def _given(
+    head: Head, kind: str, features: Mapping[str, tuple[Tensor, Tensor]], windows: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """What a head is given of each signal, and what of it is there."""
+    inputs, there = {}, {}
+    for signal, size in head.features.items():
+        if signal in features:
+            inputs[signal], there[signal] = tokens(*features[signal], kind)
+        else:
+            inputs[signal] = torch.zeros(windows, head.tokens[signal], size)
+            there[signal] = torch.zeros(windows, 1, dtype=torch.bool)
+    return inputs, there
 
 
 def _signal(name: str, values: npt.ArrayLike, channels: Sequence[str], rate: float, unit: str = "uV") -> Signal:
@@ -258,8 +280,9 @@ def _read_config(url: str) -> tuple[str, dict[str, Any]]:
         name = storage.join(where, CONFIG)
         if not isinstance(about, dict) or about.get("kind") != KIND:
             raise UserError(f"{name} is not a classifier's; give a sweep's folder, or the {FOLDER}/ in it")
-        if about.get("format") != FORMAT:
-            raise UserError(f"{name} has format {about.get('format')!r}, this version reads format {FORMAT}")
+        if about.get("format") not in FORMATS:
+            known = " and ".join(map(str, FORMATS))
+            raise UserError(f"{name} has format {about.get('format')!r}, this version reads formats {known}")
         if about.get("sha256") != hash_of(about):
             raise DataError(f"{name} was altered: its hash does not fit its content; copy the classifier again")
         return where, about
@@ -286,10 +309,11 @@ def _verified(url: str, name: str, files: Mapping[str, str]) -> bytes:
     return data
 
 
-def _heads(chosen: Mapping[str, Any], data: bytes, where: str) -> tuple[Head, ...]:
-    tensors, heads = safetensors.torch.load(data), []
-    for i in range(chosen["heads"]):
-        head, start = build(chosen["head"]), f"{i}."
-        head.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
-        heads.append(head.eval())
+def _heads(members: Sequence[Mapping[str, Any]], data: bytes) -> tuple[Head, ...]:
+    tensors, heads = safetensors.torch.load(data), list[Head]()
+    for member in members:
+        for _ in range(member["heads"]):
+            head, start = build(member["head"]), f"{len(heads)}."
+            head.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+            heads.append(head.eval())
     return tuple(heads)

@@ -19,7 +19,15 @@ from physio_dist import __version__, storage
 from physio_dist.downstream.backbones import files_of, open_backbone
 from physio_dist.downstream.splits import Fold, inner_splits
 from physio_dist.downstream.tasks import SIGNALS, label_name
-from physio_dist.downstream.trials import Choice, Study, TrialRecord, kept_heads, reductions_of, select
+from physio_dist.downstream.trials import (
+    Choice,
+    Study,
+    TrialRecord,
+    best_choice,
+    kept_heads,
+    reductions_of,
+    select,
+)
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.fusion import Head
 from physio_dist.models.fusion_heads import input_kind
@@ -29,7 +37,8 @@ from physio_dist.signals.windows import WindowSpec
 from physio_dist.task_options import LEAKY
 
 KIND = "physio-dist-classifier"
-FORMAT = 1
+FORMATS = (1, 2)
+"""With 2 some ensemble has heads of several configurations."""
 CONFIG = "config.json"
 FOLDER = "classifier"
 """Where it lies in a sweep's directory."""
@@ -73,7 +82,7 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
         of = {signal: folders[number] for signal, folders in encoders.items()}
         ensembles[fold.name] = _ensemble(fold.name, choice, heads, of, files)
     try:
-        choice = best_of_all(records)
+        choice = best_of_all(records, study.options.tune.ensemble)
         ensembles[EVERYBODY] = _ensemble(
             EVERYBODY, choice, _trained_on_all(study, choice), {signal: f[0] for signal, f in encoders.items()}, files
         )
@@ -83,7 +92,7 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
     tune = study.options.tune
     about: dict[str, Any] = {
         "kind": KIND,
-        "format": FORMAT,
+        "format": FORMATS[any(one["others"] for one in ensembles.values())],
         "physio_dist": __version__,
         "task": tune.task,
         "label": label_name(tune.task, tune.label),
@@ -109,8 +118,8 @@ def hash_of(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def best_of_all(records: Sequence[TrialRecord]) -> Choice:
-    """What the validation people of all folds together choose for the fused row.
+def best_of_all(records: Sequence[TrialRecord], most: int = 1) -> Choice:
+    """What the validation people of all folds together choose for the fused row, and the next ``most`` - 1 behind it.
 
     Raises:
         UserError: the AUC is defined nowhere.
@@ -122,17 +131,17 @@ def best_of_all(records: Sequence[TrialRecord]) -> Choice:
     ]  # fmt: skip
     if not found:
         raise UserError(f"no trial of the row {_ROW!r} has a mean AUC over all folds")
-    area, epoch, config = min(found)
-    return Choice(json.loads(config), epoch, -area)
+    return best_choice(found, most)
 
 
-def _trained_on_all(study: Study, choice: Choice) -> list[Head]:
+def _trained_on_all(study: Study, choice: Choice) -> list[list[Head]]:
     """Heads trained as those of a fold are, with nobody left out for a test."""
     options, rows = study.options, np.arange(len(study.table.label))
     turns = inner_splits(study.table, rows, options.tune.val_folds, f"{options.run.seed}/inner/{EVERYBODY}")
     # Too few people to take turns: one head of all of them.
     fold = Fold(EVERYBODY, rows[:0], turns or ((rows, rows),))
-    keys = study.keys_of(_ROW, input_kind(choice.config), 0).values()
+    kinds = {input_kind(member.config) for member in choice.members}
+    keys = [key for kind in sorted(kinds) for key in study.keys_of(_ROW, kind, 0).values()]
     inputs = {key: study.inputs[key] for key in keys}
     encoders = {name: hashes[:1] for name, hashes in study.encoders.items()}
     most = max(options.search.components)
@@ -142,22 +151,25 @@ def _trained_on_all(study: Study, choice: Choice) -> list[Head]:
 
 
 def _ensemble(
-    name: str, choice: Choice, heads: Sequence[Head], encoders: Mapping[str, str], files: dict[str, bytes]
+    name: str, choice: Choice, heads: Sequence[Sequence[Head]], encoders: Mapping[str, str], files: dict[str, bytes]
 ) -> dict[str, Any]:
-    """What ``config.json`` says of some heads; their tensors go to ``files``."""
+    """What ``config.json`` says of some heads, those of each of ``Choice.members``; their tensors go to ``files``."""
     file = f"heads-{name}.safetensors"
+    every = [head for mine in heads for head in mine]
     files[file] = safetensors.torch.save(
-        {f"{i}.{key}": value.contiguous() for i, head in enumerate(heads) for key, value in head.state_dict().items()}
+        {f"{i}.{key}": value.contiguous() for i, head in enumerate(every) for key, value in head.state_dict().items()}
     )
-    return {
-        "file": file,
-        "heads": len(heads),
-        "head": heads[0].about(),
-        "config": choice.config,
-        "epoch": choice.epoch,
-        "val_auc": round(choice.val_auc, 6),
-        "encoders": dict(encoders),
-    }
+    first, *others = [
+        {
+            "heads": len(mine),
+            "head": mine[0].about(),
+            "config": member.config,
+            "epoch": member.epoch,
+            "val_auc": round(member.val_auc, 6),
+        }
+        for member, mine in zip(choice.members, heads, strict=True)
+    ]
+    return {"file": file, **first, "others": others, "encoders": dict(encoders)}
 
 
 def _encoders(study: Study) -> tuple[dict[str, list[str]], dict[str, bytes]]:

@@ -320,12 +320,11 @@ def _ensembles(
     """The same for each of some ways to label the windows, for each fold."""
     found: list[dict[str, list[Floats]]] = [{view: [] for view in wanted} for _ in labels]
     for number, choice in enumerate(choices):
-        said = [
-            _of_member(study, row, member, number, labels, purposes, wanted) for member in choice.members
-        ]  # fmt: skip
+        said = [_of_member(study, row, member, number, labels, purposes, wanted) for member in choice.members]
         for i, parts in enumerate(found):
             for view, each in parts.items():
-                each.append(np.mean([one[i][view] for one in said], axis=0, dtype=np.float64).astype(np.float32))
+                mean = np.stack([one[i][view] for one in said]).mean(axis=0, dtype=np.float64)
+                each.append(mean.astype(np.float32))
     return found
 
 

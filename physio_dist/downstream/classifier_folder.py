@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.torch
 
 from physio_dist import __version__, storage
-from physio_dist.downstream.backbones import files_of, open_backbone
+from physio_dist.downstream.backbones import files_of, open_backbone, urls_of
 from physio_dist.downstream.splits import Fold, inner_splits
 from physio_dist.downstream.tasks import SIGNALS, label_name
 from physio_dist.downstream.trials import (
@@ -178,13 +178,13 @@ def _encoders(study: Study) -> tuple[dict[str, list[str]], dict[str, bytes]]:
     files: dict[str, bytes] = {}
     for signal in SIGNALS:
         given, hashes = getattr(study.options.tune, f"{signal}_encoder"), study.encoders[signal]
-        by_fold = {str(name): str(one) for name, one in given.items()} if isinstance(given, Mapping) else {}
+        urls = urls_of(given, [fold.name for fold in study.folds])
         several = len(set(hashes)) > 1
         folders[signal] = [f"{signal}-{sha256[:12]}" if several else signal for sha256 in hashes]
         for fold, sha256, folder in zip(study.folds, hashes, folders[signal], strict=True):
             if f"{folder}/{CONFIG}" in files:
                 continue
-            backbone = open_backbone(by_fold.get(fold.name, str(given)), signal)
+            backbone = open_backbone(urls[fold.name], signal)
             if backbone.sha256 != sha256:
                 raise DataError(f"{backbone.url} has changed since this sweep began; choose another run.name")
             files |= {f"{folder}/{name}": data for name, data in files_of(backbone).items()}

@@ -101,9 +101,10 @@ def prepared(folder: Path, data: str, **more: Any) -> Study:
 def study(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Its folds have EEG encoders of their own, two of them the same."""
     folder = tmp_path_factory.mktemp("study")
-    eeg, other = export(str(folder / "eeg"), "eeg", 2), export(str(folder / "other"), "eeg", 3)
+    for name, seed in (("0", 2), ("1", 3), ("2", 2)):
+        export(str(folder / f"eeg-{name}"), "eeg", seed)
     data = convert(raw, folder / "set", "leads=I,II,V1", "min_leads=2", "quality=label", "eeg.high=45")
-    return prepared(folder, data, eeg_encoder={0: eeg, 1: other, 2: eeg})
+    return prepared(folder, data, eeg_encoder=f"{folder}/eeg-{{fold}}")
 
 
 Tensors = dict[str, np.ndarray]

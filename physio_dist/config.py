@@ -135,6 +135,8 @@ class TuneOptions(TaskOptions):
     # asha stops what falls behind; fifo lets every trial finish.
     scheduler: str = "asha"
     max_epochs: int = 40
+    # Configurations that each fold selects, best first, and whose heads' probabilities are averaged at the test.
+    ensemble: int = 1
     # CPUs of a trial.
     cpus: float = 1.0
     # Folder of Ray Tune's own state; empty for run.dir/run.name/ray.
@@ -280,10 +282,14 @@ def check_tune(options: TuneConfig) -> None:
     _one_of("tune.search", tune.search, ("latin_hypercube", "optuna"))
     if not tune.data:
         raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
-    least_of = {"folds": 2, "val_folds": 2, "trials": 1, "max_epochs": 1, "permutations": 0, "finetune_epochs": 1}
+    least_of = {
+        "folds": 2, "val_folds": 2, "trials": 1, "max_epochs": 1, "ensemble": 1, "permutations": 0, "finetune_epochs": 1
+    }  # fmt: skip
     for name, least in least_of.items():
         if getattr(tune, name) < least:
             raise UserError(f"tune.{name}={getattr(tune, name)}: it must be at least {least}")
+    if tune.ensemble > tune.trials:
+        raise UserError(f"tune.ensemble={tune.ensemble}: only tune.trials={tune.trials} configurations are tried")
     if not 0 < tune.finetune_lr < math.inf:
         raise UserError(f"tune.finetune_lr={tune.finetune_lr}: it must be a positive number")
     if not tune.cpus > 0:

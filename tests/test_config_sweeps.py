@@ -34,6 +34,8 @@ def tune(*words: str, file: str | None = None) -> TuneConfig:
         ("tune.folds=1", "tune.folds=1: it must be at least 2"),
         ("tune.val_folds=1", "tune.val_folds=1: it must be at least 2"),
         ("tune.trials=0", "tune.trials=0: it must be at least 1"),
+        ("tune.ensemble=0", "tune.ensemble=0: it must be at least 1"),
+        ("tune.ensemble=33", "tune.ensemble=33: only tune.trials=32 configurations are tried"),
         ("tune.max_epochs=0", "tune.max_epochs=0: it must be at least 1"),
         ("tune.permutations=-1", "tune.permutations=-1: it must be at least 0"),
         ("tune.cpus=0", "tune.cpus=0.0: it must be positive"),

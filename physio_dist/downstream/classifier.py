@@ -15,6 +15,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from physio_dist import storage
 from physio_dist.downstream.classifier_folder import CONFIG, EVERYBODY, FOLDER, FORMATS, KIND, hash_of, needed
@@ -94,7 +95,7 @@ class FusionClassifier:
         name: of the ensemble: a fold's, or ``everybody``.
         classes: what it tells apart.
         window: how raw signals become windows: rate, length, bands, channels, units.
-        config: of its heads, as selected.
+        configs: of each of its heads, as selected.
         heads: their probabilities are averaged.
         simulated: whether it was trained on simulated signals.
         rest: empty; or it was trained on features from which those of a rest before the recording were subtracted, the
@@ -104,7 +105,7 @@ class FusionClassifier:
     name: str
     classes: tuple[str, ...]
     window: WindowSpec
-    config: dict[str, Any]
+    configs: tuple[dict[str, Any], ...]
     heads: tuple[Head, ...]
     simulated: bool
     rest: str
@@ -131,7 +132,9 @@ class FusionClassifier:
         def read(where: str) -> bytes:
             return _verified(url, where.removeprefix(f"{url}/"), about["files"])
 
-        heads = _heads(chosen, read(f"{url}/{chosen['file']}"), f"{url}/{chosen['file']}")
+        members = [chosen, *chosen.get("others", [])]
+        heads = _heads(members, read(f"{url}/{chosen['file']}"))
+        configs = tuple(member["config"] for member in members for _ in range(member["heads"]))
         encoders = {}
         for signal, folder in chosen["encoders"].items():
             where = f"{url}/{folder}"
@@ -142,12 +145,12 @@ class FusionClassifier:
         }
         window = WindowSpec(**told)
         rest, simulated = about.get("rest", ""), about["simulated"]
-        return cls(name, tuple(about["classes"]), window, chosen["config"], heads, simulated, rest, encoders)
+        return cls(name, tuple(about["classes"]), window, configs, heads, simulated, rest, encoders)
 
     @property
     def takes_one(self) -> bool:
         """Whether its heads have learnt to answer from one signal alone."""
-        return self.config.get("head") == "late" or self.config.get("modality_dropout", 0.0) > 0
+        return all(one.get("head") == "late" or one.get("modality_dropout", 0.0) > 0 for one in self.configs)
 
     def predict(
         self, signals: Mapping[str, Given], rest: Mapping[str, Given] | tuple[float, float] | None = None
@@ -201,8 +204,8 @@ class FusionClassifier:
         except RecordError as error:
             raise UserError(f"{error}; this classifier takes {needed(self.window)}") from None
 
-    def _still(self, cut: Sequence[Window], window: WindowSpec, rest: Rest | None) -> dict[str, torch.Tensor]:
-        """What is subtracted of each signal: the mean of what heads are given of the rest, float64."""
+    def _still(self, cut: Sequence[Window], window: WindowSpec, rest: Rest | None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Features of the rest, of which heads subtract the mean of what they are given; empty where they do not."""
         if rest is None and not self.rest:
             return {}
         if rest is None:
@@ -223,7 +226,7 @@ class FusionClassifier:
             raise UserError(
                 f"the rest has no whole window of {window.seconds:g} s with enough valid channels to be subtracted"
             )
-        return {signal: x.double().mean(dim=0) for signal, x in self._inputs(still)[0].items()}
+        return self._features(still)
 
     def _window(self, recording: Recording) -> tuple[WindowSpec, list[str]]:
         """How this recording is cut, and what has to be said of it."""
@@ -256,20 +259,28 @@ class FusionClassifier:
         nothing = np.zeros(len(self.window.channels_of(signal)), dtype=np.bool_)
         return one.valid.get(signal, nothing)
 
-    def _probability(self, cut: Sequence[Window], still: Mapping[str, torch.Tensor]) -> npt.NDArray[np.float32]:
+    def _probability(
+        self, cut: Sequence[Window], still: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> npt.NDArray[np.float32]:
         """float32 ``[window, class]``."""
-        inputs, there = self._inputs(cut)
-        inputs |= {signal: (inputs[signal] - mean).float() for signal, mean in still.items()}
-        with one_thread(), torch.inference_mode():
-            # A head that has diverged knows nothing.
-            each = [head(inputs, there).softmax(-1).nan_to_num(1.0 / len(self.classes)) for head in self.heads]
-            found: npt.NDArray[np.float32] = torch.stack(each).double().mean(dim=0).float().numpy()
+        features, each = self._features(cut), []
+        given: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        for head, config in zip(self.heads, self.configs, strict=True):
+            kind = input_kind(config)
+            if kind not in given:
+                given[kind] = _given(head, kind, features, len(cut))
+                for signal, (values, valid) in still.items():
+                    mean = tokens(values, valid, kind)[0].double().mean(dim=0)
+                    given[kind][0][signal] = (given[kind][0][signal] - mean).float()
+            with one_thread(), torch.inference_mode():
+                # A head that has diverged knows nothing.
+                each.append(head(*given[kind]).softmax(-1).nan_to_num(1.0 / len(self.classes)))
+        found: npt.NDArray[np.float32] = torch.stack(each).double().mean(dim=0).float().numpy()
         return found
 
-    def _inputs(self, cut: Sequence[Window]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """What heads are given of each signal, and what of it is there."""
-        inputs, there = {}, {}
-        kind = input_kind(self.config)
+    def _features(self, cut: Sequence[Window]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each signal that is there what its encoder makes of it, and which channels are valid."""
+        found = {}
         for signal in self.heads[0].features:
             if signal in cut[0].data:
                 data, valid = (np.stack([getattr(one, what)[signal] for one in cut]) for what in ("data", "valid"))
@@ -277,12 +288,22 @@ class FusionClassifier:
                 values = features_of(encoder.module, encoder.unit_uv, data, self.window.uv_per_bit_of(signal), valid)
                 if not np.isfinite(values).all():
                     raise UserError(f"{encoder.url} gives features that are no numbers")
-                inputs[signal], there[signal] = tokens(torch.from_numpy(values), torch.from_numpy(valid), kind)
-            else:
-                many, size = self.heads[0].tokens[signal], self.heads[0].features[signal]
-                inputs[signal] = torch.zeros(len(cut), many, size)
-                there[signal] = torch.zeros(len(cut), 1, dtype=torch.bool)
-        return inputs, there
+                found[signal] = torch.from_numpy(values), torch.from_numpy(valid)
+        return found
+
+
+def _given(
+    head: Head, kind: str, features: Mapping[str, tuple[Tensor, Tensor]], windows: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """What a head is given of each signal, and what of it is there."""
+    inputs, there = {}, {}
+    for signal, size in head.features.items():
+        if signal in features:
+            inputs[signal], there[signal] = tokens(*features[signal], kind)
+        else:
+            inputs[signal] = torch.zeros(windows, head.tokens[signal], size)
+            there[signal] = torch.zeros(windows, 1, dtype=torch.bool)
+    return inputs, there
 
 
 def _signal(name: str, values: npt.ArrayLike, channels: Sequence[str], rate: float, unit: str = "uV") -> Signal:
@@ -336,10 +357,11 @@ def _verified(url: str, name: str, files: Mapping[str, str]) -> bytes:
     return data
 
 
-def _heads(chosen: Mapping[str, Any], data: bytes, where: str) -> tuple[Head, ...]:
-    tensors, heads = safetensors.torch.load(data), []
-    for i in range(chosen["heads"]):
-        head, start = build(chosen["head"]), f"{i}."
-        head.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
-        heads.append(head.eval())
+def _heads(members: Sequence[Mapping[str, Any]], data: bytes) -> tuple[Head, ...]:
+    tensors, heads = safetensors.torch.load(data), list[Head]()
+    for member in members:
+        for _ in range(member["heads"]):
+            head, start = build(member["head"]), f"{len(heads)}."
+            head.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+            heads.append(head.eval())
     return tuple(heads)

@@ -16,10 +16,19 @@ import numpy as np
 import safetensors.torch
 
 from physio_dist import __version__, storage
-from physio_dist.downstream.backbones import files_of, open_backbone
+from physio_dist.downstream.backbones import files_of, open_backbone, urls_of
 from physio_dist.downstream.splits import Fold, inner_splits
 from physio_dist.downstream.tasks import SIGNALS, label_name
-from physio_dist.downstream.trials import Choice, Study, TrialRecord, kept_heads, reductions_of, select, train
+from physio_dist.downstream.trials import (
+    Choice,
+    Study,
+    TrialRecord,
+    best_choice,
+    kept_heads,
+    reductions_of,
+    select,
+    train,
+)
 from physio_dist.errors import DataError, UserError
 from physio_dist.models.fusion import Head
 from physio_dist.models.fusion_heads import input_kind
@@ -30,7 +39,8 @@ from physio_dist.task_options import LEAKY
 
 KIND = "physio-dist-classifier"
 FORMATS = (1, 2)
-"""Of format 2 are those that subtract the rest before a recording, which versions that know format 1 only would not."""
+"""Of format 2 are those that versions which know format 1 only would read wrongly: ensembles with heads of several
+configurations, and those that subtract the rest before a recording."""
 CONFIG = "config.json"
 FOLDER = "classifier"
 """Where it lies in a sweep's directory."""
@@ -92,7 +102,7 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
     subtracts = tune.baseline != "none"
     about: dict[str, Any] = {
         "kind": KIND,
-        "format": FORMATS[subtracts],
+        "format": FORMATS[subtracts or any(one["others"] for one in ensembles.values())],
         "physio_dist": __version__,
         "task": tune.task,
         "label": label_name(tune.task, tune.label),
@@ -120,8 +130,8 @@ def hash_of(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def best_of_all(records: Sequence[TrialRecord]) -> Choice:
-    """What the validation people of all folds together choose for the fused row.
+def best_of_all(records: Sequence[TrialRecord], most: int = 1) -> Choice:
+    """What the validation people of all folds together choose for the fused row, and the next ``most`` - 1 behind it.
 
     Raises:
         UserError: the AUC is defined nowhere.
@@ -133,13 +143,12 @@ def best_of_all(records: Sequence[TrialRecord]) -> Choice:
     ]  # fmt: skip
     if not found:
         raise UserError(f"no trial of the row {_ROW!r} has a mean AUC over all folds")
-    area, epoch, config = min(found)
-    return Choice(json.loads(config), epoch, -area)
+    return best_choice(found, most)
 
 
 def _of_everybody(
     study: Study, records: Sequence[TrialRecord], choices: Sequence[Choice]
-) -> tuple[Choice, list[Head]]:  # fmt: skip
+) -> tuple[Choice, list[list[Head]]]:  # fmt: skip
     """A choice, and heads trained as those of a fold are, with nobody left out for a test.
 
     Raises:
@@ -150,38 +159,42 @@ def _of_everybody(
     # Too few people to take turns: one head of all of them.
     fold = Fold(EVERYBODY, rows[:0], turns or ((rows, rows),))
     # What Optuna proposed was tried in one fold only and has no mean over folds.
-    again = options.tune.search == "optuna"
-    configs = [choice.config for choice in choices] if again else [best_of_all(records).config]
-    kinds = dict.fromkeys(input_kind(config) for config in configs)
+    again, several = options.tune.search == "optuna", options.tune.ensemble
+    chosen = choices if again else [best_of_all(records, several)]
+    members = [member for choice in chosen for member in choice.members]
+    kinds = dict.fromkeys(input_kind(member.config) for member in members)
     inputs = {key: study.inputs[key] for kind in kinds for key in study.keys_of(_ROW, kind, 0).values()}
     encoders = {name: hashes[:1] for name, hashes in study.encoders.items()}
     most = max(options.search.components)
     reductions = reductions_of(inputs, encoders, [fold], most, study.valid)
     everybody = replace(study, folds=(fold,), inputs=inputs, encoders=encoders, reductions=reductions)
     if again:
-        tried = {json.dumps(config, sort_keys=True): config for config in configs}
+        tried = {json.dumps(member.config, sort_keys=True): member.config for member in members}
         records = [TrialRecord(text, _ROW, one, list(train(everybody, _ROW, one))) for text, one in tried.items()]
-    choice = best_of_all(records)
+    choice = best_of_all(records, several)
     return choice, kept_heads(everybody, _ROW, [choice])[0]
 
 
 def _ensemble(
-    name: str, choice: Choice, heads: Sequence[Head], encoders: Mapping[str, str], files: dict[str, bytes]
+    name: str, choice: Choice, heads: Sequence[Sequence[Head]], encoders: Mapping[str, str], files: dict[str, bytes]
 ) -> dict[str, Any]:
-    """What ``config.json`` says of some heads; their tensors go to ``files``."""
+    """What ``config.json`` says of some heads, those of each of ``Choice.members``; their tensors go to ``files``."""
     file = f"heads-{name}.safetensors"
+    every = [head for mine in heads for head in mine]
     files[file] = safetensors.torch.save(
-        {f"{i}.{key}": value.contiguous() for i, head in enumerate(heads) for key, value in head.state_dict().items()}
+        {f"{i}.{key}": value.contiguous() for i, head in enumerate(every) for key, value in head.state_dict().items()}
     )
-    return {
-        "file": file,
-        "heads": len(heads),
-        "head": heads[0].about(),
-        "config": choice.config,
-        "epoch": choice.epoch,
-        "val_auc": round(choice.val_auc, 6),
-        "encoders": dict(encoders),
-    }
+    first, *others = [
+        {
+            "heads": len(mine),
+            "head": mine[0].about(),
+            "config": member.config,
+            "epoch": member.epoch,
+            "val_auc": round(member.val_auc, 6),
+        }
+        for member, mine in zip(choice.members, heads, strict=True)
+    ]
+    return {"file": file, **first, "others": others, "encoders": dict(encoders)}
 
 
 def _encoders(study: Study) -> tuple[dict[str, list[str]], dict[str, bytes]]:
@@ -190,13 +203,13 @@ def _encoders(study: Study) -> tuple[dict[str, list[str]], dict[str, bytes]]:
     files: dict[str, bytes] = {}
     for signal in SIGNALS:
         given, hashes = getattr(study.options.tune, f"{signal}_encoder"), study.encoders[signal]
-        by_fold = {str(name): str(one) for name, one in given.items()} if isinstance(given, Mapping) else {}
+        urls = urls_of(given, [fold.name for fold in study.folds])
         several = len(set(hashes)) > 1
         folders[signal] = [f"{signal}-{sha256[:12]}" if several else signal for sha256 in hashes]
         for fold, sha256, folder in zip(study.folds, hashes, folders[signal], strict=True):
             if f"{folder}/{CONFIG}" in files:
                 continue
-            backbone = open_backbone(by_fold.get(fold.name, str(given)), signal)
+            backbone = open_backbone(urls[fold.name], signal)
             if backbone.sha256 != sha256:
                 raise DataError(f"{backbone.url} has changed since this sweep began; choose another run.name")
             files |= {f"{folder}/{name}": data for name, data in files_of(backbone).items()}

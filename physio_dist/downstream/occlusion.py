@@ -39,7 +39,7 @@ _MOST_WINDOWS = 4096
 _WINDOWS = 256
 
 
-def leaned(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Head]]) -> dict[str, Any]:
+def leaned(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Sequence[Head]]]) -> dict[str, Any]:
     """``leaned`` in ``results.json``.
 
     Args:
@@ -64,8 +64,12 @@ def leaned(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Hea
                 if signal not in opened or opened[signal].key != key:
                     opened[signal] = _Opened(study, key, some)
             train = np.intersect1d(fold.train, some)
-            for item, probability in _of_fold(study, number, choice, heads[number], opened, rows, train):
-                answers.setdefault(item, []).append(probability)
+            said: dict[Item, list[Floats]] = {}
+            for member, mine in zip(choice.members, heads[number], strict=True):
+                for item, probability in _of_fold(study, number, member, mine, opened, rows, train):
+                    said.setdefault(item, []).append(probability)
+            for item, each in said.items():
+                answers.setdefault(item, []).append(np.stack(each).mean(axis=0, dtype=np.float64).astype(np.float32))
     where = np.concatenate(tested)
     label, person = table.label[where], table.person[where]
     whole = {item: np.concatenate(parts) for item, parts in answers.items()}

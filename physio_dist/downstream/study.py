@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist import storage
-from physio_dist.config import TuneConfig, check_tune
+from physio_dist.config import TuneConfig, TuneOptions, check_tune
 from physio_dist.downstream.backbones import Backbone, open_backbone, refuse_overlap, untrained, urls_of
 from physio_dist.downstream.clips import since_rest
 from physio_dist.downstream.embedding import embedding
@@ -74,12 +74,14 @@ _PROTOCOL = {
 }
 
 
-def _rule(protocol: str) -> str:
-    who = {"clip_disjoint": "clips", "person_and_clip": "people and clips", LEAKY: "windows"}.get(protocol, "people")
+def _rule(tune: TuneOptions) -> str:
+    """How test windows come by their probabilities, in words."""
+    groups = {"clip_disjoint": "clips", "person_and_clip": "people and clips", LEAKY: "windows"}
+    who, many = groups.get(tune.protocol, "people"), tune.ensemble
+    what = "the configuration and epoch" if many == 1 else f"the {many} configurations, each at its best epoch,"
     return (
-        f"for each fold on its own the configuration and epoch with the best mean AUC on its validation {who}, which "
-        "are groups of those not tested that take turns; test windows get the mean probability of the fold's inner "
-        "models"
+        f"for each fold on its own {what} with the best mean AUC on its validation {who}, which are groups of those "
+        "not tested that take turns; test windows get the mean probability of the fold's inner models"
     )
 
 
@@ -206,7 +208,7 @@ def _notes(
     valid: dict[str, npt.NDArray[np.bool_]],
 ) -> list[str]:  # fmt: skip
     tune = options.tune
-    notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_rule(tune.protocol)}."]
+    notes = [f"Protocol {tune.protocol}: {_PROTOCOL[tune.protocol]}.", f"Selection: {_rule(tune)}."]
     if tune.search == "optuna" and tune.trials > STARTUP:
         notes.append(
             f"Search: {STARTUP} configurations drawn for all folds, then {tune.trials - STARTUP} for each row and fold "
@@ -294,7 +296,7 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
         ],
         "encoders": study.about,
         "selection": {
-            "rule": _rule(study.options.tune.protocol),
+            "rule": _rule(study.options.tune),
             "metric": "auc",
             "trials": {name: sum(record.row == name for record in records) for name in SEARCHED},
             "val_auc": {name: [round(choice.val_auc, 6) for choice in choices] for name, choices in chosen.items()},

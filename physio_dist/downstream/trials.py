@@ -101,11 +101,24 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the validation people of a fold chose: a configuration, and the epoch after which its training ends."""
+    """What the validation people of a fold chose: a configuration, and the epoch after which its training ends.
+
+    Attributes:
+        config: one of :func:`candidates`.
+        epoch: from 1.
+        val_auc: AUC on the validation people.
+        others: the next best configurations, whose heads have an equal say (``tune.ensemble``).
+    """
 
     config: dict[str, Any]
     epoch: int
     val_auc: float
+    others: tuple[Choice, ...] = ()
+
+    @property
+    def members(self) -> tuple[Choice, ...]:
+        """All whose heads have a say, the best first."""
+        return (replace(self, others=()), *self.others)
 
 
 def shown(valid: npt.NDArray[np.bool_] | None, kind: str) -> npt.NDArray[np.bool_] | None:
@@ -205,7 +218,8 @@ def counting(record: TrialRecord, fold: str) -> list[tuple[int, float]]:
 
 
 def select(study: Study, row: str, records: Sequence[TrialRecord]) -> list[Choice]:
-    """For each fold on its own the configuration and epoch with the best AUC on that fold's validation people.
+    """For each fold on its own the configuration and epoch with the best AUC on that fold's validation people, and the
+    next best ``tune.ensemble`` - 1 configurations, each at its own best epoch.
 
     Of equals the one that trains for fewer epochs, then the first in the alphabet of configurations: never by the order
     of ``records``.
@@ -215,26 +229,33 @@ def select(study: Study, row: str, records: Sequence[TrialRecord]) -> list[Choic
     """
     choices = []
     for fold in study.folds:
-        best: tuple[float, int, str] | None = None
-        config: dict[str, Any] = {}
+        found = []
         for record in records:
             if record.row != row:
                 continue
             text = json.dumps(record.config, sort_keys=True)
-            for epoch, area in counting(record, fold.name):
-                if best is None or (-area, epoch, text) < best:
-                    best, config = (-area, epoch, text), record.config
-        if best is None:
+            found += [(-area, epoch, text) for epoch, area in counting(record, fold.name)]
+        if not found:
             raise UserError(f"no trial of the row {row!r} finished an epoch that counts for fold {fold.name}")
-        choices.append(Choice(config, best[1], -best[0]))
+        choices.append(best_choice(found, study.options.tune.ensemble))
     return choices
+
+
+def best_choice(found: Sequence[tuple[float, int, str]], most: int) -> Choice:
+    """The first of (minus AUC, epoch, configuration as JSON) with the next ``most`` - 1 configurations behind it."""
+    each: dict[str, Choice] = {}
+    for area, epoch, text in sorted(found):
+        each.setdefault(text, Choice(json.loads(text), epoch, -area))
+    first, *others = list(each.values())[:most]
+    return replace(first, others=tuple(others))
 
 
 def predict(study: Study, row: str, choices: Sequence[Choice]) -> list[Floats]:
     """What the selected heads, trained again, say about each fold's test people.
 
     Returns:
-        For each fold float32 ``[test row, class]``: the mean of the probabilities of its inner splits' heads.
+        For each fold float32 ``[test row, class]``: the mean of the probabilities of its inner splits' heads, of all
+        configurations that were chosen.
     """
     return views(study, row, choices, ["all"])["all"]
 
@@ -245,8 +266,8 @@ def views(study: Study, row: str, choices: Sequence[Choice], wanted: Sequence[st
     return _ensembles(study, row, choices, [study.table.label], [""], wanted)[0]
 
 
-def kept_heads(study: Study, row: str, choices: Sequence[Choice]) -> list[list[Head]]:
-    """The heads behind :func:`predict`, for each fold one of each inner split.
+def kept_heads(study: Study, row: str, choices: Sequence[Choice]) -> list[list[list[Head]]]:
+    """The heads behind :func:`predict`, for each fold and each of ``Choice.members`` one of each inner split.
 
     They stand by themselves: state and ``about()`` bring them back, and given what ``models.fusion.tokens`` makes of an
     encoder's features, with the kind that ``models.fusion_heads.input_kind`` tells, the mean of the softmax of their
@@ -254,10 +275,13 @@ def kept_heads(study: Study, row: str, choices: Sequence[Choice]) -> list[list[H
     """
     found = []
     for number, (fold, choice) in enumerate(zip(study.folds, choices, strict=True)):
-        heads = _trained(study, _jobs(study, row, choice.config, number, study.table.label), choice)
-        if study.options.tune.calibrate:
-            heads.calibrate([rows for _, rows in fold.inner])
-        found.append([heads.head(i) for i in range(len(fold.inner))])
+        mine = []
+        for member in choice.members:
+            heads = _trained(study, _jobs(study, row, member.config, number, study.table.label), member)
+            if study.options.tune.calibrate:
+                heads.calibrate([rows for _, rows in fold.inner])
+            mine.append([heads.head(i) for i in range(len(fold.inner))])
+        found.append(mine)
     return found
 
 
@@ -274,26 +298,39 @@ def _ensembles(
 ) -> list[dict[str, list[Floats]]]:  # fmt: skip
     """The same for each of some ways to label the windows, for each fold."""
     found: list[dict[str, list[Floats]]] = [{view: [] for view in wanted} for _ in labels]
-    for number, (fold, choice) in enumerate(zip(study.folds, choices, strict=True)):
-        jobs = [
-            _jobs(study, row, choice.config, number, label, purpose)
-            for label, purpose in zip(labels, purposes, strict=True)
-        ]
-        each = len(fold.inner)
-        step = max(1, _MOST_HEADS // each)
-        for start in range(0, len(jobs), step):
-            mine = jobs[start : start + step]
-            heads = _trained(study, [job for some in mine for job in some], choice)
-            tested = [fold.test] * len(heads.jobs)
-            flat = {"uncalibrated": heads.probability(tested)} if "uncalibrated" in wanted else {}
-            if study.options.tune.calibrate:
-                heads.calibrate([rows for _, rows in fold.inner] * len(mine))
-            for view in [view for view in wanted if view not in flat]:
-                flat[view] = heads.probability(tested, None if view == "all" else view)
-            for i in range(len(mine)):
-                for view in wanted:
-                    part = np.stack(flat[view][i * each : (i + 1) * each])
-                    found[start + i][view].append(part.mean(axis=0, dtype=np.float64).astype(np.float32))
+    for number, choice in enumerate(choices):
+        said = [_of_member(study, row, member, number, labels, purposes, wanted) for member in choice.members]
+        for i, parts in enumerate(found):
+            for view, each in parts.items():
+                mean = np.stack([one[i][view] for one in said]).mean(axis=0, dtype=np.float64)
+                each.append(mean.astype(np.float32))
+    return found
+
+
+def _of_member(
+    study: Study, row: str, choice: Choice, number: int, labels: Sequence[Ints], purposes: Sequence[str],
+    wanted: Sequence[str],
+) -> list[dict[str, Floats]]:  # fmt: skip
+    """What the heads of one configuration say in one fold, for each way to label the windows."""
+    fold, found = study.folds[number], list[dict[str, Floats]]()
+    jobs = [
+        _jobs(study, row, choice.config, number, label, purpose)
+        for label, purpose in zip(labels, purposes, strict=True)
+    ]  # fmt: skip
+    each = len(fold.inner)
+    step = max(1, _MOST_HEADS // each)
+    for start in range(0, len(jobs), step):
+        mine = jobs[start : start + step]
+        heads = _trained(study, [job for some in mine for job in some], choice)
+        tested = [fold.test] * len(heads.jobs)
+        flat = {"uncalibrated": heads.probability(tested)} if "uncalibrated" in wanted else {}
+        if study.options.tune.calibrate:
+            heads.calibrate([rows for _, rows in fold.inner] * len(mine))
+        for view in [view for view in wanted if view not in flat]:
+            flat[view] = heads.probability(tested, None if view == "all" else view)
+        for low in range(0, len(mine) * each, each):
+            means = {view: np.stack(flat[view][low : low + each]).mean(axis=0, dtype=np.float64) for view in wanted}
+            found.append({view: mean.astype(np.float32) for view, mean in means.items()})
     return found
 
 

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +101,10 @@ def prepared(folder: Path, data: str, **more: Any) -> Study:
 def study(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Its folds have EEG encoders of their own, two of them the same."""
     folder = tmp_path_factory.mktemp("study")
-    eeg, other = export(str(folder / "eeg"), "eeg", 2), export(str(folder / "other"), "eeg", 3)
+    for name, seed in (("0", 2), ("1", 3), ("2", 2)):
+        export(str(folder / f"eeg-{name}"), "eeg", seed)
     data = convert(raw, folder / "set", "leads=I,II,V1", "min_leads=2", "quality=label", "eeg.high=45")
-    return prepared(folder, data, eeg_encoder={0: eeg, 1: other, 2: eeg})
+    return prepared(folder, data, eeg_encoder=f"{folder}/eeg-{{fold}}")
 
 
 Tensors = dict[str, np.ndarray]
@@ -168,6 +171,24 @@ def test_a_raw_file_gets_what_the_fold_said_of_its_test_windows(
     one = read_file(str(raw / "r00.edf"))
     said = [FusionClassifier.load(str(run), fold).predict_recording(one).probability for fold in (0, 1, None)]
     assert all(np.abs(said[i] - said[j]).max() > 1e-4 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_an_ensemble_of_configurations_is_kept_whole(study: Study, raw: Path, tmp_path: Path) -> None:
+    several = replace(study, options=deepcopy(study.options))
+    several.options.tune.ensemble = 3
+    records = [TrialRecord(name, "fused", how, list(train(study, "fused", how))) for name, how in HEADS.items()]
+    classifier_folder.keep(several, records, str(tmp_path / "classifier"), quiet)
+    tensors = heard(several, records)
+    assert same_as_tested(tmp_path, tensors, lambda record: raw / f"{record}.edf") == len(study.table.label)
+    assert np.abs(tensors["probability.fused"] - heard(study, records)["probability.fused"]).max() > 0.01
+    about = json.loads((tmp_path / "classifier" / "config.json").read_text())
+    assert about["format"] == 2
+    for name in ("0", "everybody"):
+        model, told = FusionClassifier.load(str(tmp_path), name), about["ensembles"][name]
+        assert len(model.heads) == 6 and len(told["others"]) == 2
+        assert [told["config"], *(one["config"] for one in told["others"])] == list(model.configs[::2])
+        # `plain` has not learnt to do with one signal.
+        assert not model.takes_one
 
 
 def test_so_it_is_on_real_recordings(data_dir: Path, tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_heads_that_are_kept_give_the_probabilities_of_the_study(kind: str) -> N
     study.options.tune.calibrate = True
     choices = [Choice(how, 3, 0.5)] * 3
     wanted = predict(study, "fused", choices)
-    for number, (fold, heads) in enumerate(zip(study.folds, kept_heads(study, "fused", choices), strict=True)):
+    for number, (fold, (heads,)) in enumerate(zip(study.folds, kept_heads(study, "fused", choices), strict=True)):
         keys = study.keys_of("fused", input_kind({**how, "pooling": "mean"}), number)
         x = {signal: torch.from_numpy(study.inputs[key][fold.test]) for signal, key in keys.items()}
         with torch.no_grad():

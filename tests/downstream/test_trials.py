@@ -167,6 +167,30 @@ def test_of_equals_the_shorter_then_the_first_by_name_wins_in_any_order() -> Non
         assert [(one.config["width"], one.epoch) for one in chosen] == [(8, 1), (32, 1), (32, 1)]
 
 
+def test_an_ensemble_is_the_best_configurations_each_at_its_best_epoch() -> None:
+    records = [
+        record("fused", {"0": [0.5, 0.7, 0.6], "1": [0.9, 0.5, 0.5], "2": [0.3, 0.2, 0.3]}, width=8),
+        record("fused", {"0": [0.6, 0.6, 0.8], "1": [0.5, 0.5, 0.5], "2": [0.3, 0.1, 0.1]}, width=16),
+        record("fused", {"0": [0.1, 0.2, 0.9], "1": [0.6, 0.7, 0.5], "2": [0.2, 0.2, 0.2]}, width=32, last={"0": 2}),
+    ]
+    study = known()
+    study.options.tune.ensemble = 2
+    for some in (records, records[::-1]):
+        chosen = select(study, "fused", some)
+        found = [[(one.config["width"], one.epoch, one.val_auc) for one in choice.members] for choice in chosen]
+        assert found == [[(16, 3, 0.8), (8, 2, 0.7)], [(8, 1, 0.9), (32, 2, 0.7)], [(16, 1, 0.3), (8, 1, 0.3)]]
+        assert [choice.config["width"] for choice in chosen] == [16, 8, 16]
+
+
+def test_the_configurations_of_an_ensemble_have_an_equal_say() -> None:
+    study, other = known(), Choice({**CONFIG, "width": 16, "lr": 0.003, "depth": 2}, 5, 0.4)
+    alone = [predict(study, "fused", [Choice(CONFIG, 2, 0.5)] * 3), predict(study, "fused", [other] * 3)]
+    both = predict(study, "fused", [Choice(CONFIG, 2, 0.5, (other,))] * 3)
+    for first, second, mean in zip(*alone, both, strict=True):
+        assert np.abs(first - second).max() > 0.01
+        np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-6)
+
+
 def test_a_row_without_a_finished_epoch_is_told() -> None:
     with pytest.raises(UserError, match="'eeg' finished an epoch that counts for fold 0"):
         select(known(), "eeg", [record("fused", {"0": [0.5]}), TrialRecord("t", "eeg", CONFIG, [])])

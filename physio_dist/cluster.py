@@ -219,7 +219,10 @@ def _probe(address: str, option: str) -> None:
 
 def _give_up(address: str, option: str) -> None:
     def tell() -> None:
-        raise UserError(f"what answers at {address} is no Ray cluster: {option} takes the cluster's HOST:PORT")
+        raise UserError(
+            f"what answers at {address} is no Ray cluster, or one too busy to let a driver in within {_CONNECT_S:g} s: "
+            f"{option} takes the cluster's HOST:PORT"
+        )
 
     os._exit(exits.status_of(tell))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -217,7 +218,9 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         module = CrissCrossEncoder(backbone.module.config).eval()
-    sha256 = hashlib.sha256(save_encoder(module, {})[WEIGHTS_FILE]).hexdigest()
+    # The same weights may be those of encoders that differ in what has none, such as dropout.
+    about = json.dumps(module.config.to_dict(), sort_keys=True).encode()
+    sha256 = hashlib.sha256(save_encoder(module, {})[WEIGHTS_FILE] + about).hexdigest()
     return replace(
         backbone, module=module, sha256=sha256, channels=(), people=frozenset(), simulated=False, sources=(),
         url=f"untrained encoder, seed {seed}",

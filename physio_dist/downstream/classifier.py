@@ -98,6 +98,7 @@ class FusionClassifier:
         configs: of each of its heads, as selected.
         heads: their probabilities are averaged.
         simulated: whether it was trained on simulated signals.
+        leaky: whether its sweep tested windows of recordings that also trained.
         rest: empty; or it was trained on features from which those of a rest before the recording were subtracted, the
             mean over its windows that are ``fit`` or over ``all``.
     """
@@ -108,6 +109,7 @@ class FusionClassifier:
     configs: tuple[dict[str, Any], ...]
     heads: tuple[Head, ...]
     simulated: bool
+    leaky: bool
     rest: str
     _encoders: dict[str, _Encoder]
 
@@ -144,8 +146,8 @@ class FusionClassifier:
             key: tuple(value) if isinstance(value, list) else value for key, value in about["window"].items()
         }
         window = WindowSpec(**told)
-        rest, simulated = about.get("rest", ""), about["simulated"]
-        return cls(name, tuple(about["classes"]), window, configs, heads, simulated, rest, encoders)
+        marks = about["simulated"], about["leaky"], about.get("rest", "")
+        return cls(name, tuple(about["classes"]), window, configs, heads, *marks, encoders)
 
     @property
     def takes_one(self) -> bool:
@@ -187,6 +189,8 @@ class FusionClassifier:
             notes.append(f"{unfit} of {len(cut)} windows have too few valid channels to be relied on (fit: no)")
         if self.simulated:
             notes.append("the classifier was trained on SIMULATED signals")
+        if self.leaky:
+            notes.append("LEAKY SPLIT: the sweep's figures hold for nobody but the people it was trained on")
         parts = [self._probability(cut[low : low + _WINDOWS], still) for low in range(0, len(cut), _WINDOWS)]
         return Prediction(
             start_s=np.array([one.start_s for one in cut]),

@@ -124,7 +124,10 @@ def embed(backbone: Backbone, data: str, out: str, say: Callable[[str], None]) -
     made = _about(backbone, shards)
     if (there := _read_index(out)) is not None:
         if any(there[name] != made[name] for name in _IDENTITY):
-            raise UserError(f"{out} holds features of {_origin(there)}, not of {_origin(made)}; choose another --out")
+            raise UserError(
+                f"{out} holds features of {_origin(there)}, not of {_origin(made)}; choose another folder (--out, or "
+                "tune.features, or probe.features)"
+            )
         if {file["file"] for file in there["files"]} <= set(storage.names(out)):
             say(f"features of {there['windows']} windows are there already: {out}")
             return

@@ -33,8 +33,8 @@ _ROWS_A_STEP = 128
 _MOST_STEPS = 64
 # Values of a stack of inputs, at most: 128 MB.
 _MOST_VALUES = 1 << 25
-# Up to this many values inputs are standardised once rather than in every step: 256 MB.
-_MOST_READY = 1 << 26
+# Up to this many values inputs are standardised once rather than in every step: 128 MB.
+_MOST_READY = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Heads:
         self.classes = classes
         rows = len(jobs[0].label)
         self.steps = min(max(1, -(-rows // _ROWS_A_STEP)), _MOST_STEPS)
-        self._ready: list[tuple[Tensor, Tensor]] | None = None
+        self._ready: tuple[Tensor, Tensor] | None = None
         with one_thread():
             self._heads = [self._new(job) for job in self.jobs]
             self._shape = self._empty().to("meta")
@@ -94,10 +94,10 @@ class Heads:
             stacked, _ = stack_module_state([_Trained(head) for head in self._heads])  # type: ignore[arg-type]
             self.parameters = stacked
             if rows * len(self.jobs) * self._shape.inputs <= _MOST_READY:
-                self._ready = [self._concatenated(i, slice(None)) for i in range(len(self.jobs))]
+                self._ready = self._reduced([slice(None)] * len(self.jobs), rows + 1)
         self.temperature = torch.ones(len(self.jobs))
-        self._weight = [self._weights(job) for job in self.jobs]
-        self._dropout = [torch.Generator().manual_seed(_seed(job.purpose, "dropout")) for job in self.jobs]
+        self._weight = torch.stack([self._weights(job) for job in self.jobs])
+        self._dropout = [np.random.Generator(np.random.SFC64(_seed(job.purpose, "dropout"))) for job in self.jobs]
         self._withheld = [torch.Generator().manual_seed(_seed(job.purpose, "modality")) for job in self.jobs]
         # Neither biases nor norms are pulled to zero.
         weights = [p for name, p in self.parameters.items() if p.ndim == 3]
@@ -150,11 +150,9 @@ class Heads:
 
     def _step(self, rows: Sequence[Ints]) -> None:
         x, mask = self._gather(rows)
-        label = torch.zeros(x.shape[:2], dtype=torch.int64)
-        weight = torch.zeros(x.shape[:2])
-        for i, (job, mine) in enumerate(zip(self.jobs, rows, strict=True)):
-            label[i, : len(mine)] = torch.from_numpy(job.label[mine])
-            weight[i, : len(mine)] = self._weight[i][label[i, : len(mine)]]
+        known, seen = _side_by_side([job.label[mine] for job, mine in zip(self.jobs, rows, strict=True)], 0)
+        label = torch.from_numpy(known)
+        weight = self._weight.gather(1, label) * torch.from_numpy(seen)
         if self.config.get("modality_dropout", 0.0) and len(self._shape.features) > 1:
             mask = self._withhold(rows, mask)
             x = self._shape.hide(x, mask)
@@ -193,23 +191,32 @@ class Heads:
         p, depth, width = self.config["dropout"], self._shape.layers, self.config["width"]
         if p == 0 or depth == 0:
             return None
-        keep = torch.zeros(depth, len(rows), longest, width)
+        # Sixteen bits a draw, for drawing takes as long as anything else here. A head has as many as it has rows,
+        # whatever the others have.
+        keep = np.zeros((len(rows), longest, depth, width), dtype=np.float32)
         for i, (mine, generator) in enumerate(zip(rows, self._dropout, strict=True)):
-            # As many draws as it has rows, whatever the others have.
-            drawn = torch.empty(depth, len(mine), width).bernoulli_(1 - p, generator=generator)
-            keep[:, i, : len(mine)] = drawn / (1 - p)
-        return list(keep)
+            drawn = generator.integers(1 << 16, size=(len(mine), depth, width), dtype=np.uint16)
+            np.multiply(drawn >= round(p * (1 << 16)), np.float32(1 / (1 - p)), out=keep[i, : len(mine)])
+        return list(torch.from_numpy(keep).movedim(2, 0))
 
     def _gather(self, rows: Sequence[Ints]) -> tuple[Tensor, Tensor]:
         """What heads are given ``[head, longest, f]`` of these rows of each, and what of it is there ``[head, longest,
         token]``: nothing where padded."""
-        longest = max(len(mine) for mine in rows)
+        if self._ready is None:
+            return self._reduced(rows, max(len(mine) for mine in rows))
+        # Behind the last row of each head are zeros.
+        end = len(self.jobs[0].label)
+        number = _side_by_side(rows, end)[0] + (end + 1) * np.arange(len(rows))[:, None]
+        at = torch.from_numpy(number).flatten()
+        x, mask = (values.flatten(0, 1).index_select(0, at).view(*number.shape, -1) for values in self._ready)
+        return x, mask
+
+    def _reduced(self, rows: Sequence[Ints | slice], longest: int) -> tuple[Tensor, Tensor]:
         x = torch.zeros(len(rows), longest, self._shape.inputs)
         mask = torch.zeros(len(rows), longest, sum(self._shape.tokens.values()), dtype=torch.bool)
         for i, mine in enumerate(rows):
-            whole, there = self._concatenated(i, mine) if self._ready is None else self._ready[i]
-            x[i, : len(mine)] = whole if self._ready is None else whole[mine]
-            mask[i, : len(mine)] = there if self._ready is None else there[mine]
+            found, there = self._concatenated(i, mine)
+            x[i, : len(found)], mask[i, : len(there)] = found, there
         return x, mask
 
     def _concatenated(self, head: int, rows: Ints | slice) -> tuple[Tensor, Tensor]:
@@ -221,7 +228,7 @@ class Heads:
 
     def _of(self, x: Tensor, keep: list[Tensor] | None, mask: Tensor, training: bool) -> Any:
         def one(parameters: dict[str, Tensor], x: Tensor, kept: list[Tensor] | None, mask: Tensor) -> Any:
-            return functional_call(self._trained, parameters, (x, kept, mask, training))
+            return functional_call(self._trained, parameters, (x, kept, mask, training), tie_weights=False)
 
         return vmap(one, in_dims=(0, 0, None if keep is None else 0, 0))(self.parameters, x, keep, mask)
 
@@ -262,6 +269,15 @@ class Heads:
         """Fit the temperature of each head (Guo et al. 2017) on rows that it was not trained on."""
         for i, (job, mine, logits) in enumerate(zip(self.jobs, rows, self.logits(rows), strict=True)):
             self.temperature[i] = temperature_of(job.label[mine], logits)
+
+
+def _side_by_side(numbers: Sequence[Ints], padding: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Numbers of each head ``[head, longest]``, and which of them are no padding."""
+    many = np.array([len(mine) for mine in numbers])
+    seen = np.arange(many.max()) < many[:, None]
+    found = np.full(seen.shape, padding, dtype=np.int64)
+    found[seen] = np.concatenate(numbers)
+    return found, seen
 
 
 def _seed(*purpose: str) -> int:

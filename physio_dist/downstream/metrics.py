@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from scipy.stats import rankdata
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score
 
 Ints = npt.NDArray[np.int64]
@@ -18,8 +17,9 @@ METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "pr_auc")
 def auc(label: Ints, probability: Floats) -> float | None:
     """Area under the ROC curve, the same as scikit-learn's but fast enough for every epoch of every model.
 
-    By ranks (Hanley and McNeil 1982), ties counted half; with more than two classes the mean over one class against the
-    rest. None where one of the classes is missing.
+    The share of pairs of a window of the class and one of another that are in the right order (Hanley and McNeil 1982),
+    ties counted half; with more than two classes the mean over one class against the rest. None where one of the
+    classes is missing.
 
     Args:
         label: ``[n]``, class numbers.
@@ -32,8 +32,9 @@ def auc(label: Ints, probability: Floats) -> float | None:
     areas = []
     for one in range(1, classes) if classes == 2 else range(classes):
         mine, n = label == one, int(counts[one])
-        ranks = rankdata(probability[:, one])
-        areas.append((ranks[mine].sum() - n * (n + 1) / 2) / (n * (len(label) - n)))
+        others = np.sort(probability[~mine, one])
+        below = [np.searchsorted(others, probability[mine, one], side).sum() for side in ("left", "right")]
+        areas.append(sum(below) / (2 * n * (len(label) - n)))
     return float(np.mean(areas))
 
 

@@ -308,6 +308,9 @@ def test_an_untrained_encoder_is_of_the_same_shape_and_the_same_every_time(tmp_p
     assert len({fresh.sha256, *(other.sha256 for other in others)}) == 4
     for other in others:
         assert not torch.equal(features(fresh.module), features(other.module))
+    # Features are kept by this hash.
+    config = replace(trained.module.config, dropout=0.3)
+    assert untrained(replace(trained, module=CrissCrossEncoder(config)), 3).sha256 != fresh.sha256
 
 
 def test_people_of_pretraining_may_not_be_tested(tmp_path: Path) -> None:

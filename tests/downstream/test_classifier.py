@@ -246,6 +246,17 @@ def test_a_folder_of_tensors_json_and_a_card(run: Path) -> None:
     assert "Not a medical device" in card and "I II V1" in card and "SIMULATED" not in card
 
 
+def test_a_leaky_split_is_told_in_use_too(cli: Cli, study: Study, run: Path, raw: Path, tmp_path: Path) -> None:
+    leaky = replace(study, options=deepcopy(study.options))
+    leaky.options.tune.protocol = "leaky_window"
+    classifier_folder.keep(leaky, records_of(leaky, HEADS["plain"]), str(tmp_path / "classifier"), quiet)
+    assert "LEAKY SPLIT" in (tmp_path / "classifier" / "README.md").read_text()
+    done = cli("predict", tmp_path, raw / "r00.edf")
+    assert done.returncode == 0 and "r00.edf: LEAKY SPLIT: the sweep's figures" in done.stderr
+    model = FusionClassifier.load(str(run))
+    assert not model.leaky and "LEAKY" not in " ".join(model.predict_recording(read_file(str(raw / "r00.edf"))).notes)
+
+
 def test_arrays_in_probabilities_out(run: Path, raw: Path) -> None:
     model = FusionClassifier.load(f"{run}/classifier", fold=1)
     recording = read_file(str(raw / "r03.edf"))

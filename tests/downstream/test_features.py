@@ -203,11 +203,12 @@ def test_features_of_something_else_are_not_overwritten(backbone: Backbone, shar
     made(backbone, shards, out)
     before = (tmp_path / "out" / "index.json").read_bytes()
     fresh = untrained(backbone, 0)
-    told = f"{out} holds features of encoder {backbone.sha256[:12]} on .* not of encoder {fresh.sha256[:12]} on .*--out"
+    told = f"{out} holds features of encoder {backbone.sha256[:12]} on .* not of encoder {fresh.sha256[:12]} on "
     with pytest.raises(UserError, match=told):
         made(fresh, shards, out)
     other = build(str(tmp_path / "other"), seed=1, length=LENGTH)
-    told = f"set {shards.fingerprint[:12]}, not of .* set {other.fingerprint[:12]}; choose another --out"
+    told = f"set {shards.fingerprint[:12]}, not of .* set {other.fingerprint[:12]}; choose another folder "
+    told += r"\(--out, or tune\.features, or probe\.features\)"
     with pytest.raises(UserError, match=told):
         made(backbone, other, out)
     with pytest.raises(UserError, match=r"set/index\.json is not an index of features; choose another folder"):

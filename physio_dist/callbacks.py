@@ -19,7 +19,8 @@ class Watcher(ray.train.UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         told = [f"rank {rank}: {last_line(error)}" for rank, error in sorted(worker_exceptions.items())]
-        self._board.tell_loss.remote("; ".join(told))
+        # Waited for: the resizer, which comes next, must not take the lost ranks for some that can save.
+        ray.get(self._board.tell_loss.remote("; ".join(told)))
 
 
 class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]

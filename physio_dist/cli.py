@@ -9,10 +9,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from physio_dist import __version__, config, exits, storage
+from physio_dist import __version__, config, exits, jobs, storage
 from physio_dist.errors import DataError, UserError, nearest
+from physio_dist.options import Parser
 from physio_dist.signals import readers
 from physio_dist.signals.recording import Recording
 
@@ -20,18 +21,8 @@ if TYPE_CHECKING:
     from physio_dist.downstream.reconstruction import Trained
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, as everything else here does."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` tells more")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="physio-dist", description="Pretraining for physiological signals, from recordings to encoders."
     )
     parser.add_argument("--version", action="version", version=f"physio-dist {__version__}")
@@ -104,15 +95,16 @@ def _shard(given: argparse.Namespace) -> None:
     from physio_dist.shards import writer
 
     options = config.load(config.ShardConfig, None, given.options, config.check_shard)
+    out = jobs.outlasting(given.out, "--out")
     if not options.ray:
-        writer.tell(writer.convert(given.reader, given.input, given.out, options), print)
+        writer.tell(writer.convert(given.reader, given.input, out, options), print)
         return
     # Ray takes seconds to import.
-    from physio_dist import cluster, spread
+    from physio_dist import spread
 
-    out = cluster.durable(given.out, "--out")
-    source = given.input if readers.reader(given.reader).simulated else cluster.durable(given.input, "INPUT")
-    with spread.on_cluster(options.ray, options.workers) as pool:
+    out = storage.absolute(out)
+    source = given.input if readers.reader(given.reader).simulated else jobs.durable(given.input, "INPUT")
+    with spread.on_cluster(options.ray, options.workers, options.wait_s) as pool:
         writer.tell(writer.convert(given.reader, source, out, options, pool), print)
 
 
@@ -164,24 +156,26 @@ def _inspect(given: argparse.Namespace) -> None:
 def _export(given: argparse.Namespace) -> None:
     from physio_dist.training import export
 
-    found = export.export(given.run, given.out, lambda text: print(f"warning: {text}", file=sys.stderr), given.raw)
+    out = jobs.outlasting(given.out, "OUT")
+    found = export.export(given.run, out, lambda text: print(f"warning: {text}", file=sys.stderr), given.raw)
     print(f"step {found.progress.step} of {given.run} -> {given.out}")
 
 
 def _embed(given: argparse.Namespace) -> None:
     from physio_dist.downstream import backbones, features
 
+    out = jobs.outlasting(given.out, "--out")
     backbone = backbones.open_backbone(given.encoder, given.signal)
     if backbone.loaded:
         print(backbone.loaded, file=sys.stderr)
-    features.embed(backbone, given.data, given.out, print)
+    features.embed(backbone, given.data, out, print)
 
 
 def _folds(given: argparse.Namespace) -> None:
     from physio_dist.downstream import folds
 
     options = config.load(folds.FoldsConfig, given.config, given.options, folds.check_folds)
-    views, written = folds.make_views(options, given.out)
+    views, written = folds.make_views(options, jobs.outlasting(given.out, "--out"))
     there = len(views) - written
     print(f"views of {views[0].home}" + (f", {there} of {len(views)} were there already" if there else ""))
     for view in views:
@@ -233,6 +227,7 @@ def _probe(given: argparse.Namespace) -> None:
         print(text, file=sys.stderr, flush=True)
 
     options = config.load(probe_options.ProbeConfig, given.config, given.options, probe_options.check_probe)
+    jobs.outlasting(options.run.dir, "run.dir")
     if options.probe.task == "labels":
         lines = probe.table_of(probe.probe(options, say))
     else:

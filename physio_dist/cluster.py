@@ -21,8 +21,6 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from physio_dist import exits, storage
 from physio_dist.errors import UserError
 
-# Ray's own name for what it tells the driver of a submitted job.
-_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _PROBE_S = 5.0
 _CONNECT_S = 22.0
 # What an earlier run held comes back within seconds of its end.
@@ -35,25 +33,6 @@ _SETTINGS = 4
 Say = Callable[[str], None]
 
 _dashboard = ""
-
-
-def inside_job() -> bool:
-    """Whether this process is the driver of a job that ``ray job submit`` started."""
-    return _JOB in os.environ
-
-
-def durable(url: str, option: str) -> str:
-    """The URL with a relative local path made absolute.
-
-    Raises:
-        UserError: it is relative inside a Ray job, whose working directory is deleted with the job.
-    """
-    if inside_job() and storage.is_local(url) and not storage.local_path(url).is_absolute():
-        raise UserError(
-            f"{option}={url} is relative, and a Ray job's working directory vanishes with the job: give an absolute "
-            f"path that all nodes share, or an s3:// URL"
-        )
-    return storage.absolute(url)
 
 
 def connect(say: Say, hear_workers: bool = True, option: str = "RAY_ADDRESS") -> None:

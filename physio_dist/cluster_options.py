@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from physio_dist.errors import UserError
-from physio_dist.options import one_of
+from physio_dist.options import between, one_of
+
+# For what a driver waits.
+LONGEST_S = 1e6
 
 
 @dataclass
@@ -35,15 +39,26 @@ def check_cluster(cluster: ClusterOptions) -> None:
         UserError: names the option.
     """
     workers(cluster)
-    if cluster.max_failures < 0 or not cluster.cpus_per_worker > 0 or cluster.wait_s < 0:
-        raise UserError(
-            "cluster.max_failures and cluster.wait_s must not be negative, cluster.cpus_per_worker has to be positive"
-        )
+    if cluster.max_failures < 0:
+        raise UserError(f"cluster.max_failures={cluster.max_failures}: it must not be negative")
     if cluster.max_preemptions < -1:
         raise UserError(f"cluster.max_preemptions={cluster.max_preemptions}: it must be at least 0, or -1 for no limit")
-    if not cluster.resize_s > 0:
-        raise UserError(f"cluster.resize_s={cluster.resize_s:g}: it must be above 0")
-    one_of("cluster.gpu", cluster.gpu, ("auto", "true", "false"))
+    for name in ("cpus_per_worker", "resize_s"):
+        if not 0 < getattr(cluster, name) < math.inf:
+            raise UserError(f"cluster.{name}={getattr(cluster, name):g}: it must be a positive number")
+    between("cluster.wait_s", cluster.wait_s, 0.0, LONGEST_S)
+    gpu(cluster)
+
+
+def gpu(cluster: ClusterOptions) -> str:
+    """``cluster.gpu`` as ``auto``, ``true`` or ``false``; of a truth in a YAML file Python's word arrives.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    given = cluster.gpu.lower() if cluster.gpu in ("True", "False") else cluster.gpu
+    one_of("cluster.gpu", given, ("auto", "true", "false"))
+    return given
 
 
 def workers(cluster: ClusterOptions) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from physio_dist.cluster_options import ClusterOptions, check_cluster
+from physio_dist.cluster_options import LONGEST_S, ClusterOptions, check_cluster
 from physio_dist.errors import UserError
 from physio_dist.options import between as _between
 from physio_dist.options import flatten as flatten
@@ -139,6 +139,8 @@ class TuneOptions(TaskOptions):
     ensemble: int = 1
     # CPUs of a trial.
     cpus: float = 1.0
+    # Seconds to wait for nodes that an autoscaler may bring, where there is no room for a trial at first.
+    wait_s: float = 0.0
     # Folder of Ray Tune's own state; empty for run.dir/run.name/ray.
     storage: str = ""
     # Folder in which frozen features are kept for this sweep and later ones; empty for run.dir/features.
@@ -223,6 +225,8 @@ class ShardConfig:
     workers: int = 0
     # Address of a Ray cluster that does the work, or auto; empty for processes of this machine.
     ray: str = ""
+    # Seconds to wait for nodes that an autoscaler may bring, where the Ray cluster has no CPU at first.
+    wait_s: float = 0.0
 
 
 def check_pretrain(options: PretrainConfig) -> None:
@@ -292,8 +296,9 @@ def check_tune(options: TuneConfig) -> None:
         raise UserError(f"tune.ensemble={tune.ensemble}: only tune.trials={tune.trials} configurations are tried")
     if not 0 < tune.finetune_lr < math.inf:
         raise UserError(f"tune.finetune_lr={tune.finetune_lr}: it must be a positive number")
-    if not tune.cpus > 0:
+    if not 0 < tune.cpus < math.inf:
         raise UserError(f"tune.cpus={tune.cpus}: it must be positive")
+    _between("tune.wait_s", tune.wait_s, 0.0, LONGEST_S)
     for name, value in (("ecg_encoder", tune.ecg_encoder), ("eeg_encoder", tune.eeg_encoder)):
         folders = list(value.values()) if isinstance(value, dict) else [value]
         if not folders or not all(isinstance(folder, str) and folder for folder in folders):
@@ -336,6 +341,7 @@ def check_shard(options: ShardConfig) -> None:
         raise UserError(f"person={options.person} names a column of a CSV: give labels=FILE.csv too")
     if options.samples_per_shard < 1 or options.workers < 0:
         raise UserError("samples_per_shard must be at least 1 and workers must not be negative")
+    _between("wait_s", options.wait_s, 0.0, LONGEST_S)
 
 
 def _set_url(url: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from physio_dist.errors import UserError
-from physio_dist.urls import WEB, endpoint, is_local, protocol
+from physio_dist.urls import WEB, endpoint, is_local, protocol, without_secrets
 
 # Faults of a local disk or network file system that may pass; all others (a name too long, a full disk) stay.
 _PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT)
@@ -24,6 +24,19 @@ class StorageError(UserError):
 
 class NotFoundError(StorageError):
     """There is nothing at the URL."""
+
+
+def refuse_secrets(url: str) -> None:
+    """Refuse a URL that would carry credentials into configurations, logs and indexes.
+
+    Raises:
+        StorageError: there are some in it; the message leaves them out.
+    """
+    if not is_local(url) and without_secrets(url) != url:
+        raise StorageError(
+            f"{without_secrets(url)}: the URL carries a user name, password or query; give credentials in the "
+            "environment instead (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a profile)"
+        )
 
 
 def answer(error: BaseException) -> tuple[int | None, str]:

@@ -102,7 +102,7 @@ class FoldwiseOptuna(Searcher):  # type: ignore[misc]
 
     def __init__(self, options: TuneConfig, ledger: Ledger) -> None:
         super().__init__()
-        self._options, self._ledger = options, ledger
+        self._options, self._ledger, self._lost = options, ledger, False
         self._drawn = deque(trial for trial in ledger.left if not trial.fold)
         self._left: dict[tuple[str, str], deque[Trial]] = defaultdict(deque)
         for trial in ledger.left:
@@ -116,6 +116,8 @@ class FoldwiseOptuna(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial; None while all that is left waits for trials that run."""
+        if self._lost:
+            return str(Searcher.FINISHED)
         if self._drawn:
             return {"trial": asdict(self._drawn.popleft())}
         for search, left in self._left.items():
@@ -138,7 +140,8 @@ class FoldwiseOptuna(Searcher):  # type: ignore[misc]
         return [(config, max(areas)) for config, areas in found if areas]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The ledger knows."""
+        """The ledger knows what has ended; after a trial that Ray gave up, the others wait for the next round."""
+        self._lost |= error
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing of it is kept."""

@@ -7,7 +7,6 @@ thread that no signal reaches, and how they ended to the exit status.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -28,13 +27,15 @@ import ray.train.torch
 import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from physio_dist import cluster, config, exits
+from physio_dist import cluster, config, exits, jobs
 from physio_dist.board import Board, BoardActor
 from physio_dist.callbacks import Resizer, Watcher, last_line
+from physio_dist.cluster_options import gpu as gpu_of
 from physio_dist.cluster_options import workers as workers_of
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
 from physio_dist.gauges import LINE, Gauges, figures
+from physio_dist.options import Parser
 from physio_dist.rollcall import RollCall
 from physio_dist.training.rundir import map_urls
 
@@ -60,12 +61,12 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         PhysioError: how the run ended, where it is not done.
     """
-    parser = argparse.ArgumentParser(prog="physio_dist.launch", description="Pretrain on a Ray cluster.")
+    parser = Parser(prog="python -m physio_dist.launch", description="Pretrain on a Ray cluster.")
     parser.add_argument("--config", required=True, help="YAML file; the ones that ship are in configs/pretrain/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")
     given = parser.parse_intermixed_args(arguments)
     options = config.load(PretrainConfig, given.config, given.overrides, config.check_pretrain)
-    options = map_urls(options, cluster.durable)
+    options = map_urls(options, jobs.durable)
     workers = workers_of(options.cluster)
     if workers[0] > options.train.global_batch:
         raise UserError(f"{workers[0]} ranks cannot share train.global_batch={options.train.global_batch}")
@@ -88,7 +89,7 @@ class Launch:
 
     def __init__(self, options: PretrainConfig, least: int, most: int) -> None:
         self.options, self.least, self.most = options, least, most
-        gpu = options.cluster.gpu
+        gpu = gpu_of(options.cluster)
         self.gpus = 1.0 if gpu == "true" or (gpu == "auto" and cluster.room(0.0, 1.0) > 0) else 0.0
         self.cpus = options.cluster.cpus_per_worker
         self.url = f"{options.run.dir.rstrip('/')}/{options.run.name}"

@@ -6,10 +6,11 @@ The merge is OmegaConf's; the messages are ours. What options there are is told 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -18,6 +19,16 @@ from physio_dist import storage
 from physio_dist.errors import PhysioError, UserError, closest, nearest
 
 T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line on which every mistake is a :class:`UserError`, and so told in one line with the status."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` tells more")
 
 
 def load(schema: type[T], file: str | None, overrides: Sequence[str], check: Callable[[T], None]) -> T:

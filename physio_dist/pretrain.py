@@ -16,11 +16,12 @@ if (_ROOT := str(Path(_HERE).parent)) not in sys.path:
     sys.path.insert(0, _ROOT)
 
 from physio_dist import config, exits  # noqa: E402
+from physio_dist.options import Parser  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the options, then train as one rank."""
-    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pretrain a masked encoder on shards.")
+    parser = Parser(prog="pretrain.py", description="Pretrain a masked encoder on shards.")
     parser.add_argument("--config", required=True, help="YAML file; the ones that ship are in configs/pretrain/")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")

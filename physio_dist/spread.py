@@ -72,12 +72,13 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def on_cluster(address: str, workers: int) -> Iterator[Nodes]:
+def on_cluster(address: str, workers: int, wait_s: float) -> Iterator[Nodes]:
     """The processes of a Ray cluster; where the block ends badly they are ended, for all they do is resumable.
 
     Args:
         address: HOST:PORT, or ``auto`` for what ``RAY_ADDRESS`` names or else runs on this machine.
         workers: tasks at the same time; 0 for as many as there is room for.
+        wait_s: seconds to wait for nodes that an autoscaler may bring.
 
     Raises:
         UserError: there is no cluster, it refuses this client, or it has no CPU.
@@ -88,7 +89,7 @@ def on_cluster(address: str, workers: int) -> Iterator[Nodes]:
     try:
         cluster.connect(say, hear_workers=False, option=option)
         exits.interrupt_on_sigterm()
-        cluster.require(1.0, 0.0, 1, 0.0, say)
+        cluster.require(1.0, 0.0, 1, wait_s, say, "wait_s")
         yield Nodes(workers)
     finally:
         # This ends the tasks too. To cancel them makes Ray 2.60 abort where one of them has just come to its end.

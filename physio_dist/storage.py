@@ -33,6 +33,7 @@ from physio_dist.faults import answer as answer_of
 from physio_dist.faults import explain as explain
 from physio_dist.faults import is_transient as is_transient
 from physio_dist.faults import of_client
+from physio_dist.faults import refuse_secrets as refuse_secrets
 from physio_dist.urls import WEB, protocol
 from physio_dist.urls import absolute as absolute
 from physio_dist.urls import endpoint as endpoint
@@ -134,12 +135,7 @@ def _read_range(fs: Any, path: str, start: int, end: int) -> bytes:
 
 
 def _resolve(url: str) -> tuple[Any, str]:
-    if not is_local(url) and without_secrets(url) != url:
-        # It would be written down in configurations, logs and indexes.
-        raise StorageError(
-            f"{without_secrets(url)}: the URL carries a user name, password or query; give credentials in the "
-            "environment instead (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, a profile)"
-        )
+    refuse_secrets(url)
     fs = _filesystem(protocol(url), os.getpid())
     return fs, str(local_path(url)) if is_local(url) else fs._strip_protocol(url)
 

@@ -31,7 +31,7 @@ TRIALS, RESULTS, PREDICTIONS, EMBEDDING, DATA, BOARD = (
     "trials.jsonl", "results.json", "predictions.safetensors", "embedding.safetensors", "data.json", "tensorboard",
 )  # fmt: skip
 # They say where and how fast a sweep runs, not what it finds.
-MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.storage", "tune.features"])
+MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.wait_s", "tune.storage", "tune.features"])
 # A run in a bucket is looked at from elsewhere while it grows.
 _SEND_S = 15.0
 _TELL_S = 10.0
@@ -198,7 +198,6 @@ class Ledger:
         self.failure: str | None = None
         run.open_lines(TRIALS)
         self.ended = {record.trial: record for record in self._kept()}
-        self.left = [trial for trial in trials if trial.name not in self.ended]
         for trial in self.left:
             self._forget_events(trial.name)
         self._running: dict[str, _Running] = {}
@@ -207,6 +206,11 @@ class Ledger:
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=len(trials), initial=len(self.ended), unit="trial", dynamic_ncols=True)
+
+    @property
+    def left(self) -> list[Trial]:
+        """The trials that have not ended."""
+        return [trial for trial in self.trials if trial.name not in self.ended]
 
     def _kept(self) -> list[TrialRecord]:
         """What an earlier attempt of this sweep has left: lines of trials that are still to be tried."""

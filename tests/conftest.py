@@ -64,23 +64,31 @@ class S3:
             self.port = probe.getsockname()[1]
         self.bucket, self.folder = "", folder
         self._process: subprocess.Popen[bytes] | None = None
-        self.env = {
-            "AWS_ACCESS_KEY_ID": self.key,
-            "AWS_SECRET_ACCESS_KEY": self.secret,
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+        self.env = self.reached_at(f"127.0.0.1:{self.port}")
+
+    @classmethod
+    def reached_at(cls, address: str) -> dict[str, str]:
+        """The environment variables for clients of a server at ``host:port``."""
+        return {
+            "AWS_ACCESS_KEY_ID": cls.key,
+            "AWS_SECRET_ACCESS_KEY": cls.secret,
+            "AWS_ENDPOINT_URL": f"http://{address}",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
+
+    @classmethod
+    def command(cls, address: str, folder: Path) -> list[str]:
+        """What serves ``folder`` at an address."""
+        # Tests change the served folder behind the server's back, so it must not remember listings.
+        options = ["--auth-key", f"{cls.key},{cls.secret}", "--dir-cache-time", "1ms", "--config", ""]
+        return [str(Path(sys.executable).with_name("rclone")), "serve", "s3", *options, "--addr", address, str(folder)]
 
     def start(self) -> None:
         """Start serving, unless it already does."""
         if self._process is not None:
             return
-        rclone = Path(sys.executable).with_name("rclone")
-        auth, address = f"{self.key},{self.secret}", f"127.0.0.1:{self.port}"
-        # Tests change the served folder behind the server's back, so it must not remember listings.
-        options = ["--auth-key", auth, "--addr", address, "--dir-cache-time", "1ms", "--config", ""]
         with (self.root.parent / "rclone.log").open("ab") as log:
-            words = [str(rclone), "serve", "s3", *options, str(self.root)]
+            words = self.command(f"127.0.0.1:{self.port}", self.root)
             self._process = subprocess.Popen(words, stdout=log, stderr=log)
         for _ in range(300):
             with socket.socket() as probe:

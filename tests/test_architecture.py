@@ -33,6 +33,7 @@ MAY_KNOW = {
     "task_options": {"errors", "options"},
     "options": {"errors", "storage"},
     "cluster": {"errors", "config", "storage", "exits"},
+    "jobs": {"storage", "errors"},
     "spread": {"cluster", "shards", "storage", "errors", "exits", ""},
     "sweep": {"downstream", "training", "shards", "storage", "config", "task_options", "errors"},
     "board": set(),
@@ -47,7 +48,7 @@ HOMES = {
     "deepspeed": {"training/engine.py", "training/rank.py"},
     "ray": {
         f"{name}.py"
-        for name in ("callbacks", "cluster", "foldwise", "gauges", "launch", "rollcall", "spread", "tune")
+        for name in ("callbacks", "cluster", "foldwise", "gauges", "launch", "rollcall", "search", "spread", "tune")
     },
     "sklearn": {f"downstream/{name}.py" for name in ("embedding", "handmade", "metrics", "splits", "study")}
     | {"report/heldout.py"},

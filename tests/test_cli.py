@@ -18,6 +18,7 @@ from physio_dist import exits, lifeline
 from physio_dist.errors import DataError, Stopped, UserError
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,23 @@ def test_mistakes_are_told_in_one_line_with_the_nearest_right_word(
     assert told in refused(done)
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "told"),
+    [
+        ("-m physio_dist.launch", ["--conf", "x.yaml"], "the following arguments are required: --config; `python -m"),
+        ("-m physio_dist.tune", ["--config"], "--config: expected one argument; `python -m physio_dist.tune --help`"),
+        # The DeepSpeed launcher puts the rank before everything else.
+        ("physio_dist/pretrain.py", ["--local_rank=0", "a=b"], "required: --config; `pretrain.py --help` tells more"),
+        ("physio_dist/pretrain.py", ["--local_rank=0", "a=b", "--config=/x.yaml", "c=d"], "/x.yaml does not exist"),
+    ],
+)
+def test_mistakes_of_what_launchers_start_are_told_in_the_same_way(program: str, words: list[str], told: str) -> None:
+    command = [sys.executable, *program.split(), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert told in refused(done)
+    assert done.stdout == ""
 
 
 def test_folders_without_recordings_say_what_was_looked_for(cli: Cli, tmp_path: Path) -> None:

@@ -91,8 +91,14 @@ def test_workers_are_a_number_or_a_range(given: str, pair: tuple[int, int]) -> N
         ("cluster.workers=[1,2,3]", "cluster.workers=[1, 2, 3]: it must be a number"),
         ("cluster.workers=true", "cluster.workers=True: it must be a number"),
         ("cluster.workers=many", "cluster.workers=many: it must be a number"),
-        ("cluster.max_failures=-1", "must not be negative"),
-        ("cluster.cpus_per_worker=0", "has to be positive"),
+        ("cluster.max_failures=-1", "cluster.max_failures=-1: it must not be negative"),
+        ("cluster.cpus_per_worker=0", "cluster.cpus_per_worker=0: it must be a positive number"),
+        ("cluster.cpus_per_worker=.inf", "cluster.cpus_per_worker=inf: it must be a positive number"),
+        ("cluster.resize_s=.nan", "cluster.resize_s=nan: it must be a positive number"),
+        ("cluster.resize_s=.inf", "cluster.resize_s=inf: it must be a positive number"),
+        ("cluster.wait_s=-1", "cluster.wait_s=-1.0: it must lie between 0 and 1e+06"),
+        ("cluster.wait_s=.nan", "cluster.wait_s=nan: it must lie between 0 and 1e+06"),
+        ("cluster.wait_s=.inf", "cluster.wait_s=inf: it must lie between 0 and 1e+06"),
         ("cluster.gpu=maybe", "cluster.gpu=maybe: it must be one of auto, true, false"),
     ],
 )
@@ -100,6 +106,17 @@ def test_what_is_wrong_with_a_cluster_is_told_in_one_line(word: str, told: str) 
     with pytest.raises(UserError) as caught:
         load(PretrainConfig, None, ["data.index=x", word], check_pretrain)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("true", "true"), ("false", "false"), ("no", "false"), ("'true'", "true"), ("auto", "auto")],
+)
+def test_gpus_are_asked_for_in_a_file_as_on_the_command_line(tmp_path: Path, written: str, meant: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(f"data: {{index: x}}\ncluster: {{gpu: {written}}}\n")
+    options = load(PretrainConfig, str(file), [], check_pretrain)
+    assert cluster_options.gpu(options.cluster) == meant
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "pretrain").glob("*.yaml")), ids=lambda file: file.name)

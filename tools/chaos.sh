@@ -17,5 +17,5 @@ done
 echo
 echo '| fault | noticed after | longest pause between steps | steps repeated | samples lost | loss apart |'
 echo '|---|---|---|---|---|---|'
-sort "$table"
+cat "$table"
 exit "$failed"

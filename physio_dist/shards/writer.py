@@ -49,6 +49,8 @@ REJECTS = "rejects.jsonl"
 MARKER = "_writing.json"
 # Names in the folder of recordings by which another machine is seen to have the same.
 _LOOKED_AT = 16
+# Options that say where the work is done, and names of files: other ones make the same bytes.
+_NOT_OF_BYTES = ("workers", "ray", "wait_s", "labels", "known")
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ def _finish(
         sidecar_sha256=sidecar_sha256, fingerprint=fingerprint_of(infos, infos_of, job.spec.rate, sidecar_sha256),
         made_by={
             "job": digest, "physio_dist": __version__, "reader": job.reader,
-            "options": {k: v for k, v in flatten(options).items() if k not in ("workers", "ray", "labels", "known")},
+            "options": {k: v for k, v in flatten(options).items() if k not in _NOT_OF_BYTES},
         },
     )  # fmt: skip
     lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)

@@ -36,6 +36,58 @@ def _host() -> str:
     return f"{socket.gethostname()} {namespace}".strip()
 
 
+def wait_for_its_end(run: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """What the last holder of a run's lease left, once it is gone.
+
+    Raises:
+        UserError: it lives.
+    """
+    url = storage.join(run, NAME)
+    first = _read(url)
+    told = False
+    began = time.monotonic()
+    while True:
+        now = _read(url)
+        if not now or now.get("released") or _is_dead_here(now):
+            return now
+        elsewhere = now.get("host") != _host()
+        if elsewhere and now.get("beat") != first.get("beat"):
+            raise UserError(_refusal(run, now))
+        if time.monotonic() - began > (_PATIENCE_S if elsewhere else _PATIENCE_HERE_S):
+            if elsewhere:
+                return now
+            raise UserError(_refusal(run, now))
+        if not told:
+            say(f"waiting for the run's other process to end (pid {now.get('pid')} on {now.get('host')})")
+            told = True
+        time.sleep(0.5)
+
+
+def _is_dead_here(document: dict[str, Any]) -> bool:
+    if document.get("host") != _host():
+        return False
+    try:
+        process = psutil.Process(int(document["pid"]))
+        return process.create_time() != document["started"] or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _refusal(run: str, document: dict[str, Any]) -> str:
+    return (
+        f"the run at {run} is live: process {document.get('pid')} on "
+        f"{document.get('host')} is writing it; end that one or choose another run.name"
+    )
+
+
+def _read(url: str) -> dict[str, Any]:
+    try:
+        document = storage.read_json(url)
+    except storage.NotFoundError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 class Lease:
     """The right to write a run, held by one process (rank 0).
 
@@ -52,13 +104,13 @@ class Lease:
         self._on_loss = on_loss
         self._token = uuid.uuid4().hex
         self._ended = threading.Event()
-        previous = self._wait_for_its_end(say)
+        previous = wait_for_its_end(url, say)
         self.attempt = int(previous.get("attempt", 0)) + 1
         self._beat = 0
         self._write(released=False)
         # Two that start at once both write; the later write stands, and both look again.
         time.sleep(0.3 if storage.is_local(self._url) else 1.5)
-        if self._read().get("token") != self._token:
+        if _read(self._url).get("token") != self._token:
             raise UserError(f"another process has just started this run ({url}); only one can write it")
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
@@ -69,7 +121,7 @@ class Lease:
         Raises:
             UserError: another process has taken it over.
         """
-        if self._read().get("token") != self._token:
+        if _read(self._url).get("token") != self._token:
             raise UserError(f"another process has taken this run over ({self._url}); nothing more is written here")
 
     def release(self) -> None:
@@ -78,15 +130,8 @@ class Lease:
         self._thread.join(timeout=_BEAT_S)
         # With storage away the lease cannot be given back; it lapses, and the error that ends the run is the one told.
         with contextlib.suppress(storage.StorageError):
-            if self._read().get("token") == self._token:
+            if _read(self._url).get("token") == self._token:
                 self._write(released=True)
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            document = storage.read_json(self._url)
-        except storage.NotFoundError:
-            return {}
-        return document if isinstance(document, dict) else {}
 
     def _write(self, released: bool) -> None:
         process = psutil.Process()
@@ -98,46 +143,10 @@ class Lease:
             },
         )  # fmt: skip
 
-    def _wait_for_its_end(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """What the last holder left, once it is gone."""
-        first = self._read()
-        told = False
-        began = time.monotonic()
-        while True:
-            now = self._read()
-            if not now or now.get("released") or self._is_dead_here(now):
-                return now
-            elsewhere = now.get("host") != _host()
-            if elsewhere and now.get("beat") != first.get("beat"):
-                raise UserError(self._refusal(now))
-            if time.monotonic() - began > (_PATIENCE_S if elsewhere else _PATIENCE_HERE_S):
-                if elsewhere:
-                    return now
-                raise UserError(self._refusal(now))
-            if not told:
-                say(f"waiting for the run's other process to end (pid {now.get('pid')} on {now.get('host')})")
-                told = True
-            time.sleep(0.5)
-
-    def _is_dead_here(self, document: dict[str, Any]) -> bool:
-        if document.get("host") != _host():
-            return False
-        try:
-            process = psutil.Process(int(document["pid"]))
-            return process.create_time() != document["started"] or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
-    def _refusal(self, document: dict[str, Any]) -> str:
-        return (
-            f"the run at {self._url.removesuffix('/' + NAME)} is live: process {document.get('pid')} on "
-            f"{document.get('host')} is writing it; end that one or choose another run.name"
-        )
-
     def _keep(self) -> None:
         while not self._ended.wait(_BEAT_S):
             try:
-                if self._read().get("token") != self._token:
+                if _read(self._url).get("token") != self._token:
                     self._on_loss("another process has taken this run over")
                     return
                 self._beat += 1

@@ -78,8 +78,8 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
     sidecars = [read_sidecar(one) for one in sets]
     order = order_of(sets, sidecars, [weight for _, weight in parts], "train", batch, options.run.seed)
     rate = cluster.samples_per_s
+    alone = on_paper(options, cluster, signal)
     if rate is None:
-        alone = on_paper(options, cluster, signal)
         rate = batch / (alone.passes + alone.exchange)
     told: dict[str, Any] = {
         "nodes": cluster.nodes, "gpus_per_node": cluster.gpus, "world": cluster.world,
@@ -90,7 +90,7 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
         "feed": feed(options, cluster, order, sets, signal, rate),
         "memory": memory(options, cluster, signal),
     }  # fmt: skip
-    return {**told, "warnings": list(_warnings(options, cluster, told, sets, signal))}
+    return {**told, "warnings": list(_warnings(options, cluster, told, sets, signal, alone))}
 
 
 def on_paper(options: PretrainConfig, cluster: Cluster, signal: tuple[int, int]) -> scaling.Step:
@@ -203,8 +203,9 @@ def _kept(encoder: EncoderConfig, signal: tuple[int, int], precision: str) -> in
 
 
 def _warnings(
-    options: PretrainConfig, cluster: Cluster, told: dict[str, Any], sets: list[ShardSet], signal: tuple[int, int]
-) -> Iterator[str]:
+    options: PretrainConfig, cluster: Cluster, told: dict[str, Any], sets: list[ShardSet], signal: tuple[int, int],
+    alone: scaling.Step,
+) -> Iterator[str]:  # fmt: skip
     fed, room = told["feed"], told["memory"]
     batch, world = options.train.global_batch, cluster.world
     if not fed["local"] and fed["cache_needed_gb"] > options.data.cache_gb:
@@ -228,7 +229,6 @@ def _warnings(
             f"shards: each is fetched {fed['amplification']:.1f} times in an epoch, because nodes share lanes or lanes "
             f"share shards; a number of nodes that divides {min(batch, LANES)}, or smaller shards, make it less"
         )
-    alone = on_paper(options, cluster, signal)
     if told["samples_per_s_assumed"] and alone.launches > alone.arithmetic:
         yield (
             f"speed: a GPU is busier with starting operations ({alone.launches * 1e3:.1f} ms a step) than with what "

@@ -18,15 +18,16 @@ from typing import Any, TextIO
 
 from physio_dist import storage
 from physio_dist.cluster_options import ClusterOptions
-from physio_dist.config import PretrainConfig, refuse_another, to_yaml
+from physio_dist.config import PretrainConfig, mixture, refuse_another, to_yaml
 from physio_dist.errors import UserError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
-# Options that say where and how fast a run trains, not what it computes.
+# Options that say where and how fast a run trains, not what it computes; and which steps count as gone wrong, because
+# leaving spikes out is what a run that suffers from them is told to go on with.
 _TRAIN_MAY_DIFFER = (
     "micro_batch", "precision", "log_every", "save_every", "keep", "trace", "threads", "spike_factor", "skip_spikes",
-    "stall_s", "ema", "profile", "tracker",
+    "stall_s", "profile", "tracker",
 )  # fmt: skip
 MAY_DIFFER = frozenset(
     [
@@ -160,11 +161,18 @@ def compare_config(run: RunDir, options: PretrainConfig) -> None:
     """
     if options.resume == "none" and storage.exists(run.file(CONFIG)):
         raise UserError(f"{run.url} exists already: choose another run.name, or leave out resume=none to go on with it")
-    def absolute(flat: dict[str, Any]) -> None:
+    def same_form(flat: dict[str, Any]) -> None:
         if flat.get("data.index"):
-            flat["data.index"] = _map_index(flat["data.index"], _absolute)
+            flat["data.index"] = _plain_index(flat["data.index"])
 
-    refuse_another(run.file(CONFIG), options, MAY_DIFFER, grow="train.steps", adapt=absolute)
+    refuse_another(run.file(CONFIG), options, MAY_DIFFER, grow="train.steps", adapt=same_form)
+
+
+def _plain_index(index: Any) -> Any:
+    """The one of several ways to write the same ``data.index`` in which two are compared, and told."""
+    parts = [(_absolute(url, ""), weight) for url, weight in mixture(index)]
+    # Of one set its weight says nothing.
+    return parts[0][0] if len(parts) == 1 else [{"url": url, "weight": weight} for url, weight in parts]
 
 
 def write_config(run: RunDir, options: PretrainConfig) -> None:

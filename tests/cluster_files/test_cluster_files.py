@@ -224,6 +224,19 @@ def test_ray_on_kubernetes_is_guarded_and_grows_on_spot_nodes(file: Path) -> Non
     assert [volume["name"] for volume in pod["volumes"]] == [mount["name"]]
 
 
+@pytest.mark.parametrize("file", KUBERNETES, ids=lambda file: file.name)
+def test_a_file_brings_the_accounts_its_pods_run_under(file: Path) -> None:
+    named = re.findall(r"serviceAccountName: (\S+)", file.read_text())
+    made = [d["metadata"]["name"] for d in documents(file) if d["kind"] == "ServiceAccount"]
+    assert sorted(named) == sorted(made) and len(set(made)) == 2
+
+
+def test_no_two_files_share_an_account() -> None:
+    """`kubectl delete -f` of one file would take it from the other's pods."""
+    made = [d["metadata"]["name"] for file in KUBERNETES for d in documents(file) if d["kind"] == "ServiceAccount"]
+    assert len(set(made)) == len(made)
+
+
 def home() -> str:
     name = re.search(r"useradd .* (\w+) \\", DOCKERFILE)[1]  # type: ignore[index]
     return f"/home/{name}"

@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,3 +206,29 @@ class RayRun(Run):
         """What a person reads of ours, Ray's prefix and its own lines left out."""
         lines = [line.partition("physio-dist: ")[2] for line in self.said().splitlines() if "physio-dist: " in line]
         return [line for line in lines if not line.startswith("Ray is starting")]
+
+
+Make = Callable[..., RayRun]
+
+
+@pytest.fixture()
+def with_node(ray_nodes: Cluster) -> Iterator[Callable[..., None]]:
+    """Puts a node with an environment of its own in the place of the one beside the head, for the test."""
+
+    def put(**env: str) -> None:
+        ray_nodes.lose_node()
+        ray_nodes.add_node(env=env)
+
+    yield put
+    if ray_nodes.nodes:
+        ray_nodes.lose_node()
+    ray_nodes.add_node()
+
+
+@pytest.fixture()
+def ray_run(ray_nodes: Cluster, simulated: str, tmp_path: Path) -> Make:
+    """Makes runs to be launched on the cluster."""
+    def make(*options: str, name: str = "run") -> RayRun:
+        return RayRun(tmp_path, name, simulated, options, cluster=ray_nodes)
+
+    return make

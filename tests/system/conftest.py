@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.system.clusters import ray_nodes as ray_nodes
+from tests.system.clusters import ray_run as ray_run
+from tests.system.clusters import with_node as with_node
 from tests.system.hosts import network as network
 from tests.system.launching import Run, physio
 

@@ -30,8 +30,8 @@ from tests.system.launching import BIN, ROOT, Run, wait_until
 
 _SUBNET = "10.77.0"
 _UNSHARE = ("setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child")
-# A first process that takes care of orphans, as an init does.
-_STAY = "echo up; sleep infinity & wait $!"
+# A first process that takes care of orphans, as an init does, and stays when all others are killed.
+_STAY = "echo up; while :; do sleep infinity & wait $! || :; done"
 
 
 def _check(words: Sequence[str]) -> str:
@@ -252,18 +252,12 @@ class HostedS3:
         self.host, self.folder = host, folder
         folder.mkdir()
         self._log = folder.parent / "rclone.log"
-        self.env = {
-            "AWS_ACCESS_KEY_ID": S3.key,
-            "AWS_SECRET_ACCESS_KEY": S3.secret,
-            "AWS_ENDPOINT_URL": f"http://{host.name}:9000",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        self.env = S3.reached_at(f"{host.name}:9000")
         self.start()
 
     def start(self) -> None:
         self._log.write_bytes(b"")
-        options = ["--auth-key", f"{S3.key},{S3.secret}", "--addr", ":9000", "--dir-cache-time", "1ms", "--config", ""]
-        self.host.start(str(BIN / "rclone"), "serve", "s3", *options, str(self.folder), log=self._log)
+        self.host.start(*S3.command(":9000", self.folder), log=self._log)
         wait_until(lambda: b"Starting s3 server" in self._log.read_bytes(), "the S3 server")
 
     def kill(self) -> None:

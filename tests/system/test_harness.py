@@ -64,6 +64,16 @@ def test_hosts_share_neither_processes_nor_disks_nor_names(hosts: tuple[Host, Ho
     (first.disk / "outside").unlink()
 
 
+def test_a_host_outlives_its_processes(hosts: tuple[Host, Host]) -> None:
+    first, second = hosts
+    for process in second.processes():
+        process.kill()
+    wait_until(lambda: not reaches(first, second), "the listener to end")
+    assert second.do("hostname").split() == [second.name]
+    second.terminate()
+    assert second.do("hostname").split() == [second.name]
+
+
 @pytest.mark.usefixtures("network")
 def test_everything_ends_with_the_process_that_made_it_however_that_ends(tmp_path: Path) -> None:
     script = (

@@ -134,6 +134,19 @@ def mended(cluster: HostCluster) -> Iterator[None]:
         host.mend()
 
 
+def lose_writer(
+    fault: Fault, cluster: HostCluster, lost: Callable[[Host], None], strike: Callable[[Host], None]
+) -> None:
+    """The host whose rank writes the run is struck; the run goes on with the other one."""
+    process = fault.run.submit("cluster.workers=[1,2]")
+    fault.strike_after(process)
+    host = writer(fault.run, cluster)
+    lost(host)
+    strike(host)
+    fault.finish(process)
+    assert [attempt["world"] for attempt in fault.run.attempts()] == [2, 1]
+
+
 def test_two_ranks_on_two_hosts(faulty: Make, cluster: HostCluster) -> None:
     fault = faulty("none")
     process = fault.run.submit("cluster.workers=2")
@@ -157,13 +170,7 @@ def test_a_rank_is_killed(faulty: Make, cluster: HostCluster) -> None:
 def test_a_cable_is_pulled_for_good(faulty: Make, cluster: HostCluster, lost: Callable[[Host], None]) -> None:
     """Of the host whose rank writes the run: the one that takes its place sees that nobody renews its lease."""
     fault = faulty("a host's cable pulled for good")
-    process = fault.run.submit("cluster.workers=[1,2]")
-    fault.strike_after(process)
-    host = writer(fault.run, cluster)
-    lost(host)
-    host.pull_cable()
-    fault.finish(process)
-    assert [attempt["world"] for attempt in fault.run.attempts()] == [2, 1]
+    lose_writer(fault, cluster, lost, Host.pull_cable)
     assert fault.run.starts()[1] >= 8
 
 
@@ -231,13 +238,7 @@ def test_the_store_is_away_for_30_s(faulty: Make, store: HostedS3) -> None:
 @pytest.mark.chaos
 def test_a_spot_host_is_taken_back(faulty: Make, cluster: HostCluster, lost: Callable[[Host], None]) -> None:
     fault = faulty("a spot host taken back (SIGTERM to all its processes)")
-    process = fault.run.submit("cluster.workers=[1,2]")
-    fault.strike_after(process)
-    host = writer(fault.run, cluster)
-    lost(host)
-    host.terminate()
-    fault.finish(process)
-    assert [attempt["world"] for attempt in fault.run.attempts()] == [2, 1]
+    lose_writer(fault, cluster, lost, Host.terminate)
 
 
 @pytest.mark.chaos

@@ -18,23 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist import cluster, launch, lifeline
+from physio_dist import cluster, jobs, launch, lifeline
 from physio_dist.errors import UserError
 from tests.conftest import S3
-from tests.system.clusters import MARK, Cluster, RayRun, marked
+from tests.system.clusters import MARK, Cluster, Make, RayRun, marked
 from tests.system.launching import BIN, CONFIG, ROOT, Run, agree, end_session, wait_until
 
-Make = Callable[..., RayRun]
 # Long enough to be disturbed in the middle, with no checkpoint before.
 LONG = ("train.steps=60", "train.save_every=1000", "train.val_every=1000")
-
-
-@pytest.fixture()
-def ray_run(ray_nodes: Cluster, simulated: str, tmp_path: Path) -> Make:
-    def make(*options: str, name: str = "run") -> RayRun:
-        return RayRun(tmp_path, name, simulated, options, cluster=ray_nodes)
-
-    return make
 
 
 @pytest.fixture()
@@ -340,7 +331,7 @@ def test_what_would_vanish_with_a_job_is_refused(
     tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A submitted job meets it in test_convert_ray.py."""
-    monkeypatch.setenv(cluster._JOB, "{}")
+    monkeypatch.setenv(jobs._JOB, "{}")
     absolute = (f"run.dir={tmp_path}", f"data.index={tmp_path}", f"data.cache_dir={tmp_path}")
     told = f"{option} is relative, and a Ray job's working directory vanishes with the job"
     with pytest.raises(UserError, match=told):
@@ -386,3 +377,29 @@ def test_a_cluster_that_wants_a_token(ray_nodes: Cluster, ray_run: Make) -> None
     assert run() == 2
     assert f"the Ray cluster at {ray_nodes.address} wants a token" in run.told()[-1]
     assert "b" * 64 not in run.said()
+
+
+# A rank is lost, and Ray resizes at once, with a board that is slow to hear.
+LOSING = """
+import asyncio, ray
+from physio_dist.board import BoardActor
+from physio_dist.callbacks import Resizer, Watcher
+
+class Slow(BoardActor):
+    async def tell_loss(self, what):
+        await asyncio.sleep(1)
+        await super().tell_loss(what)
+
+ray.init(log_to_driver=False)
+board = ray.remote(Slow).options(num_cpus=0).remote()
+ray.get(board.join.remote(0))
+Watcher(board).after_exception(None, {0: RuntimeError("gone")})
+Resizer(board).before_controller_execute_resize_decision(None)
+now = ray.get(board.read.remote())
+assert now.losses == ["rank 0: gone"] and not now.notes, now
+"""
+
+
+def test_ranks_that_are_lost_are_not_asked_to_save(ray_nodes: Cluster) -> None:
+    command = [sys.executable, "-c", LOSING]
+    subprocess.run(command, env={**os.environ, **ray_nodes.env}, check=True, timeout=120)

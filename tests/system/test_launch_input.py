@@ -7,38 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import S3
-from tests.system.clusters import Cluster, RayRun
+from tests.system.clusters import Cluster, Make, RayRun
 from tests.system.launching import BIN, CONFIG, ROOT, end_session, wait_until
-
-Make = Callable[..., RayRun]
-
-
-@pytest.fixture()
-def ray_run(ray_nodes: Cluster, simulated: str, tmp_path: Path) -> Make:
-    def make(*options: str, name: str = "run") -> RayRun:
-        return RayRun(tmp_path, name, simulated, options, cluster=ray_nodes)
-
-    return make
-
-
-@pytest.fixture()
-def with_node(ray_nodes: Cluster) -> Iterator[Callable[..., None]]:
-    """Puts a node with an environment of its own in the place of the one beside the head, for the test."""
-
-    def put(**env: str) -> None:
-        ray_nodes.lose_node()
-        ray_nodes.add_node(env=env)
-
-    yield put
-    if ray_nodes.nodes:
-        ray_nodes.lose_node()
-    ray_nodes.add_node()
 
 
 def refused(run: RayRun, *words: str) -> None:

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
-from pathlib import Path
-
-import pytest
 
 from tests.cluster_files.test_observability import expressions, named
-from tests.system.clusters import Cluster, RayRun
+from tests.system.clusters import Cluster, Make
 from tests.system.launching import end_session, wait_until
 
-Make = Callable[..., RayRun]
 # What only a node with a GPU has, and what only an autoscaler counts.
 NOT_HERE = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_cluster_failed_nodes"}
-
-
-@pytest.fixture()
-def ray_run(ray_nodes: Cluster, simulated: str, tmp_path: Path) -> Make:
-    def make(*options: str) -> RayRun:
-        return RayRun(tmp_path, "run", simulated, options, cluster=ray_nodes)
-
-    return make
 
 
 def test_a_run_shows_its_figures_and_they_go_when_it_ends(ray_run: Make, ray_nodes: Cluster) -> None:

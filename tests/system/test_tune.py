@@ -21,8 +21,7 @@ import pytest
 import torch
 from safetensors.numpy import load
 
-from physio_dist import cluster as ray_cluster
-from physio_dist import config, tune
+from physio_dist import config, jobs, tune
 from physio_dist.downstream.classifier import FusionClassifier
 from physio_dist.downstream.proposals import propose
 from physio_dist.errors import UserError
@@ -31,6 +30,7 @@ from physio_dist.models.weights import save_encoder
 from physio_dist.shards import writer
 from physio_dist.shards.index import open_set, read_sidecar
 from physio_dist.signals.readers import read_file
+from physio_dist.training.lease import Lease
 from tests.conftest import S3
 from tests.system.clusters import Cluster
 from tests.system.launching import BIN, ROOT, end_session, free_port, wait_until
@@ -106,6 +106,7 @@ class Sweep:
     run_dir: str = ""
     code: Path = ROOT
     configuration: str = CONFIG
+    program: tuple[str, ...] = ("-m", "physio_dist.tune")
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ class Sweep:
         """Start it by itself, or as a job of the cluster whose dashboard is at ``job``."""
         words = [f"run.dir={self.run_dir}", f"run.name={self.name}", *self.place.words(*self.options), *extra]
         given = self.configuration if job else str(ROOT / self.configuration)
-        command = [sys.executable, "-m", "physio_dist.tune", "--config", given, *words]
+        command = [sys.executable, *self.program, "--config", given, *words]
         if job:
             submit = [str(BIN / "ray"), "job", "submit", "--address", job]
             command = [*submit, "--working-dir", str(self.code), "--", *command]
@@ -352,6 +353,38 @@ def test_stopped_and_started_again_it_finds_the_same(sweep: Make, ray_nodes: Clu
     assert all(after[trial["trial"]] == trial for trial in before)
 
 
+# A worker whose machine loses its power at the moment when it is to take over the next trial.
+DYING = """
+import os, signal, sys
+from physio_dist import exits, search, tune
+
+class FusionTrial(search.FusionTrial):
+    def reset_config(self, new_config):
+        try:
+            os.close(os.open({mark!r}, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return super().reset_config(new_config)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+search.FusionTrial = FusionTrial
+sys.exit(exits.status_of(tune.main))
+"""
+
+
+@pytest.mark.parametrize("search", ["latin_hypercube", "optuna"])
+def test_a_worker_lost_between_two_trials(sweep: Make, finished: Sweep, tmp_path: Path, search: str) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "dying.py").write_text(DYING.format(mark=str(mark)))
+    run = sweep(search, options=(*SMALL, f"tune.search={search}"), program=(str(tmp_path / "dying.py"),))
+    assert run() == 0, run.said()
+    assert mark.exists()
+    assert sum(line.startswith("the worker of trial ") for line in run.told()) == 1
+    assert "Trials did not complete" not in run.said()
+    # All configurations are drawn where there are so few of them.
+    for row, undisturbed in zip(run.results()["rows"], finished.results()["rows"], strict=True):
+        assert row == undisturbed
+
+
 def test_optuna_sees_one_fold_at_a_time_and_goes_on_after_a_killed_driver(sweep: Make) -> None:
     options = (*SMALL, "tune.search=optuna", "tune.trials=12", "tune.max_epochs=2", "search.components=[8]")
     run = sweep("optuna", options=options)
@@ -443,7 +476,63 @@ def test_more_than_the_cluster_has_is_asked_for(
     (last,) = [line for line in run.told() if line.startswith("wrong input")]
     assert "asked for 1 worker(s) of 3 CPU(s)" in last
     assert "2 CPU(s)" in last
+    assert run(extra=("tune.cpus=3", "tune.wait_s=2")) == 2
+    assert "Waited 2 s in vain. Ask for less or add nodes; tune.wait_s=SECONDS waits for them" in run.told()[-1]
     assert not (run.path / "config.yaml").exists()
+
+
+ABSENT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "physio_dist":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_a_node_with_another_physio_dist_or_none(
+    sweep: Make, with_node: Callable[..., None], tmp_path: Path
+) -> None:
+    older, absent = tmp_path / "older", tmp_path / "absent"
+    shutil.copytree(ROOT / "physio_dist", older / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    (older / "physio_dist" / "__init__.py").write_text('"""Older."""\n\n__version__ = "0.0.1"\n')
+    absent.mkdir()
+    (absent / "sitecustomize.py").write_text(ABSENT)
+    for node, what in ((older, "physio-dist is 0.0.1 on node "), (absent, "a node of the cluster has no physio_dist")):
+        with_node(PYTHONPATH=str(node))
+        run = sweep(node.name)
+        assert run() == 2, run.said()
+        assert what in run.told()[-1]
+        assert run.told()[-1].endswith("(exit status 2)")
+        assert "is lost; the trial starts again" not in run.said()
+        assert "Traceback" not in run.said()
+
+
+def test_a_submitted_job_embeds(ray_nodes: Cluster, place: Place, tmp_path: Path) -> None:
+    here = [sys.executable, "-m", "physio_dist.cli", "embed", "--encoder", place.ecg, "--data", place.data]
+    submit = [str(BIN / "ray"), "job", "submit", "--address", ray_nodes.dashboard, "--working-dir", str(ROOT), "--"]
+    subprocess.run([*here, "--out", str(tmp_path / "here")], check=True)
+    subprocess.run(
+        [*submit, *here, "--out", str(tmp_path / "job")], check=True, env={**os.environ, **ray_nodes.env}, timeout=240
+    )
+    found, expected = (load((tmp_path / name / "features-00000.safetensors").read_bytes()) for name in ("job", "here"))
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_sweep_that_lives_is_told_before_features_are_computed(
+    sweep: Make, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = sweep("alive")
+    held = Lease(str(run.path), lambda why: None, print)
+    try:
+        assert run(extra=(f"tune.features={tmp_path / 'features'}",)) == 2
+    finally:
+        held.release()
+    assert f"the run at {run.path} is live: process {os.getpid()} on " in run.told()[-1]
+    assert not (tmp_path / "features").exists()
 
 
 Change = Callable[[Place, Path], list[str]]
@@ -527,7 +616,7 @@ def test_bad_input_is_refused_before_anything_is_started(
 def test_what_would_vanish_with_a_job_is_refused(
     place: Place, tmp_path: Path, option: str, absolute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ray_cluster._JOB, "{}")
+    monkeypatch.setenv(jobs._JOB, "{}")
     given = place.words(f"run.dir={tmp_path}", option)
     with pytest.raises(UserError, match=f"{option.partition('=')[0]}=.* is relative, and a Ray job"):
         tune.main(["--config", str(ROOT / CONFIG), *given])

@@ -45,11 +45,13 @@ def test_what_may_differ_on_resume_and_what_may_not(tmp_path: Path) -> None:
     write_config(run, options())
     compare_config(run, options())
     changed = options(micro_batch=4, precision="fp32", log_every=3, save_every=9, keep=1, trace=True, steps=5000)
+    # What the log of a run with spikes advises, from the newest checkpoint on.
+    changed.train.skip_spikes, changed.train.spike_factor = True, 5.0
     changed.zero.stage = 3
     changed.data.cache_dir, changed.data.cache_gb = "/elsewhere", 1.0
     compare_config(run, changed)
     write_config(run, changed)
-    for name, value in (("steps", 10), ("lr", 1.0), ("global_batch", 64), ("weight_decay", 0.0)):
+    for name, value in (("steps", 10), ("lr", 1.0), ("global_batch", 64), ("weight_decay", 0.0), ("ema", 0.9)):
         with pytest.raises(UserError, match=f"train.{name}"):
             compare_config(run, options(**{"steps": 5000, name: value}))
     other = options(steps=5000)
@@ -77,6 +79,27 @@ def test_a_path_is_the_same_by_either_name(tmp_path: Path, monkeypatch: pytest.M
     for there, now in ((near, far), (far, near)):
         storage.write_bytes(run.file("config.yaml"), config.to_yaml(there).encode())
         compare_config(run, now)
+
+
+@pytest.mark.parametrize(
+    ("there", "now"),
+    [
+        ("/a/set", "/a/set/index.json"),
+        ("/a/set/", [{"url": "/a/set", "weight": 1}]),
+        ([{"url": "/a/set/index.json", "weight": 2}], "/a/set"),
+        ([{"url": "/a/set"}, {"url": "s3://b/more", "weight": 2}],
+         [{"url": "/a/set/index.json", "weight": 1.0}, {"url": "s3://b/more/", "weight": 2.0}]),
+    ],
+)  # fmt: skip
+def test_the_same_sets_may_be_written_in_other_words(tmp_path: Path, there: object, now: object) -> None:
+    run, first, second = RunDir(str(tmp_path / "run"), 0), options(), options()
+    first.data.index, second.data.index = there, now
+    for one, other in ((first, second), (second, first)):
+        write_config(run, one)
+        compare_config(run, other)
+    second.data.index = "/a/set/index.json/more"
+    with pytest.raises(UserError, match=r"data\.index: .*/a/set.* there, /a/set/index\.json/more now"):
+        compare_config(run, second)
 
 
 def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,22 @@ def on_cluster(address: str, workers: int, wait_s: float) -> Iterator[Nodes]:
         yield Nodes(workers)
     finally:
         # This ends the tasks too. To cancel them makes Ray 2.60 abort where one of them has just come to its end.
-        ray.shutdown()
+        with _mute():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _mute() -> Iterator[None]:
+    """Nothing reaches stderr meanwhile: below Python, Ray complains there that it cannot start ended tasks again."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def say(text: str) -> None:

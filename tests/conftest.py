@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,21 @@ from tests.proxy import Proxy
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would everything that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What processes that tests kill leave in the folder for temporary files goes when the tests do."""
+    # Where pytest puts folders of tests, so that they can be looked at afterwards, does not change.
+    tmp_path_factory.getbasetemp()
+    # Sockets lie in it, whose paths must be short.
+    folder = tempfile.mkdtemp(prefix="pd", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setenv("WIDS_CACHE", f"{folder}/wids")
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -23,6 +21,5 @@ def test_the_last_line_holds_all_stages_in_their_order() -> None:
     stages = result["also"]["stages"]
     assert list(stages.values()) == sorted(stages.values())
     assert list(stages)[-1] == "first step done"
-    # The one is rounded to a tenth of a second, the other to a hundredth.
-    assert result["ours"] == pytest.approx(stages["first step done"], abs=0.056)
+    assert result["ours"] == round(stages["first step done"], 1)
     assert min(result["also"]["cpu_s"].values()) > 0

@@ -130,7 +130,8 @@ def run(options: argparse.Namespace) -> str:
         for number in range(options.repeats):
             found.append(submit(client, data, folder / str(number), options.ranks))
             say(f"repeat {number + 1} of {options.repeats}: {found[-1][0][STAGES[-1]]:.1f} s")
-    middle = {stage: statistics.median(one[stage] for one, _ in found) for stage in STAGES}
+    # Rounded once, so that all that is told of a stage agrees.
+    middle = {stage: round(statistics.median(one[stage] for one, _ in found), 2) for stage in STAGES}
     cpu = {name: statistics.median(one[name] for _, one in found) for name in found[0][1]}
     print(f"From ray job submit to the first step, {options.ranks} ranks, {lifeline.cores()} cores, seconds")
     before = 0.0
@@ -138,8 +139,7 @@ def run(options: argparse.Namespace) -> str:
         print(f"  {stage:18} {middle[stage]:8.1f}  +{middle[stage] - before:.1f}")
         before = middle[stage]
     print("  CPU seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in cpu.items()))
-    also = {"stages": {name: round(value, 2) for name, value in middle.items()}, "cpu_s": cpu}
-    return last_line("submit", "s", options.repeats, middle[STAGES[-1]], {}, also)
+    return last_line("submit", "s", options.repeats, middle[STAGES[-1]], {}, {"stages": middle, "cpu_s": cpu})
 
 
 def main() -> int:

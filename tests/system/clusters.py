@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -34,6 +36,16 @@ def marked(mark: str) -> list[psutil.Process]:
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def ask(url: str, token: str = "") -> Any:
+    """A JSON document; None where nobody answers yet."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return None
 
 
 class Cluster:
@@ -76,8 +88,17 @@ class Cluster:
             raise
 
     def add_node(self, hidden: Path | None = None, env: Mapping[str, str] | None = None) -> None:
-        """Start a further node, for which the folder ``hidden`` is empty; ``env`` goes over that of all nodes."""
+        """Start a further node, for which the folder ``hidden`` is empty; ``env`` goes over that of all nodes.
+
+        Returns when the cluster has missed the lost ones too: until then it would place work on them.
+        """
         self.nodes.append(self._start("--address", self.address, hidden=hidden, env=env))
+        wait_until(lambda: self._alive() == 1 + len(self.nodes), "the cluster to see its nodes as they are")
+
+    def _alive(self) -> int | None:
+        """How many nodes the cluster takes for alive; None where it does not answer."""
+        asked = ask(f"{self.dashboard}/api/v0/nodes?limit=1000", self.env["RAY_AUTH_TOKEN"])
+        return sum(node["state"] == "ALIVE" for node in asked["data"]["result"]["result"]) if asked else None
 
     def _start(
         self, *words: str, hidden: Path | None = None, env: Mapping[str, str] | None = None

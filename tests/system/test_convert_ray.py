@@ -17,11 +17,10 @@ import psutil
 import pytest
 
 from tests.conftest import S3
-from tests.system.clusters import Cluster
+from tests.system.clusters import Cluster, ask
 from tests.system.launching import BIN, ROOT, end_session, free_port
 from tests.system.test_convert import WORDS, content, finish, kill, parts, start, wait_for
 from tests.system.test_convert import undisturbed as undisturbed
-from tests.system.test_tune import ask
 
 
 @pytest.fixture()

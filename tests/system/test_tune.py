@@ -8,8 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +30,7 @@ from physio_dist.shards.index import open_set, read_sidecar
 from physio_dist.signals.readers import read_file
 from physio_dist.training.lease import Lease
 from tests.conftest import S3
-from tests.system.clusters import Cluster
+from tests.system.clusters import Cluster, ask
 from tests.system.launching import BIN, ROOT, end_session, free_port, wait_until
 
 PEOPLE = 9
@@ -186,16 +184,6 @@ def tensorboard(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
     for process in running:
         process.kill()
         process.wait()
-
-
-def ask(url: str, token: str = "") -> Any:
-    """A JSON document; None where nobody answers yet."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return None
 
 
 @pytest.fixture(scope="module")

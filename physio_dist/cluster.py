@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import ray
@@ -25,6 +26,10 @@ _PROBE_S = 5.0
 _CONNECT_S = 22.0
 # What an earlier run held comes back within seconds of its end.
 _RETURN_S = 15.0
+# What Ray has begun to place on a machine that then lost its power stays there for 130 to 170 s, and all that is asked
+# for later stays behind it.
+_LOST_S = 240.0
+_ANSWER_S = 2.0
 _TELL_S = 10.0
 # The opening of HTTP/2, which every gRPC server answers with its settings: a preface and an empty settings frame.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -133,27 +138,44 @@ def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, opt
     Raises:
         UserError: they do not; the message says what is there and what was asked.
     """
-    enough = room(cpus, gpus) >= workers
-    patience = max(wait_s, _RETURN_S) if enough else wait_s
     advice = "Ask for less or add nodes" + (f"; {option}=SECONDS waits for them" if option else "")
-    if not enough and wait_s <= 0:
+    if room(cpus, gpus) < workers and wait_s <= 0:
         raise UserError(f"{shortage(cpus, gpus, workers)}. {advice}")
     bundle = {name: each for name, each in (("CPU", cpus), ("GPU", gpus)) if each > 0}
     # A group that waits for its place is also what tells an autoscaler to bring nodes.
     group = placement_group([bundle] * workers, strategy="PACK")
     try:
-        began = told = time.monotonic()
+        began, look_at, returns_s = time.monotonic(), 0.0, _RETURN_S
         # Whole seconds: Ray cuts fractions off.
         while not group.wait(1):
-            now = time.monotonic()
-            if now - began >= patience:
-                busy = "; others are using it" if room(cpus, gpus) >= workers else ""
-                raise UserError(f"{shortage(cpus, gpus, workers)}{busy}. Waited {patience:g} s in vain. {advice}")
-            if told == began or now - told >= _TELL_S:
-                say(f"waiting up to {patience - (now - began):.0f} s for room: {shortage(cpus, gpus, workers)}")
-                told = now
+            waited = time.monotonic() - began
+            if waited < look_at:
+                continue
+            returns_s = _LOST_S if silent() else returns_s
+            enough, what = room(cpus, gpus) >= workers, shortage(cpus, gpus, workers)
+            patience = max(wait_s, returns_s) if enough else wait_s
+            if waited >= patience:
+                busy = "; others are using it" if enough else ""
+                raise UserError(f"{what}{busy}. Waited {patience:g} s in vain. {advice}")
+            say(f"waiting up to {patience - waited:.0f} s for room: {what}")
+            look_at = min(waited + _TELL_S, patience)
     finally:
         remove_placement_group(group)
+
+
+def silent() -> list[str]:
+    """Addresses of the nodes that Ray takes for living, as it does a lost one for a minute, and that do not answer."""
+    nodes = [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes() if node["Alive"]]
+    with ThreadPoolExecutor(32) as pool:
+        return [address for (address, _), answers in zip(nodes, pool.map(_answers, nodes), strict=True) if not answers]
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def shortage(cpus: float, gpus: float, workers: int) -> str:
@@ -163,9 +185,10 @@ def shortage(cpus: float, gpus: float, workers: int) -> str:
 
     nodes = sum(node["Alive"] for node in ray.nodes())
     each = f"{cpus:g} CPU(s)" + (f" and {gpus:g} GPU(s)" if gpus else "")
+    lost = ", ".join(silent())
     return (
         f"asked for {workers} worker(s) of {each}; the cluster has {told(ray.cluster_resources())} on {nodes} node(s), "
-        f"{told(ray.available_resources())} of them free"
+        f"{told(ray.available_resources())} of them free" + (f"; no answer from {lost}" if lost else "")
     )
 
 

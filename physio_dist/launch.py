@@ -241,8 +241,9 @@ class Launch:
             raise Stopped(f"stopped while no rank was at work; {_GOES_ON}")
         what = cluster.shortage(self.cpus, self.gpus, self.least)
         if cluster.room(self.cpus, self.gpus) >= self.least:
-            # What takes longer is a node that others fill, most of the time.
-            _say(f"Ray is starting the workers, {seconds:.0f} s so far" + (f": {what}" if seconds > _REPLACE_S else ""))
+            # What takes longer is a node that others fill, most of the time, or one that is gone.
+            slow = seconds > _REPLACE_S or cluster.silent()
+            _say(f"Ray is starting the workers, {seconds:.0f} s so far" + (f": {what}" if slow else ""))
             return
         if seconds > max(_REPLACE_S, self.options.cluster.wait_s):
             raise UserError(f"{what}. Waited {seconds:.0f} s in vain; {_GOES_ON}")

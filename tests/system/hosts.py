@@ -268,7 +268,7 @@ class HostedS3:
 class HostCluster:
     """Ray nodes on hosts, with token authentication; the head trains nothing.
 
-    Ray notices a silent host after 20 to 40 s instead of a minute.
+    Ray notices a silent host after 20 to 40 s instead of a minute, or after as many health checks as ``misses`` says.
 
     Attributes:
         outside: a host without Ray, from which jobs are submitted.
@@ -276,14 +276,14 @@ class HostCluster:
         nodes: hosts with one CPU each, to train on.
     """
 
-    def __init__(self, network: Network, store: HostedS3, nodes: int) -> None:
+    def __init__(self, network: Network, store: HostedS3, nodes: int, misses: int = 10) -> None:
         self._network = network
         self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
         # Credentials are known to the nodes alone, not to who submits.
         self._env = {
             **self._token, **store.env, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
             "RAY_health_check_period_ms": "2000", "RAY_health_check_timeout_ms": "2000",
-            "RAY_health_check_failure_threshold": "10", "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+            "RAY_health_check_failure_threshold": str(misses), "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
             "RAY_worker_niceness": "0",
         }  # fmt: skip
         self._logs = store.folder.parent
@@ -318,6 +318,10 @@ class HostCluster:
         address = f"http://{self.head.name}:8265"
         told = self._at_head("list", "nodes", "--address", address, "--filter", "state=ALIVE", "--format", "json")
         return {node["node_ip"]: node["node_id"] for node in json.loads(told[told.index("[") :])}
+
+    def start_at_head(self, *words: str, log: Path) -> subprocess.Popen[bytes]:
+        """A program on the head's host, as a client of the cluster."""
+        return self.head.start(*words, env={**self._env, "RAY_ADDRESS": f"{self.head.address}:6379"}, log=log)
 
     def _at_head(self, *words: str) -> str:
         env = [f"{name}={value}" for name, value in self._env.items()]

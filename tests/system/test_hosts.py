@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -275,6 +277,23 @@ def test_a_run_grows_with_the_cluster_and_shrinks_with_it(faulty: Make, cluster:
     worlds = [attempt["world"] for attempt in fault.run.attempts()]
     assert [world for n, world in enumerate(worlds) if n == 0 or worlds[n - 1] != world] in ([1, 2, 3, 2], [1, 3, 2])
     assert all(start > 0 for start in fault.run.starts()[1:])
+
+
+def test_a_node_that_does_not_answer_is_named_and_waited_for(
+    network: Network, store: HostedS3, tmp_path: Path
+) -> None:
+    """Where Ray has begun to place something on it, others are not to blame."""
+    cluster, log = HostCluster(network, store, 1, misses=100), tmp_path / "log"
+    (node,) = cluster.nodes
+    node.pull_cable()
+    words = ["shard", "simulate", "people=3,windows=2", "--out", str(tmp_path / "set"), "ray=auto"]
+    process = cluster.start_at_head(sys.executable, "-m", "physio_dist.cli", *words, log=log)
+    wait_until(lambda: process.poll() is not None or "no answer from" in log.read_text(), "the node to be named")
+    line = rf"physio-dist: waiting up to 2\d\d s for room: asked .*; no answer from {node.address}\n"
+    assert re.search(line, log.read_text()), log.read_text()
+    node.plug_cable()
+    assert process.wait(timeout=120) == 0, log.read_text()
+    assert "others are using it" not in log.read_text()
 
 
 @pytest.mark.chaos

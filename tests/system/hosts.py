@@ -396,8 +396,9 @@ class HostRun(Run):
         return [last[attempt] - start for attempt, start in begun]
 
     def attempts(self) -> list[dict[str, Any]]:
-        """What is kept of each start."""
-        found: list[dict[str, Any]] = json.loads((self.path / "attempts.json").read_text())
+        """What is kept of each start; the bucket has it with the first checkpoint."""
+        file = self.path / "attempts.json"
+        found: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
         return found
 
     def rank_on(self, host: Host) -> psutil.Process:

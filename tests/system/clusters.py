@@ -81,6 +81,7 @@ class Cluster:
         ports = ["--port", self.address.rpartition(":")[2], "--dashboard-port", str(dashboard_port)]
         client = ["--ray-client-server-port", str(free_port())]
         self.nodes: list[subprocess.Popen[bytes]] = []
+        self._sessions: set[int] = set()
         try:
             self._start("--head", *ports, *client)
         except BaseException:
@@ -122,6 +123,7 @@ class Cluster:
                 command, env={**self._node_env, **(env or {})}, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
+        self._sessions.add(process.pid)
 
         def up() -> bool:
             assert process.poll() is None, log.read_text()
@@ -139,8 +141,13 @@ class Cluster:
         node.wait()
 
     def processes(self) -> list[psutil.Process]:
-        """All living processes of the cluster."""
-        return marked(self.mark)
+        """All living processes of the cluster: with its mark, which titles may overwrite, or in a node's session."""
+        found = {process.pid: process for process in marked(self.mark)}
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(process.pid) in self._sessions and process.status() != psutil.STATUS_ZOMBIE:
+                    found[process.pid] = process
+        return list(found.values())
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train."""

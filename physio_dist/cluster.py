@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -140,7 +140,7 @@ def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, opt
     """
     advice = "Ask for less or add nodes" + (f"; {option}=SECONDS waits for them" if option else "")
     if room(cpus, gpus) < workers and wait_s <= 0:
-        raise UserError(f"{shortage(cpus, gpus, workers)}. {advice}")
+        raise UserError(f"{shortage(cpus, gpus, workers, silent())}. {advice}")
     bundle = {name: each for name, each in (("CPU", cpus), ("GPU", gpus)) if each > 0}
     # A group that waits for its place is also what tells an autoscaler to bring nodes.
     group = placement_group([bundle] * workers, strategy="PACK")
@@ -151,8 +151,9 @@ def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, opt
             waited = time.monotonic() - began
             if waited < look_at:
                 continue
-            returns_s = _LOST_S if silent() else returns_s
-            enough, what = room(cpus, gpus) >= workers, shortage(cpus, gpus, workers)
+            lost = silent()
+            returns_s = _LOST_S if lost else returns_s
+            enough, what = room(cpus, gpus) >= workers, shortage(cpus, gpus, workers, lost)
             patience = max(wait_s, returns_s) if enough else wait_s
             if waited >= patience:
                 busy = "; others are using it" if enough else ""
@@ -178,17 +179,16 @@ def _answers(address: tuple[str, int]) -> bool:
     return True
 
 
-def shortage(cpus: float, gpus: float, workers: int) -> str:
-    """What was asked and what is there, for a message."""
+def shortage(cpus: float, gpus: float, workers: int, lost: Sequence[str]) -> str:
+    """What was asked, what is there and which nodes are :func:`silent`, for a message."""
     def told(resources: dict[str, float]) -> str:
         return f"{resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)"
 
     nodes = sum(node["Alive"] for node in ray.nodes())
     each = f"{cpus:g} CPU(s)" + (f" and {gpus:g} GPU(s)" if gpus else "")
-    lost = ", ".join(silent())
     return (
         f"asked for {workers} worker(s) of {each}; the cluster has {told(ray.cluster_resources())} on {nodes} node(s), "
-        f"{told(ray.available_resources())} of them free" + (f"; no answer from {lost}" if lost else "")
+        f"{told(ray.available_resources())} of them free" + (f"; no answer from {', '.join(lost)}" if lost else "")
     )
 
 

@@ -239,11 +239,12 @@ class Launch:
         """No rank is at work: say so, and give up where there is no room for them."""
         if self._asked is not None:
             raise Stopped(f"stopped while no rank was at work; {_GOES_ON}")
-        what = cluster.shortage(self.cpus, self.gpus, self.least)
+        lost = cluster.silent()
+        what = cluster.shortage(self.cpus, self.gpus, self.least, lost)
         if cluster.room(self.cpus, self.gpus) >= self.least:
             # What takes longer is a node that others fill, most of the time, or one that is gone.
-            slow = seconds > _REPLACE_S or cluster.silent()
-            _say(f"Ray is starting the workers, {seconds:.0f} s so far" + (f": {what}" if slow else ""))
+            why = f": {what}" if lost or seconds > _REPLACE_S else ""
+            _say(f"Ray is starting the workers, {seconds:.0f} s so far{why}")
             return
         if seconds > max(_REPLACE_S, self.options.cluster.wait_s):
             raise UserError(f"{what}. Waited {seconds:.0f} s in vain; {_GOES_ON}")

@@ -60,7 +60,8 @@ class Nodes:
                 heard = time.monotonic()
             elif time.monotonic() - heard > _TELL_S:
                 heard = time.monotonic()
-                say(f"nothing has come back for {_TELL_S:g} s: {cluster.shortage(1, 0, len(running))}")
+                what = cluster.shortage(1, 0, len(running), cluster.silent())
+                say(f"nothing has come back for {_TELL_S:g} s: {what}")
             for reference in done:
                 yield running.pop(reference), _result(reference)
 

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from tests.system.launching import BIN, CONFIG, ROOT, Run, free_port, wait_until
 MARK = "PHYSIO_DIST_TEST_CLUSTER"
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Living processes with a mark in their environment."""
+def marked(mark: str, sessions: Collection[int] = ()) -> list[psutil.Process]:
+    """Living processes of these sessions, or with a mark in their environment, which a new title may overwrite."""
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(OSError, psutil.Error):
+            ours = os.getsid(process.pid) in sessions or process.environ().get(MARK) == mark
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
@@ -141,13 +142,8 @@ class Cluster:
         node.wait()
 
     def processes(self) -> list[psutil.Process]:
-        """All living processes of the cluster: with its mark, which titles may overwrite, or in a node's session."""
-        found = {process.pid: process for process in marked(self.mark)}
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError, psutil.Error):
-                if os.getsid(process.pid) in self._sessions and process.status() != psutil.STATUS_ZOMBIE:
-                    found[process.pid] = process
-        return list(found.values())
+        """All living processes of the cluster."""
+        return marked(self.mark, self._sessions)
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train."""

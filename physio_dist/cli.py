@@ -11,14 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from physio_dist import __version__, config, exits, jobs, storage
+from physio_dist import __version__, config, storage
+from physio_dist.config.loader import Parser
 from physio_dist.errors import DataError, UserError, nearest
-from physio_dist.options import Parser
+from physio_dist.runs import job_paths
+from physio_dist.runtime import exit_status
 from physio_dist.signals import readers
 from physio_dist.signals.recording import Recording
 
 if TYPE_CHECKING:
-    from physio_dist.downstream.reconstruction import Trained
+    from physio_dist.evaluation.reconstruction import Trained
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,9 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="check every shard against the index")
     verify.add_argument("url", metavar="URL")
 
-    inspect = verbs.add_parser("inspect", help="what a shard set holds")
-    inspect.add_argument("url", metavar="URL")
-    inspect.add_argument("--plot", nargs=2, metavar=("N", "OUT.png"), help="draw N windows")
+    describe = verbs.add_parser("inspect", help="what a shard set holds")
+    describe.add_argument("url", metavar="URL")
+    describe.add_argument("--plot", nargs=2, metavar=("N", "OUT.png"), help="draw N windows")
 
     export = verbs.add_parser("export", help="newest checkpoint of a run -> encoder folder")
     export.add_argument("run", metavar="RUN", help="run.dir/run.name")
@@ -92,24 +94,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shard(given: argparse.Namespace) -> None:
-    from physio_dist.shards import writer
+    from physio_dist.data.convert import converter
 
     options = config.load(config.ShardConfig, None, given.options, config.check_shard)
-    out = jobs.outlasting(given.out, "--out")
+    out = job_paths.outlasting(given.out, "--out")
     if not options.ray:
-        writer.tell(writer.convert(given.reader, given.input, out, options), print)
+        converter.tell(converter.convert(given.reader, given.input, out, options), print)
         return
     # Ray takes seconds to import.
-    from physio_dist import spread
+    from physio_dist.ray_backend import task_pool
 
     out = storage.absolute(out)
-    source = given.input if readers.reader(given.reader).simulated else jobs.durable(given.input, "INPUT")
-    with spread.on_cluster(options.ray, options.workers, options.wait_s) as pool:
-        writer.tell(writer.convert(given.reader, source, out, options, pool), print)
+    source = given.input if readers.reader(given.reader).simulated else job_paths.durable(given.input, "INPUT")
+    with task_pool.on_cluster(options.ray, options.workers, options.wait_s) as pool:
+        converter.tell(converter.convert(given.reader, source, out, options, pool), print)
 
 
 def _index(given: argparse.Namespace) -> None:
-    from physio_dist.shards import verify
+    from physio_dist.data import verify
 
     options = config.load(verify.IndexOptions, None, given.options, lambda _: None)
     made = verify.adopt(given.url, options)
@@ -118,8 +120,8 @@ def _index(given: argparse.Namespace) -> None:
 
 
 def _verify(given: argparse.Namespace) -> None:
-    from physio_dist.shards import verify
-    from physio_dist.shards.index import open_set
+    from physio_dist.data import verify
+    from physio_dist.data.format.index import open_set
 
     faults = 0
     for fault in verify.verify(given.url):
@@ -132,9 +134,9 @@ def _verify(given: argparse.Namespace) -> None:
 
 
 def _inspect(given: argparse.Namespace) -> None:
-    from physio_dist.shards import inspect
+    from physio_dist.data import describe
 
-    print("\n".join(inspect.describe(given.url)))
+    print("\n".join(describe.describe(given.url)))
     if given.plot is None:
         return
     count, out = given.plot
@@ -142,7 +144,7 @@ def _inspect(given: argparse.Namespace) -> None:
         raise UserError(f"--plot {count}: the first word is how many windows to draw")
     from physio_dist.report.windows_plot import draw_windows
 
-    shards, drawn = inspect.some_windows(given.url, int(count))
+    shards, drawn = describe.some_windows(given.url, int(count))
     for name, windows in drawn.items():
         target = out if len(drawn) == 1 else f"{out.removesuffix('.png')}-{name}.png"
         note = ", SIMULATED" if shards.simulated else ""
@@ -156,15 +158,15 @@ def _inspect(given: argparse.Namespace) -> None:
 def _export(given: argparse.Namespace) -> None:
     from physio_dist.training import export
 
-    out = jobs.outlasting(given.out, "OUT")
+    out = job_paths.outlasting(given.out, "OUT")
     found = export.export(given.run, out, lambda text: print(f"warning: {text}", file=sys.stderr), given.raw)
     print(f"step {found.progress.step} of {given.run} -> {given.out}")
 
 
 def _embed(given: argparse.Namespace) -> None:
-    from physio_dist.downstream import backbones, features
+    from physio_dist.evaluation import backbones, features
 
-    out = jobs.outlasting(given.out, "--out")
+    out = job_paths.outlasting(given.out, "--out")
     backbone = backbones.open_backbone(given.encoder, given.signal)
     if backbone.loaded:
         print(backbone.loaded, file=sys.stderr)
@@ -172,10 +174,10 @@ def _embed(given: argparse.Namespace) -> None:
 
 
 def _folds(given: argparse.Namespace) -> None:
-    from physio_dist.downstream import folds
+    from physio_dist.evaluation import fold_sets
 
-    options = config.load(folds.FoldsConfig, given.config, given.options, folds.check_folds)
-    views, written = folds.make_views(options, jobs.outlasting(given.out, "--out"))
+    options = config.load(fold_sets.FoldsConfig, given.config, given.options, fold_sets.check_folds)
+    views, written = fold_sets.make_views(options, job_paths.outlasting(given.out, "--out"))
     there = len(views) - written
     print(f"views of {views[0].home}" + (f", {there} of {len(views)} were there already" if there else ""))
     for view in views:
@@ -188,7 +190,7 @@ def _predict(given: argparse.Namespace) -> None:
     recording = readers.read_file(given.file)
     rest = None if given.rest is None else _rest(given.rest)
     # A file that will not do is told at once; torch takes seconds to import.
-    from physio_dist.downstream.classifier import FusionClassifier
+    from physio_dist.evaluation.serving.classifier import FusionClassifier
 
     model = FusionClassifier.load(given.model, given.fold)
     try:
@@ -221,25 +223,26 @@ def _rest(given: str) -> Recording | tuple[float, float]:
 
 
 def _probe(given: argparse.Namespace) -> None:
-    from physio_dist.downstream import probe, probe_options, reconstruction
+    from physio_dist.config import ProbeConfig, check_probe
+    from physio_dist.evaluation import probe, reconstruction
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    options = config.load(probe_options.ProbeConfig, given.config, given.options, probe_options.check_probe)
-    jobs.outlasting(options.run.dir, "run.dir")
+    options = config.load(ProbeConfig, given.config, given.options, check_probe)
+    job_paths.outlasting(options.run.dir, "run.dir")
     if options.probe.task == "labels":
         lines = probe.table_of(probe.probe(options, say))
     else:
         lines = reconstruction.table_of(reconstruction.reconstruction(options, _trained, say))
     print("\n".join(lines))
-    print(storage.join(options.run.dir, options.run.name, probe.RESULTS))
+    print(storage.join(options.run.dir, options.run.name, "results.json"))
 
 
 def _trained(run: str) -> Trained:
     """The newest checkpoint of a run: its reconstruction head is in no export."""
-    from physio_dist.downstream.backbones import people_of
-    from physio_dist.downstream.reconstruction import Trained
+    from physio_dist.evaluation.backbones import people_of
+    from physio_dist.evaluation.reconstruction import Trained
     from physio_dist.training import checkpoint
 
     found = checkpoint.newest(run, lambda text: print(f"warning: {text}", file=sys.stderr))
@@ -250,15 +253,15 @@ def _trained(run: str) -> Trained:
 
 
 def _plan(given: argparse.Namespace) -> None:
-    from physio_dist.training import plan
+    from physio_dist.planning import resource_planner
 
     options = config.load(config.PretrainConfig, given.config, given.options, config.check_pretrain)
     speed = given.samples_per_s
     if (speed is not None and not 0 < speed < float("inf")) or not given.gpu_memory_gb > 0:
         raise UserError("--samples-per-s and --gpu-memory-gb must be positive numbers")
-    cluster = plan.Cluster(given.nodes, given.gpus_per_node, given.gpu, given.gpu_memory_gb, speed)
-    told = plan.plan(options, cluster)
-    print(json.dumps(told) if given.json else "\n".join(plan.tell(told)))
+    cluster = resource_planner.Cluster(given.nodes, given.gpus_per_node, given.gpu, given.gpu_memory_gb, speed)
+    told = resource_planner.plan(options, cluster)
+    print(json.dumps(told) if given.json else "\n".join(resource_planner.tell(told)))
 
 
 def _report(given: argparse.Namespace) -> None:
@@ -323,8 +326,8 @@ _OPTIONS = {
 
 def main() -> None:
     """The console script."""
-    exits.interrupt_on_sigterm()
-    sys.exit(exits.status_of(lambda: _run(sys.argv[1:])))
+    exit_status.interrupt_on_sigterm()
+    sys.exit(exit_status.status_of(lambda: _run(sys.argv[1:])))
 
 
 def _run(words: list[str]) -> None:

@@ -15,8 +15,9 @@ sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) 
 if (_ROOT := str(Path(_HERE).parent)) not in sys.path:
     sys.path.insert(0, _ROOT)
 
-from physio_dist import config, exits  # noqa: E402
-from physio_dist.options import Parser  # noqa: E402
+from physio_dist import config  # noqa: E402
+from physio_dist.config.loader import Parser  # noqa: E402
+from physio_dist.runtime import exit_status  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,16 +29,16 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     options = config.load(config.PretrainConfig, given.config, given.overrides, config.check_pretrain)
 
-    from physio_dist.training.guards import StopFlag
-    from physio_dist.training.place import choose_accelerator
+    from physio_dist.runtime.distributed import choose_accelerator
+    from physio_dist.runtime.preemption import StopFlag
 
     choose_accelerator()
     stop = StopFlag()
     stop.install()
-    from physio_dist.training import rank
+    from physio_dist.training import trainer
 
-    rank.run(options, stop)
+    trainer.run(options, stop)
 
 
 if __name__ == "__main__":
-    exits.end_rank(exits.status_of(main))
+    exit_status.end_rank(exit_status.status_of(main))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from physio_dist import exits, lifeline
 from physio_dist.errors import DataError, Stopped, UserError
+from physio_dist.runtime import exit_status, processes
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,7 +212,7 @@ def test_each_end_has_its_status_and_its_line(
     # A closed pipe makes the process forget its standard output, which is pytest's here.
     saved = os.dup(1)
     try:
-        assert exits.status_of(raising(error)) == status
+        assert exit_status.status_of(raising(error)) == status
     finally:
         os.dup2(saved, 1)
         os.close(saved)
@@ -222,19 +222,19 @@ def test_each_end_has_its_status_and_its_line(
 
 
 def test_a_fault_of_ours_keeps_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
-    assert exits.status_of(raising(ZeroDivisionError("x"))) == 1
+    assert exit_status.status_of(raising(ZeroDivisionError("x"))) == 1
     told = capfd.readouterr().err
     assert "Traceback" in told
     assert "ZeroDivisionError: x" in told
     assert "this is a fault of physio-dist: please report it" in told
-    assert exits.status_of(lambda: None) == 0
+    assert exit_status.status_of(lambda: None) == 0
 
 
 def test_of_the_ranks_of_one_launcher_one_speaks() -> None:
     code = (
-        "import os, sys\nfrom physio_dist import exits\nfrom physio_dist.errors import UserError\n"
+        "import os, sys\nfrom physio_dist.runtime import exit_status\nfrom physio_dist.errors import UserError\n"
         "def act(): raise UserError('wrong')\n"
-        "if 'RANK' in os.environ: sys.exit(exits.status_of(act))\n"
+        "if 'RANK' in os.environ: sys.exit(exit_status.status_of(act))\n"
         "import subprocess\n"
         "words = [sys.executable, sys.argv[0]]\n"
         "ranks = [subprocess.Popen(words, env={**os.environ, 'RANK': str(i), 'WORLD_SIZE': '3'}) for i in range(3)]\n"
@@ -263,8 +263,8 @@ def gone(pid: int) -> bool:
 
 
 CHILD = (
-    "import os, sys, time\nfrom physio_dist import lifeline\n"
-    "lifeline.die_with_parent(parent={parent})\nprint(os.getpid(), flush=True)\ntime.sleep(100)\n"
+    "import os, sys, time\nfrom physio_dist.runtime import processes\n"
+    "processes.die_with_parent(parent={parent})\nprint(os.getpid(), flush=True)\ntime.sleep(100)\n"
 )
 
 
@@ -290,9 +290,9 @@ def test_a_child_whose_parent_had_ended_already_ends_too() -> None:
 
 def test_a_lost_launcher_is_noticed_once_even_as_a_zombie(tmp_path: Path) -> None:
     rank = (
-        "import time\nfrom physio_dist import lifeline\n"
-        "lifeline.watch_launchers(lambda: print('lost', flush=True), every_s=0.05)\n"
-        "print(len(lifeline.launcher_chain()), flush=True)\ntime.sleep(3)\n"
+        "import time\nfrom physio_dist.runtime import processes\n"
+        "processes.watch_launchers(lambda: print('lost', flush=True), every_s=0.05)\n"
+        "print(len(processes.launcher_chain()), flush=True)\ntime.sleep(3)\n"
     )
     launcher = tmp_path / "torchrun"
     launcher.write_text(f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {rank!r}]).wait()")
@@ -303,13 +303,13 @@ def test_a_lost_launcher_is_noticed_once_even_as_a_zombie(tmp_path: Path) -> Non
     assert process.stdout.read() == "lost\n"
     process.wait()
     process.stdout.close()
-    assert lifeline.launcher_chain() == []
+    assert processes.launcher_chain() == []
 
 
 def test_a_process_that_does_not_end_is_ended() -> None:
     code = (
-        "import time\nfrom physio_dist import lifeline\n"
-        "lifeline.hard_exit_after(0.1, 75, 'a peer is gone')\ntime.sleep(100)"
+        "import time\nfrom physio_dist.runtime import processes\n"
+        "processes.hard_exit_after(0.1, 75, 'a peer is gone')\ntime.sleep(100)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (75, "physio-dist: a peer is gone; giving up after 0.1 s\n")

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from physio_dist.training import scaling
-from physio_dist.training.scaling import Load, Machines, Step, step
+from physio_dist.planning import scaling_model
+from physio_dist.planning.scaling_model import Load, Machines, Step, step
 
 WORLDS = tuple(2**n for n in range(11))
 # Of a node, bytes/s: eight ports of 400 Gbit/s, one of 100 Gbit/s, one of 25 Gbit/s; a collective reaches 80% of it.
@@ -95,10 +95,10 @@ def exchanged() -> str:
     rows = []
     for preset in ("tiny", "base", "large", "xl"):
         load = Load(preset)
-        sent = [scaling.exchange_bytes(replace(load, stage=stage), 1024, 2) / 1e6 for stage in range(4)]
+        sent = [scaling_model.exchange_bytes(replace(load, stage=stage), 1024, 2) / 1e6 for stage in range(4)]
         rows.append([
             preset, f"{load.parameters / 1e6:.1f}", f"{load.window_flops / 1e9:.2f}", *(f"{one:,.1f}" for one in sent),
-            f"{scaling.checkpoint_bytes(load) / 1e6:,.0f}", f"{scaling.share_to_fill(load, Machines()):,}",
+            f"{scaling_model.checkpoint_bytes(load) / 1e6:,.0f}", f"{scaling_model.share_to_fill(load, Machines()):,}",
         ])  # fmt: skip
     heads = ["preset", "M parameters", "GFLOP", "stage 0, MB", "1", "2", "3", "checkpoint, MB", "windows to fill a GPU"]
     return table(heads, rows)

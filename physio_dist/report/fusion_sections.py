@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 
-from physio_dist.pairs import EXCHANGES, compared, pooled_auc
 from physio_dist.report import fusion_plots as plots
 from physio_dist.report import protocol, setting
 from physio_dist.report.drawing import percent
@@ -19,6 +18,7 @@ from physio_dist.report.heldout import HeldOut, mean_roc, precision_recall, pres
 from physio_dist.report.parts import Cell, Figure, Section, Table
 from physio_dist.report.rundata import Floats, without_credentials
 from physio_dist.report.sweepdata import BOUND, METRICS, PREDICTIONS, ROWS, Row, Sweep
+from physio_dist.stats.auc import EXCHANGES, compared, pooled_auc
 
 # More classes than this share one panel, as a mean.
 MOST_PANELS = 4

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 
-from physio_dist.pairs import Difference
 from physio_dist.report import protocol
 from physio_dist.report.drawing import percent
 from physio_dist.report.fusion_plots import label_of, metric, span
@@ -14,6 +13,7 @@ from physio_dist.report.heldout import HeldOut
 from physio_dist.report.parts import Fact
 from physio_dist.report.summary import Summary, badge_of, duration
 from physio_dist.report.sweepdata import Row, Sweep
+from physio_dist.stats.auc import Difference
 
 CHANCE = 0.5
 # Permuted labels that are told apart beyond this level speak of a leak.

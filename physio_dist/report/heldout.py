@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from physio_dist.pairs import (
+from physio_dist.report.rundata import Floats
+from physio_dist.report.sweepdata import Predictions
+from physio_dist.stats.auc import (
     Difference,
     Pairs,
     all_pairs,
@@ -20,8 +22,6 @@ from physio_dist.pairs import (
     positive_classes,
     ratio,
 )
-from physio_dist.report.rundata import Floats
-from physio_dist.report.sweepdata import Predictions
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 from physio_dist import __version__, storage
 from physio_dist.errors import UserError
-from physio_dist.models.criss_cross import EncoderConfig, MaskedModel
-from physio_dist.models.weights import PEOPLE_FILE, save_encoder
+from physio_dist.models.encoders.criss_cross import EncoderConfig, MaskedModel
+from physio_dist.models.export import save_encoder
+from physio_dist.runs.run_dir import PEOPLE_FILE
 from physio_dist.training import checkpoint
 from physio_dist.training.checkpoint import Checkpoint
 
@@ -93,7 +94,7 @@ reconstructing what a dual mask hid: stretches of time, and whole leads.
 | Data | {", ".join(f"`{fingerprint[:12]}`" for fingerprint in progress.fingerprints)} (fingerprints) |
 
 ```python
-from physio_dist.models.weights import load_encoder
+from physio_dist.models.export import load_encoder
 
 encoder = load_encoder("path/to/this/folder")
 features = encoder(signals)  # valid=... leaves out leads that are off

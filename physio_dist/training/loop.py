@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 
 from physio_dist.config import PretrainConfig
+from physio_dist.data.loading.loader import Feed, Source
 from physio_dist.errors import Stopped
-from physio_dist.models.masking import dual_mask_loss
-from physio_dist.shards.stream import Feed, Source
-from physio_dist.training import watchdog
-from physio_dist.training.blame import broken, worst
-from physio_dist.training.engine import Engine
-from physio_dist.training.guards import StopFlag
-from physio_dist.training.judge import Judge, Verdict
-from physio_dist.training.meters import StepClock, device_peak, peak_memory_mb, training_flops
-from physio_dist.training.place import Share
-from physio_dist.training.saving import Saver
-from physio_dist.training.step import Prepared, learning_rate, seed_dropout, to_device
+from physio_dist.objectives.dual_mask import dual_mask_loss
+from physio_dist.runtime import watchdog
+from physio_dist.runtime.distributed import Share
+from physio_dist.runtime.preemption import StopFlag
+from physio_dist.training.async_checkpoint import Saver
+from physio_dist.training.backends.deepspeed_engine import Engine
+from physio_dist.training.batch import Prepared, learning_rate, seed_dropout, to_device
+from physio_dist.training.nonfinite import broken, worst
+from physio_dist.training.step_guard import Judge, Verdict
+from physio_dist.training.throughput import StepClock, device_peak, peak_memory_mb, training_flops
 from physio_dist.training.validation import Validation
 
 

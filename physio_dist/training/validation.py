@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import save as save_safetensors
 
-from physio_dist.models.criss_cross import UNIT_UV
-from physio_dist.models.masking import MaskConfig, dual_mask_loss
-from physio_dist.models.predictors import predict_interpolation, predict_zero
-from physio_dist.shards.order import Ints, rank_slice
-from physio_dist.shards.stream import Source
-from physio_dist.training.engine import Engine
-from physio_dist.training.step import Micro, Prepared, prepare, to_device
+from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.order import Ints, rank_slice
+from physio_dist.models.encoders.criss_cross import UNIT_UV
+from physio_dist.objectives.baselines import predict_interpolation, predict_zero
+from physio_dist.objectives.dual_mask import MaskConfig, dual_mask_loss
+from physio_dist.training.backends.deepspeed_engine import Engine
+from physio_dist.training.batch import Micro, Prepared, prepare, to_device
 
 EXAMPLES = 6
 _PREDICTORS = ("", "zero_", "interp_")

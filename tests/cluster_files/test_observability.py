@@ -14,14 +14,15 @@ from typing import Any
 import ray
 import yaml
 
-from physio_dist import gauges
+from physio_dist.ray_backend import metrics_export
 from tests.cluster_files.shell import FOLDER
 from tests.system.launching import BIN
 
 OBSERVED = FOLDER / "observability"
 ALERTS = OBSERVED / "alerts.yml"
 DASHBOARD = json.loads((OBSERVED / "grafana.json").read_text())
-OURS = {f"ray_{gauges.PREFIX}{name}" for name in (*gauges.LINE, *gauges.RUN, *gauges.SWEEP)}
+NAMES = (*metrics_export.LINE, *metrics_export.RUN, *metrics_export.SWEEP)
+OURS = {f"ray_{metrics_export.PREFIX}{name}" for name in NAMES}
 
 
 def promtool(*words: object, ok: bool = True) -> str:

@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from sweep_samples import auc_of, predictions_file, predictions_of
 
-from physio_dist import pairs
 from physio_dist.report import heldout
 from physio_dist.report.heldout import HeldOut
 from physio_dist.report.sweepdata import parse_predictions
+from physio_dist.stats import auc
+from tests.report.sweep_samples import auc_of, predictions_file, predictions_of
 
 
 def held(classes=("a", "b"), **options) -> tuple[HeldOut, dict[str, np.ndarray]]:
@@ -28,7 +28,7 @@ def test_the_area_is_the_share_of_pairs_in_order():
     found, tensors = held()
     for row in ("ecg", "fused", "majority"):
         expected = auc_of(tensors["label"], tensors[f"probability.{row}"][:, 1])
-        assert pairs.pooled_auc(found.pairs[row]) == pytest.approx(expected, abs=1e-12)
+        assert auc.pooled_auc(found.pairs[row]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_area_of_known_distributions():
@@ -40,13 +40,13 @@ def test_the_area_of_known_distributions():
     probability = np.stack([1 - score, score], axis=1)
     person = np.repeat(np.arange(20, dtype=np.uint64), n // 20)
     expected = 0.5 * (1 + math.erf(d / 2))
-    assert pairs.pooled_auc(pairs.all_pairs(label, person, probability)) == pytest.approx(expected, abs=0.01)
+    assert auc.pooled_auc(auc.all_pairs(label, person, probability)) == pytest.approx(expected, abs=0.01)
 
 
 def test_with_more_classes_it_is_the_mean_over_them():
     found, tensors = held(classes=("a", "b", "c"))
     areas = [auc_of((tensors["label"] == c).astype(int), tensors["probability.fused"][:, c]) for c in range(3)]
-    assert pairs.pooled_auc(found.pairs["fused"]) == pytest.approx(np.mean(areas), abs=1e-12)
+    assert auc.pooled_auc(found.pairs["fused"]) == pytest.approx(np.mean(areas), abs=1e-12)
 
 
 def test_counts_of_people_are_people_taken_so_often():
@@ -57,7 +57,7 @@ def test_counts_of_people_are_people_taken_so_often():
         [np.flatnonzero(tensors["person"] == person).repeat(int(n)) for person, n in zip(people, counts, strict=True)]
     )
     expected = auc_of(tensors["label"][rows], tensors["probability.ecg"][rows, 1])
-    assert pairs.mean_auc(found.pairs["ecg"], counts[None])[0] == pytest.approx(expected, abs=1e-12)
+    assert auc.mean_auc(found.pairs["ecg"], counts[None])[0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_people_are_scored_each_alone():
@@ -77,8 +77,8 @@ def test_a_person_of_one_class_has_no_area_and_is_not_chance():
     tensors = predictions_of(people=3, windows=6)
     tensors["label"][:6] = 1
     found, _ = parse_predictions(predictions_file(tensors, ("a", "b"), 4))
-    auc = HeldOut.of(found).people.auc["fused"]
-    assert math.isnan(auc[0]) and np.isfinite(auc[1:]).all()
+    areas = HeldOut.of(found).people.auc["fused"]
+    assert math.isnan(areas[0]) and np.isfinite(areas[1:]).all()
 
 
 def test_pseudonyms_are_as_long_as_it_takes():
@@ -91,13 +91,13 @@ def test_pseudonyms_are_as_long_as_it_takes():
 
 def test_a_difference_is_measured_on_the_same_drawn_people():
     found, _ = held(people=20, windows=20)
-    other = pairs.difference(found.pairs["fused"], found.pairs["untrained"])
-    value = pairs.pooled_auc(found.pairs["fused"]) - pairs.pooled_auc(found.pairs["untrained"])
+    other = auc.difference(found.pairs["fused"], found.pairs["untrained"])
+    value = auc.pooled_auc(found.pairs["fused"]) - auc.pooled_auc(found.pairs["untrained"])
     assert other.value == pytest.approx(value, abs=1e-12)
     assert other.low < value < other.high
-    same = pairs.difference(found.pairs["fused"], found.pairs["fused"])
+    same = auc.difference(found.pairs["fused"], found.pairs["fused"])
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
-    back = pairs.difference(found.pairs["untrained"], found.pairs["fused"])
+    back = auc.difference(found.pairs["untrained"], found.pairs["fused"])
     assert (back.low, back.high) == (pytest.approx(-other.high), pytest.approx(-other.low))
 
 
@@ -105,15 +105,15 @@ def test_the_interval_has_the_width_of_the_spread_over_people():
     """Against the textbook: with many people the interval is the value plus and minus 1.96 standard errors."""
     found, _ = held(people=60, windows=20)
     counts = np.ones((60, 60)) - np.eye(60)
-    leave_out = pairs.mean_auc(found.pairs["fused"], counts) - pairs.mean_auc(found.pairs["ecg"], counts)
+    leave_out = auc.mean_auc(found.pairs["fused"], counts) - auc.mean_auc(found.pairs["ecg"], counts)
     error = math.sqrt(59 / 60 * ((leave_out - leave_out.mean()) ** 2).sum())  # jackknife
-    made = pairs.difference(found.pairs["fused"], found.pairs["ecg"])
+    made = auc.difference(found.pairs["fused"], found.pairs["ecg"])
     assert made.high - made.low == pytest.approx(2 * 1.96 * error, rel=0.15)
 
 
 def test_one_person_has_no_interval():
     found, _ = held(people=1, windows=12)
-    made = pairs.difference(found.pairs["fused"], found.pairs["ecg"])
+    made = auc.difference(found.pairs["fused"], found.pairs["ecg"])
     assert math.isfinite(made.value) and math.isnan(made.low) and math.isnan(made.high)
 
 
@@ -136,7 +136,7 @@ def test_a_mean_curve_encloses_the_mean_area():
     found, _ = held(classes=("a", "b", "c", "d", "e"), people=30)
     x, y = heldout.mean_roc(found.predictions, "fused", [0, 1, 2, 3, 4])
     area = float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
-    assert area == pytest.approx(pairs.pooled_auc(found.pairs["fused"]), abs=2e-3)
+    assert area == pytest.approx(auc.pooled_auc(found.pairs["fused"]), abs=2e-3)
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
 
 

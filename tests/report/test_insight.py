@@ -7,20 +7,20 @@ import re
 
 import numpy as np
 import pytest
-from report_samples import Page, reader, texts
 from safetensors.numpy import load, save
-from sweep_samples import leaned_of, plane_file, predictions_file, predictions_of, results_of, write_sweep
 
 from physio_dist.errors import DataError, UserError
-from physio_dist.pairs import p_of_no_difference
 from physio_dist.report import drawing, heldout
 from physio_dist.report import insight_plots as plots
 from physio_dist.report.drawing import style
 from physio_dist.report.insight import Withheld, parse_leaned, parse_planes
 from physio_dist.report.page import render
 from physio_dist.report.sweepdata import parse_predictions
-from physio_dist.signals.brain import POSITIONS
 from physio_dist.signals.montage import EEG_19, ELECTRODES
+from physio_dist.signals.simulators.eeg import POSITIONS
+from physio_dist.stats.auc import p_of_no_difference
+from tests.report.report_samples import Page, reader, texts
+from tests.report.sweep_samples import leaned_of, plane_file, predictions_file, predictions_of, results_of, write_sweep
 
 CLASSES = ("rest", "task")
 

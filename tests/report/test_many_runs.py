@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from report_samples import Page, jsonl, metric_rows, reader
-from sweep_samples import write_sweep
 
 from physio_dist.errors import UserError
 from physio_dist.report.page import render
+from tests.report.report_samples import Page, jsonl, metric_rows, reader
+from tests.report.sweep_samples import write_sweep
 
 
 def test_runs_stand_below_each_other_with_anchors_of_their_own(tmp_path):

@@ -8,13 +8,13 @@ import io
 import numpy as np
 import PIL.Image
 import pytest
-from report_samples import LEADS, example_tensors, examples_file, texts
 
 from physio_dist.report import drawing
 from physio_dist.report.curves import Series, loss_panel, smooth, smoothing_window, spread
 from physio_dist.report.drawing import number, percent, style
 from physio_dist.report.rundata import parse_examples
 from physio_dist.report.sheets import cut_off_uv, scale_bar_uv, sheet, squared_errors
+from tests.report.report_samples import LEADS, example_tensors, examples_file, texts
 
 
 def test_smoothing_is_the_centred_mean_of_what_is_there():

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_samples import (
+
+from physio_dist.errors import UserError
+from physio_dist.report.page import render
+from tests.report.report_samples import (
     INTERP,
     LEADS,
     ZERO,
@@ -24,9 +27,6 @@ from report_samples import (
     reader,
     write_run,
 )
-
-from physio_dist.errors import UserError
-from physio_dist.report.page import render
 
 
 def page_of(folder: Path) -> tuple[str, Page]:

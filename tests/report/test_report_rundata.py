@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 import pytest
-from report_samples import LEADS, example_tensors, examples_file, jsonl, metric_rows, reader, write_run
 
 from physio_dist.errors import UserError
 from physio_dist.report.rundata import find_restarts, load_run, parse_examples, parse_metrics, without_credentials
+from tests.report.report_samples import LEADS, example_tensors, examples_file, jsonl, metric_rows, reader, write_run
 
 
 def test_columns_keep_values_and_turn_null_and_nan_into_nan():

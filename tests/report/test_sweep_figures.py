@@ -7,14 +7,14 @@ import math
 
 import numpy as np
 import pytest
-from report_samples import texts
-from sweep_samples import configs_of, predictions_file, predictions_of, trial_lines
 
 from physio_dist.report import drawing, heldout, sweep_plots
 from physio_dist.report import fusion_plots as plots
 from physio_dist.report.drawing import style
 from physio_dist.report.sweep_section import chosen_of
 from physio_dist.report.sweepdata import FoldResult, Row, parse_predictions, parse_trials
+from tests.report.report_samples import texts
+from tests.report.sweep_samples import configs_of, predictions_file, predictions_of, trial_lines
 
 
 @pytest.fixture(autouse=True)

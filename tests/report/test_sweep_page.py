@@ -8,8 +8,12 @@ import re
 
 import numpy as np
 import pytest
-from report_samples import Page, jsonl, metric_rows, reader
-from sweep_samples import (
+
+from physio_dist import cli
+from physio_dist.report.page import render
+from physio_dist.runtime import exit_status
+from tests.report.report_samples import Page, jsonl, metric_rows, reader
+from tests.report.sweep_samples import (
     auc_of,
     paired_data,
     predictions_file,
@@ -19,9 +23,6 @@ from sweep_samples import (
     trial_lines,
     write_sweep,
 )
-
-from physio_dist import cli, exits
-from physio_dist.report.page import render
 
 CLASSES = ("rest", "task")
 TITLES = {
@@ -479,7 +480,7 @@ def test_a_directory_with_metrics_is_a_pretraining_run(tmp_path):
 
 def test_the_command_writes_the_page_and_ends_as_documented(tmp_path, capsys):
     def status(folder) -> int:
-        return exits.status_of(lambda: cli._run(["report", str(folder)]))
+        return exit_status.status_of(lambda: cli._run(["report", str(folder)]))
 
     folder = write_sweep(tmp_path / "run")
     assert status(folder) == 0

@@ -7,12 +7,12 @@ import math
 
 import numpy as np
 import pytest
-from report_samples import reader
-from sweep_samples import predictions_file, predictions_of, results_of, trial_lines, write_sweep
 
 from physio_dist.errors import DataError, UserError
 from physio_dist.report.page import render
 from physio_dist.report.sweepdata import load_sweep, parse_predictions, parse_trials
+from tests.report.report_samples import reader
+from tests.report.sweep_samples import predictions_file, predictions_of, results_of, trial_lines, write_sweep
 
 CLASSES = ("rest", "task")
 

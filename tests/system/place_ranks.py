@@ -15,7 +15,8 @@ import ray.train
 import ray.train.torch
 import torch.distributed as dist
 
-from physio_dist import exits, launch
+from physio_dist.ray_backend import train_driver
+from physio_dist.runtime import exit_status
 
 
 def note(given: dict[str, Any]) -> None:
@@ -34,6 +35,6 @@ def without_gpus(**_: object) -> ray.train.torch.TorchConfig:
     return ray.train.torch.TorchConfig(backend="gloo")
 
 
-launch.train_one_rank = note
-launch.RollCall = without_gpus
-exits.end_rank(exits.status_of(lambda: launch.main(sys.argv[1:])))
+train_driver.train_one_rank = note
+train_driver.RollCall = without_gpus
+exit_status.end_rank(exit_status.status_of(lambda: train_driver.main(sys.argv[1:])))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import disk_of
-from tests.shards.test_bad_sets import publish_empty
-from tests.shards.test_tar import BOMB, packed
+from tests.data.format.test_tar import BOMB, packed
+from tests.data.test_bad_sets import publish_empty
 from tests.system.launching import CONFIG, Run, free_port, physio
 
 Make = Callable[..., Run]

@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import load
 from scipy.io import savemat
 
-from physio_dist.downstream.classifier import FusionClassifier
+from physio_dist.data.format.index import open_set, pseudonym
 from physio_dist.errors import UserError
-from physio_dist.shards.index import open_set, pseudonym
+from physio_dist.evaluation.serving.classifier import FusionClassifier
 from physio_dist.signals.readers import reader
-from tests.signals.dreamer_samples import people_of, write_v5, write_v73
+from tests.signals.readers.dreamer_samples import people_of, write_v5, write_v73
 from tests.system.clusters import Cluster
 from tests.system.launching import ROOT, physio
 from tests.system.test_tune import Place, Sweep, exported

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.shards.index import SPLITS, ShardSet, open_set, read_sidecar
+from physio_dist.data.format.index import SPLITS, ShardSet, open_set, read_sidecar
 from tests.conftest import Proxied
 from tests.system.launching import Run, end_session, physio
 from tests.system.test_bad_input import told

@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist import cluster, jobs, launch, lifeline
 from physio_dist.errors import UserError
+from physio_dist.ray_backend import cluster, train_driver
+from physio_dist.runs import job_paths
+from physio_dist.runtime import processes
 from tests.conftest import S3
 from tests.system.clusters import MARK, Cluster, Make, RayRun, marked
 from tests.system.launching import BIN, CONFIG, ROOT, Run, agree, end_session, wait_until
@@ -286,7 +288,7 @@ def test_a_range_of_workers_takes_what_there_is_and_a_lost_node_costs_only_time(
     attempts = json.loads((run.path / "attempts.json").read_text())
     assert [note["world"] for note in attempts] == [2, 1]
     # The ranks share the machine's cores, though Ray takes it for two machines.
-    assert [note["threads"] for note in attempts] == [max(1, lifeline.cores() // 2), lifeline.cores()]
+    assert [note["threads"] for note in attempts] == [max(1, processes.cores() // 2), processes.cores()]
     assert run.starts()[1] in (5, 10)
     assert run.trace() == reference.trace()
     ours = [line["loss"] for line in run.metrics().values()]
@@ -331,11 +333,11 @@ def test_what_would_vanish_with_a_job_is_refused(
     tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A submitted job meets it in test_convert_ray.py."""
-    monkeypatch.setenv(jobs._JOB, "{}")
+    monkeypatch.setenv(job_paths._JOB, "{}")
     absolute = (f"run.dir={tmp_path}", f"data.index={tmp_path}", f"data.cache_dir={tmp_path}")
     told = f"{option} is relative, and a Ray job's working directory vanishes with the job"
     with pytest.raises(UserError, match=told):
-        launch.main(["--config", CONFIG, *absolute, option])
+        train_driver.main(["--config", CONFIG, *absolute, option])
 
 
 def refused(address: str, tmp_path: Path) -> str:
@@ -382,8 +384,8 @@ def test_a_cluster_that_wants_a_token(ray_nodes: Cluster, ray_run: Make) -> None
 # A rank is lost, and Ray resizes at once, with a board that is slow to hear.
 LOSING = """
 import asyncio, ray
-from physio_dist.board import BoardActor
-from physio_dist.callbacks import Resizer, Watcher
+from physio_dist.ray_backend.coordinator import BoardActor
+from physio_dist.ray_backend.callbacks import Resizer, Watcher
 
 class Slow(BoardActor):
     async def tell_loss(self, what):

@@ -30,8 +30,8 @@ def test_a_driver_with_another_ray_than_the_cluster(ray_nodes: Cluster, tmp_path
     # Ray compares what the driver says of itself with what the head noted at its start.
     code = (
         "import sys, ray; ray.__version__ = '2.55.0'\n"
-        "from physio_dist import exits, launch\n"
-        "exits.end_rank(exits.status_of(lambda: launch.main(sys.argv[1:])))"
+        "from physio_dist.ray_backend import train_driver\nfrom physio_dist.runtime import exit_status\n"
+        "exit_status.end_rank(exit_status.status_of(lambda: train_driver.main(sys.argv[1:])))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "--config", CONFIG, "data.index=/nowhere"], env={**os.environ, **ray_nodes.env},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from physio_dist.models.weights import load_encoder
+from physio_dist.models.export import load_encoder
 from tests.system.launching import Run, physio
 
 Make = Callable[..., Run]

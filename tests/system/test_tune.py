@@ -19,16 +19,18 @@ import pytest
 import torch
 from safetensors.numpy import load
 
-from physio_dist import config, jobs, tune
-from physio_dist.downstream.classifier import FusionClassifier
-from physio_dist.downstream.proposals import propose
+from physio_dist import config
+from physio_dist.data.convert import converter
+from physio_dist.data.format.index import open_set, read_sidecar
 from physio_dist.errors import UserError
-from physio_dist.models.criss_cross import CrissCrossEncoder, preset
-from physio_dist.models.weights import save_encoder
-from physio_dist.shards import writer
-from physio_dist.shards.index import open_set, read_sidecar
+from physio_dist.evaluation.search_space import propose
+from physio_dist.evaluation.serving.classifier import FusionClassifier
+from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, preset
+from physio_dist.models.export import save_encoder
+from physio_dist.ray_backend import tune_driver
+from physio_dist.runs import job_paths
+from physio_dist.runs.lease import Lease
 from physio_dist.signals.readers import read_file
-from physio_dist.training.lease import Lease
 from tests.conftest import S3
 from tests.system.clusters import Cluster, ask
 from tests.system.launching import BIN, ROOT, end_session, free_port, wait_until
@@ -43,7 +45,7 @@ SMALL = ("tune.folds=3", "tune.val_folds=2", "tune.trials=4", "tune.max_epochs=6
 
 def converted(raw: Path, out: Path, *words: str) -> str:
     given = config.load(config.ShardConfig, None, ["workers=1", "leads=ECG", *words], config.check_shard)
-    writer.convert("edf", str(raw), str(out), given)
+    converter.convert("edf", str(raw), str(out), given)
     return str(out)
 
 
@@ -584,7 +586,7 @@ def test_bad_input_is_refused_before_anything_is_started(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     given = place.words(*SMALL, f"run.dir={tmp_path / 'runs'}", *change(place, tmp_path))
     with pytest.raises(UserError) as raised:
-        tune.main(["--config", str(ROOT / CONFIG), *given])
+        tune_driver.main(["--config", str(ROOT / CONFIG), *given])
     message = str(raised.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
@@ -604,10 +606,10 @@ def test_bad_input_is_refused_before_anything_is_started(
 def test_what_would_vanish_with_a_job_is_refused(
     place: Place, tmp_path: Path, option: str, absolute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(jobs._JOB, "{}")
+    monkeypatch.setenv(job_paths._JOB, "{}")
     given = place.words(f"run.dir={tmp_path}", option)
     with pytest.raises(UserError, match=f"{option.partition('=')[0]}=.* is relative, and a Ray job"):
-        tune.main(["--config", str(ROOT / CONFIG), *given])
+        tune_driver.main(["--config", str(ROOT / CONFIG), *given])
 
 
 def test_no_cluster_at_the_address(place: Place, tmp_path: Path) -> None:

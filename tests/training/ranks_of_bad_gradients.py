@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from physio_dist.training.place import choose_accelerator
+from physio_dist.runtime.distributed import choose_accelerator
 
 choose_accelerator()
 
@@ -20,8 +20,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from physio_dist.config import PretrainConfig  # noqa: E402
-from physio_dist.models.criss_cross import MaskedModel, preset  # noqa: E402
-from physio_dist.training.engine import Engine, Tensors, quiet  # noqa: E402
+from physio_dist.models.encoders.criss_cross import MaskedModel, preset  # noqa: E402
+from physio_dist.training.backends.deepspeed_engine import Engine, Tensors, quiet  # noqa: E402
 
 
 def whole(engine: Engine) -> Tensors:

@@ -33,8 +33,8 @@ from common import (
 from peers.serve import hashes
 from s3server import s3_server
 
-from physio_dist.shards import tar
-from physio_dist.shards.verify import IndexOptions, adopt
+from physio_dist.data.format import tar
+from physio_dist.data.verify import IndexOptions, adopt
 from physio_dist.signals.montage import ECG_12
 
 PEERS = {

@@ -27,10 +27,11 @@ def note(name: str, when: tuple[float, float] | None = None, folder: str = FOLDE
 
 note("driver runs", BEGAN)
 
-from physio_dist import cluster, exits, launch  # noqa: E402
+from physio_dist.ray_backend import cluster, train_driver  # noqa: E402
+from physio_dist.runtime import exit_status  # noqa: E402
 
 note("its imports")
-CONNECT, ROLL_CALL = cluster.connect, launch.RollCall
+CONNECT, ROLL_CALL = cluster.connect, train_driver.RollCall
 
 
 def connect(*given: Any) -> None:
@@ -54,14 +55,14 @@ class MarkedRollCall(ROLL_CALL):
 
 def rank_of(given: dict[str, Any]) -> None:
     """``train_one_rank`` with notes in it."""
-    from physio_dist import launch
-    from physio_dist.training.place import choose_accelerator
+    from physio_dist.ray_backend import train_driver
+    from physio_dist.runtime.distributed import choose_accelerator
 
     choose_accelerator()
-    from physio_dist.training import rank
+    from physio_dist.training import trainer
 
     note("rank's imports")
-    source, loop, log = rank.Source, rank.train, rank._Rank._log
+    source, loop, log = trainer.Source, trainer.train, trainer._Rank._log
 
     def opened(*words: Any) -> Any:
         found = source(*words)
@@ -77,11 +78,11 @@ def rank_of(given: dict[str, Any]) -> None:
         if line["step"] == 1:
             note("first step done")
 
-    rank.Source, rank.train, rank._Rank._log = opened, train, logged
-    launch.train_one_rank(given)
+    trainer.Source, trainer.train, trainer._Rank._log = opened, train, logged
+    train_driver.train_one_rank(given)
 
 
 if __name__ == "__main__":
-    cluster.connect, launch.RollCall = connect, MarkedRollCall
-    launch.train_one_rank = rank_of
-    exits.end_rank(exits.status_of(launch.main))
+    cluster.connect, train_driver.RollCall = connect, MarkedRollCall
+    train_driver.train_one_rank = rank_of
+    exit_status.end_rank(exit_status.status_of(train_driver.main))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from physio_dist.models.criss_cross import EncoderConfig
+from physio_dist.models.encoders.criss_cross import EncoderConfig
 
 
 class PatchEmbedding(nn.Module):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from common import BenchError, finish, free_port, interleave, last_line, say, table
 
-from physio_dist import lifeline
-from physio_dist.models.criss_cross import PRESETS
+from physio_dist.models.encoders.criss_cross import PRESETS
+from physio_dist.runtime import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--preset", default="base", choices=sorted(PRESETS))
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--stage", type=int, default=1, help="of ZeRO")
-    parser.add_argument("--ranks", type=int, default=lifeline.cores(), help="beside one; all cores")
+    parser.add_argument("--ranks", type=int, default=processes.cores(), help="beside one; all cores")
     parser.add_argument("--windows", type=int, default=32, help="of a rank and step")
     parser.add_argument("--steps", type=int, default=10, help="of a run")
     parser.add_argument("--repeats", type=int, default=5)

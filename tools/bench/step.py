@@ -22,17 +22,17 @@ from common import BenchError, finish, interleave, last_line, rounded, say, tabl
 from plain import PlainModel, plain_loss
 from torch import Tensor, nn
 
-from physio_dist import lifeline
 from physio_dist.config import PretrainConfig
-from physio_dist.models.criss_cross import PRESETS, MaskedModel, count_flops, preset
-from physio_dist.models.masking import MaskConfig, dual_mask_loss
-from physio_dist.models.weights import cbramod_name
-from physio_dist.shards.stream import Batch
+from physio_dist.data.loading.loader import Batch
+from physio_dist.models.encoders.criss_cross import PRESETS, MaskedModel, count_flops, preset
+from physio_dist.models.export import cbramod_name
+from physio_dist.objectives.dual_mask import MaskConfig, dual_mask_loss
+from physio_dist.runtime import processes
+from physio_dist.runtime.distributed import choose_accelerator, join_ranks
+from physio_dist.runtime.preemption import StopFlag
 from physio_dist.signals.montage import ECG_12, mask_groups
-from physio_dist.training.guards import StopFlag
-from physio_dist.training.meters import device_peak, training_flops
-from physio_dist.training.place import choose_accelerator, join_ranks
-from physio_dist.training.step import Prepared, prepare, to_device
+from physio_dist.training.batch import Prepared, prepare, to_device
+from physio_dist.training.throughput import device_peak, training_flops
 
 PEER = "plain fp32"
 CHANNELS, PATCHES = len(ECG_12), 10
@@ -128,9 +128,9 @@ class Loop:
         # Imported late: DeepSpeed takes seconds, and must know the device first.
         import deepspeed
 
-        from physio_dist.training.engine import Engine, quiet
-        from physio_dist.training.judge import Judge
-        from physio_dist.training.place import Share
+        from physio_dist.runtime.distributed import Share
+        from physio_dist.training.backends.deepspeed_engine import Engine, quiet
+        from physio_dist.training.step_guard import Judge
 
         join_ranks()
         quiet()
@@ -302,7 +302,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("--preset", default="base", choices=sorted(PRESETS))
     parser.add_argument("--windows", type=int, default=0, help="of a batch; 32 on a CPU, the best of some on CUDA")
-    parser.add_argument("--threads", type=int, default=lifeline.cores(), help="of the CPU; all cores")
+    parser.add_argument("--threads", type=int, default=processes.cores(), help="of the CPU; all cores")
     parser.add_argument("--steps", type=int, default=4, help="of each row in a repeat")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--cpu-time", action="store_true", help="with --threads 1, on a CPU that others use too")

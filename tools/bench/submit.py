@@ -24,7 +24,7 @@ import psutil
 from common import BenchError, finish, free_port, last_line, say
 from ranks import BIN, ROOT, make_set
 
-from physio_dist import lifeline
+from physio_dist.runtime import processes
 
 MARK = "PHYSIO_DIST_BENCH_CLUSTER"
 STAGES = (
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> str:
     # Rounded once, so that all that is told of a stage agrees.
     middle = {stage: round(statistics.median(one[stage] for one, _ in found), 2) for stage in STAGES}
     cpu = {name: statistics.median(one[name] for _, one in found) for name in found[0][1]}
-    print(f"From ray job submit to the first step, {options.ranks} ranks, {lifeline.cores()} cores, seconds")
+    print(f"From ray job submit to the first step, {options.ranks} ranks, {processes.cores()} cores, seconds")
     before = 0.0
     for stage in STAGES:
         print(f"  {stage:18} {middle[stage]:8.1f}  +{middle[stage] - before:.1f}")

@@ -24,19 +24,19 @@ import ray
 import torch
 from common import BenchError, finish, interleave, last_line, rounded, say, table
 
-from physio_dist import options as configuration
 from physio_dist.config import TuneConfig, check_tune
-from physio_dist.downstream import study
-from physio_dist.downstream.backbones import open_backbone
-from physio_dist.downstream.features import embed, open_features
-from physio_dist.downstream.proposals import candidates
-from physio_dist.downstream.splits import folds_of
-from physio_dist.downstream.tasks import Table
-from physio_dist.downstream.trials import MODALITIES, SEARCHED, Study, reductions_of
-from physio_dist.models.criss_cross import PRESETS, CrissCrossEncoder, preset
-from physio_dist.models.fusion import pool
-from physio_dist.models.weights import save_encoder
-from physio_dist.shards.index import open_set
+from physio_dist.config import loader as configuration
+from physio_dist.data.format.index import open_set
+from physio_dist.evaluation import study
+from physio_dist.evaluation.backbones import open_backbone
+from physio_dist.evaluation.features import embed, open_features
+from physio_dist.evaluation.search_space import candidates
+from physio_dist.evaluation.splits import folds_of
+from physio_dist.evaluation.tasks import Table
+from physio_dist.evaluation.trials import MODALITIES, SEARCHED, Study, reductions_of
+from physio_dist.models.encoders.criss_cross import PRESETS, CrissCrossEncoder, preset
+from physio_dist.models.export import save_encoder
+from physio_dist.models.fusion.base import pool
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -1,9 +1,9 @@
 """Simulated ECGs and EEGs, for tests, demonstrations and benchmarks where no recordings are at hand.
 
-A heart (`physio_dist.signals.heart`) is seen by nine electrodes, all noise and all faults arise at the electrodes, and
-the leads are computed from their potentials, as a machine computes them: what Einthoven and Goldberger say of limb
-leads holds for the noise as well, and a loose limb electrode spoils every lead that depends on it. A brain
-(`physio_dist.signals.brain`) is seen by nineteen more.
+A heart (`physio_dist.signals.simulators.ecg`) is seen by nine electrodes, all noise and all faults arise at the
+electrodes, and the leads are computed from their potentials, as a machine computes them: what Einthoven and Goldberger
+say of limb leads holds for the noise as well, and a loose limb electrode spoils every lead that depends on it. A brain
+(`physio_dist.signals.simulators.eeg`) is seen by nineteen more.
 
 What a classifier may look for: each record is of somebody calm or aroused, and two drives say how much of it reached
 heart and brain. They are that state plus noise of their own, so each modality tells of it by itself, imperfectly, and
@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from physio_dist.errors import UserError, nearest
-from physio_dist.signals import brain as scalp_model
-from physio_dist.signals import heart as model
 from physio_dist.signals.montage import ECG_12, EEG_19, LEAD_MATRIX, LIMB
 from physio_dist.signals.recording import LazySignals, RecordError, Recording, Signal
+from physio_dist.signals.simulators import ecg as model
+from physio_dist.signals.simulators import eeg as scalp_model
 
 RATE = 200
 WINDOW_S = 10

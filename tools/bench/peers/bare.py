@@ -22,7 +22,7 @@ import botocore.session
 from botocore.config import Config
 from serve import serve
 
-from physio_dist.shards.index import ShardSet, open_set
+from physio_dist.data.format.index import ShardSet, open_set
 
 PIECE = 4 << 20
 # Name of a shard, half-open range.

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from serve import hashes, serve, timed
 
-from physio_dist.shards.cache import ShardCache
-from physio_dist.shards.stream import Feed, Source
+from physio_dist.data.loading.cache import ShardCache
+from physio_dist.data.loading.loader import Feed, Source
 
 SEED = 0
 

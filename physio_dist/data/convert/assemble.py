@@ -1,0 +1,122 @@
+"""Spooled windows to one published shard."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from safetensors.numpy import load as load_safetensors
+
+from physio_dist import storage
+from physio_dist.data.convert.parts import WindowFacts
+from physio_dist.data.format import tar
+from physio_dist.data.format.index import ShardInfo
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A window that goes into a shard: where its samples are spooled, and its facts."""
+
+    part: int
+    row: int
+    facts: WindowFacts
+
+
+@dataclass(frozen=True)
+class Made:
+    """A published shard; of each of its samples where the signals stand and, for each, which channels count."""
+
+    info: ShardInfo
+    places: list[tar.Places]
+    valid: list[dict[str, list[bool]]]
+
+
+def part_url(spool: str, number: int) -> str:
+    """Where a part is spooled."""
+    return storage.join(spool, f"part-{number:06d}.safetensors")
+
+
+def note_url(spool: str, name: str, digest: str) -> str:
+    """Where it stands that a shard is made."""
+    return storage.join(spool, f"{name}-{digest[:8]}.json")
+
+
+def read_note(url: str) -> Made:
+    """The shard that a note tells of.
+
+    Raises:
+        StorageError: there is none, or it cannot be read.
+    """
+    told = storage.read_json(url)
+    return Made(ShardInfo(**told["info"]), told["places"], told["valid"])
+
+
+def make_shard(
+    source: str, group: Sequence[Kept], spool: str, out: str, name: str, digest: str, tell: bool = False
+) -> Made | None:
+    """Write one shard from spooled parts and publish it; a shard that an earlier try published is not sent again.
+
+    Args:
+        source: name of the corpus.
+        group: windows of the shard, those of a part one after the other.
+        spool: URL of the folder of the parts.
+        out: URL of the shard set.
+        name: of the shard.
+        digest: of the conversion.
+        tell: whether to give back what was made; otherwise the note tells it.
+
+    Raises:
+        StorageError: a part cannot be read, the shard not be written.
+    """
+    note, url = note_url(spool, name, digest), storage.join(out, name)
+    # What another version noted may say less.
+    with contextlib.suppress(storage.NotFoundError, KeyError, TypeError):
+        made = read_note(note)
+        if storage.size(url) == made.info.filesize:
+            return made if tell else None
+    local = storage.local_path(spool) if storage.is_local(spool) else Path(tempfile.gettempdir())
+    valid: list[dict[str, list[bool]]] = []
+    try:
+        # A name of its own: a worker that was given up for lost may still be writing the same shard.
+        with tempfile.NamedTemporaryFile(dir=local, prefix=f"{name[:-4]}-", suffix=".tar") as file:
+            places = tar.write(_samples(source, group, spool, valid), cast(BinaryIO, file))
+            file.flush()
+            whole = Path(file.name)
+            info = ShardInfo(name, len(group), whole.stat().st_size, storage.sha256_of(whole))
+            storage.put_file(whole, url)
+    except OSError as error:
+        raise storage.explain(str(local / name), "write", error) from error
+    made = Made(info, places, valid)
+    storage.write_json(note, asdict(made))
+    return made if tell else None
+
+
+def _samples(
+    source: str, group: Sequence[Kept], spool: str, valid: list[dict[str, list[bool]]]
+) -> Iterator[tar.Sample]:
+    """The samples of a shard; which of their channels count is put into ``valid``."""
+    for part, items in itertools.groupby(group, key=lambda item: item.part):
+        tensors = load_safetensors(storage.read_bytes(part_url(spool, part)))
+        signals = [name for name in tensors if "." not in name]
+        for item in items:
+            facts = item.facts
+            valid.append({name: tensors[f"valid.{name}"][item.row].tolist() for name in signals})
+            yield tar.Sample(
+                key=facts.key,
+                signals={name: tensors[name][item.row] for name in signals},
+                facts={
+                    "record": facts.record,
+                    "person": f"{facts.person:016x}",
+                    "source": source,
+                    "start_s": facts.start_s,
+                    "labels": facts.labels,
+                    "quality": {"fit": facts.fit, "reasons": facts.reasons},
+                    "valid": valid[-1],
+                    "simulated": bool(facts.labels.get("simulated", False)),
+                },
+            )

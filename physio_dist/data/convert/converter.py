@@ -1,0 +1,378 @@
+"""Raw recordings to a shard set: parts in parallel, repeats left out, shards in parallel, the index last."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from physio_dist import __version__, storage
+from physio_dist.config import ShardConfig, flatten
+from physio_dist.data.convert.assemble import Kept, Made, make_shard, note_url, part_url, read_note
+from physio_dist.data.convert.channels import spec_of, with_found, words
+from physio_dist.data.convert.labels import read_labels
+from physio_dist.data.convert.parts import Job, Part, make_part, part_of, record_keys, spooled
+from physio_dist.data.convert.process_pool import Pool, on_sight, worker_pool
+from physio_dist.data.format.index import (  # fmt: skip
+    INDEX,
+    SPLITS,
+    ShardSet,
+    Sidecar,
+    SignalInfo,
+    fingerprint_of,
+    key_table,
+    open_set,
+    publish,
+    read_sidecar,
+    split_of,
+)
+from physio_dist.errors import DataError, UserError
+from physio_dist.runtime.progress import Progress
+from physio_dist.signals.readers import reader as reader_named
+
+REJECTS = "rejects.jsonl"
+MARKER = "_writing.json"
+# Names in the folder of recordings by which another machine is seen to have the same.
+_LOOKED_AT = 16
+# Options that say where the work is done, and names of files: other ones make the same bytes.
+_NOT_OF_BYTES = ("workers", "ray", "wait_s", "labels", "known")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion came to.
+
+    Attributes:
+        records_per_s: that this try read; None where it read none.
+    """
+
+    url: str
+    records: int
+    rejected: Counter[str]
+    shard_set: ShardSet
+    already: bool
+    records_per_s: float | None = None
+
+
+def plan_job(reader: str, source: str, options: ShardConfig) -> Job:
+    """List the records and join the label file.
+
+    Raises:
+        UserError: unknown reader, nothing to read, a label file that fits nothing.
+    """
+    reads = reader_named(reader)
+    spec_of(options)  # What is wrong with the options is told before recordings are looked at.
+    records = reads.records(source)
+    spec = spec_of(with_found(reads, source, records, options))
+    name = options.source or ("" if reads.simulated else Path(os.path.abspath(source)).name) or reader  # noqa: PTH100
+    labels, people = read_labels(options.labels, options.person, records) if options.labels else ({}, {})
+    return Job(
+        # Whoever reads it may have been started in another folder.
+        reader=reader, input=source if reads.simulated else os.path.abspath(source), source=name,  # noqa: PTH100
+        spec=spec, records=tuple(records),
+        keys=tuple(record_keys(records)), labels=labels, people=people,
+    )  # fmt: skip
+
+
+def convert(reader: str, source: str, out: str, options: ShardConfig, pool: Pool | None = None) -> Summary:
+    """Convert recordings to a shard set at ``out``.
+
+    Killed at any moment and started again with the same options it goes on, and ends with the same bytes, whichever
+    processes do the work.
+
+    Args:
+        reader: name of the format.
+        source: where the recordings are.
+        out: URL of the shard set.
+        options: of the conversion.
+        pool: the processes that do the work; ``options.workers`` of this machine, where none is given.
+
+    Raises:
+        UserError: nothing to convert, nothing kept, a folder in use by other data or another conversion.
+    """
+    out = storage.absolute(out)
+    job = plan_job(reader, source, options)
+    known = [open_set(url) for url in words(options.known)]
+    decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in known]]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    beside, private = _spools(out, f"{job.digest()} {job.input}")
+    # The first contact with the target comes before hours of work. What was begun beside the shards goes on there.
+    begun = beside.rsplit("/", 1)[-1] in storage.names(out)
+    spool = beside if begun or (pool is not None and pool.elsewhere) else private
+    if there := _claim(out, digest):
+        if MARKER in storage.names(out):  # killed between its last write and this
+            _tidy(out, beside, private)
+        return Summary(out, len(job.records), Counter(), there, already=True)
+    with _alone(storage.local_path(private), out):
+        with contextlib.nullcontext(pool) if pool is not None else worker_pool(options.workers) as workers:
+            parts, speed = _make_parts(job, spool, workers)
+            kept, rejects = _choose(parts, options.quality, _hashes(known))
+            if not kept:
+                _tidy(out, beside, private)
+                raise UserError(_nothing_kept(source, len(job.records), rejects))
+            made = _make_shards(job, kept, spool, out, digest, options.samples_per_shard, workers)
+        finished = _finish(job, out, digest, options, kept, made, rejects)
+        _tidy(out, beside, private)
+    reasons = Counter(_kind(str(reject["reason"])) for reject in rejects)
+    return Summary(out, len(job.records), reasons, finished, already=False, records_per_s=speed)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, out: str) -> Iterator[None]:
+    """Hold the lock in a folder, which is made if need be.
+
+    Raises:
+        UserError: another conversion holds it, or the folder cannot be written.
+    """
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another conversion is writing {out} right now; wait for it to end") from None
+    except OSError as error:
+        raise storage.explain(str(folder), "write", error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        # NFS keeps the folder while a file in it is open, as the lock was.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _tidy(out: str, beside: str, private: str) -> None:
+    """Remove what is only there while a conversion runs, also what a killed one left."""
+    for name in storage.names(out):
+        if name.startswith(".") and name.endswith(".tmp"):
+            storage.remove(storage.join(out, name))
+    if not storage.is_local(beside):
+        with ThreadPoolExecutor(16) as several:  # a request each, for up to tens of thousands
+            list(several.map(storage.remove, [storage.join(beside, name) for name in storage.names(beside)]))
+    shutil.rmtree(private, ignore_errors=True)
+    # Last, because it is what tells the next run that there may be something to tidy.
+    storage.remove(storage.join(out, MARKER))
+
+
+def _hashes(known: Sequence[ShardSet]) -> dict[str, set[int]]:
+    found = {other.url: set(read_sidecar(other).waveform.tolist()) - {0} for other in known}
+    for url, hashes in found.items():
+        if not hashes:
+            raise UserError(f"known={url}: it was made by `physio-dist index` and has no waveform hashes to compare")
+    return found
+
+
+def _of_bytes(options: ShardConfig) -> dict[str, Any]:
+    """The options that decide the shards' bytes beside the job and the content of the ``known`` sets."""
+    flat = flatten(options)
+    return {name: flat[name] for name in ("quality", "split.val", "split.test", "samples_per_shard")}
+
+
+def _claim(out: str, digest: str) -> ShardSet | None:
+    """Mark ``out`` as being written by this job; the finished set where it already did.
+
+    Raises:
+        UserError: something else is there.
+    """
+    found = storage.names(out)
+    if INDEX in found:
+        there = open_set(out)
+        if there.made_by.get("job") == digest:
+            return there
+        raise UserError(
+            f"{out} already holds a shard set made from other data or options (fingerprint {there.fingerprint[:12]}); "
+            "choose another --out or delete it first"
+        )
+    if MARKER in found:
+        if storage.read_json(storage.join(out, MARKER)) == {"job": digest}:
+            return None
+        raise UserError(
+            f"{out} holds an unfinished conversion of other data or with other options; finish it with its own "
+            "command, choose another --out, or delete the folder first"
+        )
+    if any(name.endswith(".tar") for name in found):
+        raise UserError(f"{out} holds tar files of something else; choose another --out")
+    storage.write_json(storage.join(out, MARKER), {"job": digest})
+    return None
+
+
+def _spools(out: str, what: str) -> tuple[str, str]:
+    """Where parts are spooled until the shards are made: beside the shards, and where only this machine sees them.
+
+    Both are the same for a local set. The second is also where the lock is.
+    """
+    digest = hashlib.sha256(what.encode()).hexdigest()
+    beside = storage.join(out, f".work-{digest[:16]}")
+    if storage.is_local(out):
+        return beside, beside
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    where = hashlib.sha256(out.encode()).hexdigest()[:8]
+    return beside, str(cache / "physio-dist" / "convert" / f"{digest[:16]}-{where}")
+
+
+def _seen(job: Job, spool: str) -> dict[str, str]:
+    """Paths that are there for every process that shares the file systems of this one, and what it means if not."""
+    seen = {}
+    if not reader_named(job.reader).simulated:
+        meaning = f"{job.input} is not the folder that it is where the command was started; all nodes have to share it"
+        # Some of its names, because a folder without them may be the place where nothing is mounted.
+        folder = Path(job.input)
+        paths = sorted(str(path) for path in (folder.iterdir() if folder.is_dir() else [folder]))
+        seen = dict.fromkeys(paths[:: len(paths) // _LOOKED_AT + 1], meaning)
+    if storage.is_local(spool):
+        mark = storage.join(spool, f"seen-{uuid.uuid4().hex}")
+        storage.write_bytes(mark, b"")
+        seen[mark] = "--out is not on a file system that all nodes share; give one that is, or an s3:// URL"
+    return seen
+
+
+def _make_parts(job: Job, spool: str, pool: Pool) -> tuple[list[Part], float | None]:
+    """The parts, and the records read for it a second."""
+    parts: dict[int, Part] = {}
+    there = set(storage.names(spool))
+    urls = [part_url(spool, number) for number in range(job.parts())]
+    tasks = [(job.part(i), url, url.rsplit("/", 1)[-1] in there, pool.elsewhere) for i, url in enumerate(urls)]
+    work: Callable[..., tuple[int, str | None]] = make_part
+    if pool.elsewhere:
+        work = functools.update_wrapper(functools.partial(on_sight, _seen(job, spool), make_part), make_part)
+    began, records = time.monotonic(), 0
+    with Progress(len(job.records), "records", "reading") as bar:
+        for number, (read, told) in pool.as_they_come(work, tasks):
+            facts = told or spooled(urls[number])
+            if facts is None:
+                raise DataError(f"the spooled part {urls[number]} cannot be read back")
+            parts[number] = part_of(facts)
+            records += read
+            bar.update(parts[number].records)
+    speed = records / (time.monotonic() - began) if records else None
+    return [parts[number] for number in range(job.parts())], speed
+
+
+def _choose(parts: Sequence[Part], quality: str, known: dict[str, set[int]]) -> tuple[list[Kept], list[dict[str, Any]]]:
+    """Which windows are kept: repeats are left out (the first record in order stays), then unfit ones if asked."""
+    kept: list[Kept] = []
+    rejects: list[dict[str, Any]] = []
+    first: dict[int, str] = {}
+    for number, part in enumerate(parts):
+        rejects += part.rejects
+        repeats: set[str] = set()
+        for row, window in enumerate(part.windows):
+            original = first.setdefault(window.waveform, window.record)
+            elsewhere = next((url for url, hashes in known.items() if window.waveform in hashes), None)
+            if original != window.record or elsewhere:
+                if window.record not in repeats:
+                    repeats.add(window.record)
+                    where = f"in {elsewhere}" if elsewhere else f"record {original}"
+                    rejects.append({"record": window.record, "reason": f"repeat: the same waveform as {where}"})
+            elif quality == "reject" and not window.fit:
+                reason = "unfit: " + "; ".join(window.reasons)
+                rejects.append({"record": window.record, "start_s": window.start_s, "reason": reason})
+            else:
+                kept.append(Kept(number, row, window))
+    return kept, rejects
+
+
+def _kind(reason: str) -> str:
+    # Names and numbers would make a kind of its own of every record.
+    words = re.split(r"[:;(,]", reason, maxsplit=1)[0].split()
+    return " ".join(word for word in words if not re.search(r"[\d._/]", word))
+
+
+def _nothing_kept(source: str, records: int, rejects: Sequence[dict[str, Any]]) -> str:
+    first = "; ".join(f"{reject['record']}: {reject['reason']}" for reject in rejects[:3])
+    return f"{source}: none of its {records} records gave a window that can be used; the first reasons: {first}"
+
+
+def _make_shards(
+    job: Job, kept: Sequence[Kept], spool: str, out: str, digest: str, per_shard: int, pool: Pool
+) -> list[Made]:
+    prefix = "-".join(sorted(job.spec.signals))
+    groups = [kept[i : i + per_shard] for i in range(0, len(kept), per_shard)]
+    names = [f"{prefix}-{n:06d}.tar" for n in range(len(groups))]
+    tasks = [
+        (job.source, group, spool, out, name, digest, pool.elsewhere)
+        for name, group in zip(names, groups, strict=True)
+    ]  # fmt: skip
+    made: dict[int, Made] = {}
+    with Progress(len(groups), "shards", "writing") as bar:
+        for n, result in pool.as_they_come(make_shard, tasks):
+            made[n] = result or read_note(note_url(spool, names[n], digest))
+            bar.update()
+    return [made[n] for n in range(len(groups))]
+
+
+def _finish(
+    job: Job, out: str, digest: str, options: ShardConfig, kept: Sequence[Kept], made: Sequence[Made],
+    rejects: list[dict[str, Any]],
+) -> ShardSet:  # fmt: skip
+    signals, infos = sorted(job.spec.signals), [one.info for one in made]
+    places = [place for one in made for place in one.places]
+    valid = [flags for one in made for flags in one.valid]
+    split = [split_of(item.facts.person, options.split.val, options.split.test) for item in kept]
+    person = np.array([item.facts.person for item in kept], dtype=np.uint64)
+    sidecar = Sidecar(
+        offset={name: np.array([place[name][0] for place in places], dtype=np.int64) for name in signals},
+        check={name: np.array([place[name][1] for place in places], dtype=np.uint32) for name in signals},
+        valid={name: np.array([flags[name] for flags in valid], dtype=np.bool_) for name in signals},
+        split=np.array(split, dtype=np.uint8),
+        person=person,
+        waveform=np.array([item.facts.waveform for item in kept], dtype=np.uint64),
+        key=key_table([item.facts.key for item in kept]),
+    )
+    spec = job.spec
+    infos_of = {name: SignalInfo(spec.channels_of(name), spec.samples, spec.uv_per_bit_of(name)) for name in signals}
+    sidecar_sha256 = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    shard_set = ShardSet(
+        url=out, shards=tuple(infos), signals=infos_of, rate=float(job.spec.rate),
+        splits={name: split.count(code) for code, name in enumerate(SPLITS)},
+        people=len(np.unique(person)), simulated=reader_named(job.reader).simulated, sources=(job.source,),
+        sidecar_sha256=sidecar_sha256, fingerprint=fingerprint_of(infos, infos_of, job.spec.rate, sidecar_sha256),
+        made_by={
+            "job": digest, "physio_dist": __version__, "reader": job.reader,
+            "options": {k: v for k, v in flatten(options).items() if k not in _NOT_OF_BYTES},
+        },
+    )  # fmt: skip
+    lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
+    storage.write_bytes(storage.join(out, REJECTS), lines.encode())
+    stale = set(storage.names(out)) - {info.url for info in infos}
+    for name in stale:
+        if name.endswith(".tar"):
+            storage.remove(storage.join(out, name))
+    publish(shard_set, sidecar)
+    return shard_set
+
+
+def tell(summary: Summary, say: Callable[[str], None]) -> None:
+    """Say what a conversion came to."""
+    made = summary.shard_set
+    if summary.already:
+        say("already there; the recordings were not looked at again (to convert them anew, delete the folder first):")
+    splits: Iterable[str] = (f"{made.splits[name]} {name}" for name in SPLITS)
+    say(
+        f"{made.nsamples} windows of {made.people} people from {summary.records} records in {len(made.shards)} shards "
+        f"({', '.join(splits)})" + (" - SIMULATED signals" if made.simulated else "")
+    )
+    if not made.simulated and made.people == len(np.unique(read_sidecar(made).waveform)) > 1:
+        say("  each record counts as a person: where they share people, tell them apart (docs/data.md) before a split")
+    if summary.records_per_s is not None:
+        say(f"  {summary.records_per_s:.1f} records/s")
+    for reason, count in summary.rejected.most_common():
+        say(f"  left out: {count} x {reason}")
+    if summary.rejected:
+        say(f"  each with its reason in {storage.join(summary.url, REJECTS)}")
+    say(storage.join(summary.url, INDEX))

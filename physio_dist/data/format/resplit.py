@@ -1,0 +1,79 @@
+"""Views: a shard set under other splits, with an index and a sidecar of its own, and no copy of a shard."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from physio_dist import storage
+from physio_dist.data.format.index import INDEX, SIDECAR, SPLITS, ShardSet, Sidecar, fingerprint_of, publish
+from physio_dist.errors import UserError
+
+# What a conversion goes by when it is started again; a view is not what that made.
+_JOB = "job"
+
+
+def view_of(
+    shards: ShardSet, sidecar: Sidecar, split: npt.NDArray[np.uint8], url: str, about: dict[str, Any]
+) -> tuple[ShardSet, Sidecar]:
+    """A view, not yet published.
+
+    Args:
+        shards, sidecar: the set; a view of a view is one of the same shards.
+        split: uint8 ``[sample]``, position in ``SPLITS``.
+        url: where the view is going to be.
+        about: what is noted of its making.
+
+    Raises:
+        UserError: an index at ``url`` could not name the shards.
+    """
+    if storage.pointed(storage.pointer(shards.home, url), url) is None:
+        raise UserError(
+            f"a view at {url} could not name the shards in {shards.home}, for who reads the one may not reach the "
+            "other; give a place beside the shards, or a local folder"
+        )
+    other = replace(sidecar, split=split)
+    digest = hashlib.sha256(other.to_bytes()).hexdigest()
+    made = replace(
+        shards, url=url, of=shards.home, sidecar_sha256=digest,
+        splits={name: int((split == code).sum()) for code, name in enumerate(SPLITS)},
+        fingerprint=fingerprint_of(shards.shards, shards.signals, shards.rate, digest),
+        made_by={**{name: value for name, value in shards.made_by.items() if name != _JOB}, "view": about},
+    )  # fmt: skip
+    return made, other
+
+
+def publish_views(views: list[tuple[ShardSet, Sidecar]], out: str) -> int:
+    """Write the views that are not there yet; all of them lie right below ``out``.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        UserError: something else is there; nothing was written.
+    """
+    instead = "choose another --out, or delete it first"
+    expected = {made.url.rsplit("/", 1)[-1] for made, _ in views}
+    # What begins with a dot is a write that was killed, or the file system's own.
+    if others := [name for name in storage.names(out) if name not in expected and not name.startswith(".")]:
+        raise UserError(f"{out} holds something else than these {len(views)} views: {_some(others)}; {instead}")
+    missing = []
+    for made, sidecar in views:
+        names = [name for name in storage.names(made.url) if not name.startswith(".")]
+        if others := [name for name in names if name not in (INDEX, SIDECAR)]:
+            raise UserError(f"{made.url} holds something else than a view: {_some(others)}; {instead}")
+        if INDEX in names and storage.read_json(storage.join(made.url, INDEX)) != made.to_json():
+            raise UserError(f"{made.url} holds another shard set, or a view made from other data or options; {instead}")
+        if len(names) < 2:
+            missing.append((made, sidecar))
+    for made, sidecar in missing:
+        publish(made, sidecar)
+    return len(missing)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,60 @@
+"""One or several shard sets that a run reads as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from physio_dist.data.format.index import SPLITS, ShardSet, Sidecar, open_set
+from physio_dist.data.loading.order import Ints, Mixture, mixture
+from physio_dist.errors import UserError
+
+
+def open_sets(urls: Sequence[str], signal: str) -> list[ShardSet]:
+    """Open sets with the same channels, rate and length of a signal.
+
+    Raises:
+        UserError: a set that is not there, lacks the signal, or does not fit the first one.
+        DataError: a damaged index.
+    """
+    sets = [open_set(url) for url in urls]
+    for shards in sets:
+        if signal not in shards.signals:
+            raise UserError(f"{shards.url} holds no {signal} signal; it has: {', '.join(shards.signals)}")
+        _agree(sets[0], shards, signal)
+    return sets
+
+
+def members(sidecar: Sidecar, split: str) -> Ints:
+    """The samples of a split, in storage order."""
+    return np.flatnonzero(sidecar.split == SPLITS.index(split)).astype(np.int64)
+
+
+def order_of(
+    sets: Sequence[ShardSet], sidecars: Sequence[Sidecar], weights: Sequence[float], split: str, global_batch: int,
+    seed: int,
+) -> Mixture:  # fmt: skip
+    """The order in which a run visits a split.
+
+    Raises:
+        UserError: a split with fewer samples than its part of one global batch.
+    """
+    counts = [
+        np.diff(np.searchsorted(members(sidecar, split), shards.shard_starts()))
+        for shards, sidecar in zip(sets, sidecars, strict=True)
+    ]
+    names = [f"{shards.fingerprint}/{split}" for shards in sets]
+    shown = [f"{shards.url}: split {split}" for shards in sets]
+    return mixture(counts, weights, names, global_batch, seed, shown)
+
+
+def _agree(first: ShardSet, other: ShardSet, signal: str) -> None:
+    ours, theirs = first.signals[signal], other.signals[signal]
+    for what, a, b in (
+        ("rate", first.rate, other.rate),
+        ("window length", ours.samples, theirs.samples),
+        ("channels", ours.channels, theirs.channels),
+    ):
+        if a != b:
+            raise UserError(f"{other.url} and {first.url} cannot be mixed: {what} {b} against {a}")

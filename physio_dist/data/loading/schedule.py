@@ -1,0 +1,75 @@
+"""When a rank, or the ranks of a node, need which shards: what the order implies, without walking through it."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from physio_dist.data.loading.order import Mixture, Uses
+
+
+@dataclass(frozen=True, order=True)
+class Use:
+    """A shard of which so many samples are needed between two steps of the run (from 0, both included)."""
+
+    first: int
+    last: int
+    set: int
+    shard: int
+    samples: float
+
+
+class Schedule:
+    """The uses of shards by a range of slots of the global batch.
+
+    Args:
+        order: of the run.
+        low, high: the slots, half-open.
+    """
+
+    def __init__(self, order: Mixture, low: int, high: int) -> None:
+        self._parts = [(i, order.sets[i], first, last) for i, first, last in order.slots(low, high)]
+        self._held: dict[tuple[int, int], Uses] = {}
+
+    def coming(self, step: int) -> Iterator[Use]:
+        """Every use that does not end before ``step``, by its first step; without end."""
+        return heapq.merge(*(self._of_set(part, step) for part in range(len(self._parts))))
+
+    def next_use(self, step: int) -> dict[tuple[int, int], int]:
+        """For (set, shard) the first step from ``step`` on that needs it, as far as the end of the next epoch."""
+        found: dict[tuple[int, int], int] = {}
+        for part, (i, order, _, _) in enumerate(self._parts):
+            epoch, within = divmod(step, order.steps_per_epoch)
+            soonest = np.full(len(order.counts), np.iinfo(np.int64).max)
+            for later in (0, 1):
+                uses = self._uses(part, epoch + later)
+                first = np.maximum(uses.first + later * order.steps_per_epoch, within)
+                open_still = uses.last + later * order.steps_per_epoch >= within
+                np.minimum.at(soonest, uses.shard[open_still], first[open_still])
+            for shard in np.flatnonzero(soonest < np.iinfo(np.int64).max):
+                found[i, int(shard)] = step - within + int(soonest[shard])
+        return found
+
+    def _uses(self, part: int, epoch: int) -> Uses:
+        held = self._held.get((part, epoch))
+        if held is None:
+            for old in [key for key in self._held if key[0] == part and key[1] < epoch - 2]:
+                del self._held[old]
+            _, order, low, high = self._parts[part]
+            held = self._held[part, epoch] = order.uses(epoch, low, high)
+        return held
+
+    def _of_set(self, part: int, step: int) -> Iterator[Use]:
+        i, order, _, _ = self._parts[part]
+        epoch = step // order.steps_per_epoch
+        while True:
+            uses = self._uses(part, epoch)
+            begin = epoch * order.steps_per_epoch
+            for at in np.lexsort((uses.shard, uses.first)):
+                last = begin + int(uses.last[at])
+                if last >= step:
+                    yield Use(begin + int(uses.first[at]), last, i, int(uses.shard[at]), float(uses.samples[at]))
+            epoch += 1

@@ -1,1 +1,0 @@
-"""Frozen encoders -> labels: features, splits, heads, metrics."""

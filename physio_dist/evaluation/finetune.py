@@ -1,0 +1,144 @@
+"""Encoders and a linear head trained end to end: what freezing costs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.order import permutation
+from physio_dist.evaluation.backbones import Backbone
+from physio_dist.evaluation.splits import Fold
+from physio_dist.evaluation.tasks import Table
+from physio_dist.models.encoders.criss_cross import PATCH, CrissCrossEncoder
+from physio_dist.models.fusion.base import pool
+from physio_dist.stats.scores import auc
+
+Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.int64]
+
+# The head begins at zero and has to come further than the encoder.
+_HEAD_FASTER = 10.0
+
+
+class Finetuning(Protocol):
+    """How it is trained: epochs, learning rate of the encoders, windows of a batch, pooling of the features."""
+
+    epochs: int
+    lr: float
+    batch: int
+    pooling: str
+
+
+class _Classifier(nn.Module):
+    """Of each signal an encoder, pooling and normalisation without parameters; over all of them side by side a linear
+    head that begins at zero."""
+
+    def __init__(
+        self, encoders: Mapping[str, CrissCrossEncoder], channels: Mapping[str, int], classes: int, pooling: str
+    ) -> None:
+        super().__init__()
+        # A standard deviation of nothing but zeros, as of an invalid channel, has no gradient.
+        self.pooling = pooling.removesuffix("_std")
+        apart = self.pooling.startswith("channels_")
+        sizes = {name: one.config.d * (channels[name] if apart else 1) for name, one in encoders.items()}
+        self.encoders = nn.ModuleDict(encoders)
+        self.norms = nn.ModuleDict({n: nn.LayerNorm(size, elementwise_affine=False) for n, size in sizes.items()})
+        self.head = nn.Linear(sum(sizes.values()), classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, inputs: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """Of each signal ``[batch, channel, patch, 200]`` and what is valid, ``[batch, channel]`` -> logits ``[batch,
+        class]``. A signal without a valid channel counts as zeros."""
+        parts = []
+        for name, encoder in self.encoders.items():
+            x, valid = inputs[name]
+            features = encoder(x, valid=valid[:, :, None].expand(x.shape[:3]))
+            parts.append(self.norms[name](pool(features, valid, self.pooling)))
+        logits: Tensor = self.head(torch.cat(parts, dim=1))
+        return logits
+
+
+def finetune(
+    backbones: Mapping[str, Backbone], sources: Mapping[str, Source], table: Table, fold: Fold, options: Finetuning,
+    purpose: str,
+) -> tuple[Floats, int]:  # fmt: skip
+    """Train encoders and a head on a fold's first inner split, and test after the epoch that its validation people
+    chose.
+
+    Args:
+        backbones: of each signal, where training begins; they stay as they are.
+        sources: of each signal's windows.
+        table: the labelled windows.
+        fold: its first inner split trains and validates.
+        options: ``epochs``, ``lr``, ``batch``, ``pooling``.
+        purpose: what the random draws depend on.
+
+    Returns:
+        Probabilities float64 ``[test row, class]``, and the epoch, from 1.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, validation = fold.inner[0]
+    digest = hashlib.blake2b(f"finetune/{purpose}".encode(), digest_size=8).digest()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+        encoders = {name: deepcopy(backbone.module) for name, backbone in backbones.items()}
+        channels = {name: len(source.info.channels) for name, source in sources.items()}
+        model = _Classifier(encoders, channels, len(table.classes), options.pooling).to(device)
+        groups = [
+            {"params": list(model.encoders.parameters()), "lr": options.lr},
+            {"params": list(model.head.parameters()), "lr": options.lr * _HEAD_FASTER},
+        ]
+        counts = np.bincount(table.label[train], minlength=len(table.classes))
+        weight = torch.from_numpy(len(train) / (len(counts) * counts)).float().to(device)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+
+        def windows(rows: Ints) -> dict[str, tuple[Tensor, Tensor]]:
+            ids = table.sample[rows]
+            return {name: _windows(sources[name], ids, one.unit_uv, device) for name, one in backbones.items()}
+
+        best: tuple[float, int, Floats] | None = None
+        for epoch in range(1, options.epochs + 1):
+            model.train()
+            order = train[permutation(len(train), "finetune", purpose, epoch)]
+            for rows in np.array_split(order, -(-len(order) // options.batch)):
+                loss = F.cross_entropy(model(windows(rows)), torch.from_numpy(table.label[rows]).to(device), weight)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            chosen = _probability(model, windows, validation, options.batch)
+            area = auc(table.label[validation], chosen) or 0.0
+            if best is None or area > best[0]:
+                best = (area, epoch, _probability(model, windows, fold.test, options.batch))
+    assert best is not None
+    return best[2], best[1]
+
+
+def _windows(source: Source, ids: Ints, unit_uv: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    batch = source.gather(0, np.zeros_like(ids), ids, ids, len(ids))
+    signal = torch.from_numpy(batch.signal).to(device)
+    scale = torch.from_numpy(batch.scale).to(device) / unit_uv
+    x = (signal * scale[:, None, None]).view(*signal.shape[:2], -1, PATCH)
+    return x, torch.from_numpy(batch.valid).to(device)
+
+
+@torch.no_grad()
+def _probability(
+    model: nn.Module, windows: Callable[[Ints], dict[str, tuple[Tensor, Tensor]]], rows: Ints, size: int
+) -> Floats:  # fmt: skip
+    model.eval()
+    parts = [
+        model(windows(rows[low : low + size])).double().softmax(1).cpu().numpy() for low in range(0, len(rows), size)
+    ]
+    found: Floats = np.concatenate(parts)
+    return found

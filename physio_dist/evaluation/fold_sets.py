@@ -1,0 +1,108 @@
+"""The folds of a sweep; and for each a view of its shard set in which the fold's test people are the test split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from physio_dist import storage
+from physio_dist.config import TuneConfig, TuneOptions, check_tune
+from physio_dist.config.loader import between
+from physio_dist.data.format.index import SPLITS, ShardSet, Sidecar, open_set, read_sidecar, split_of
+from physio_dist.data.format.resplit import publish_views, view_of
+from physio_dist.errors import UserError
+from physio_dist.evaluation.splits import Fold, folds_of
+from physio_dist.evaluation.tasks import Table, label_name, load_table, need_both
+
+# Protocols in which people take turns as test people, and nobody trains in a fold that tests them.
+_TURNS = ("grouped_kfold", "loso", "person_and_clip")
+
+
+@dataclass
+class _Sweep(TuneOptions):
+    # Encoders are what the views are for.
+    ecg_encoder: Any = "none yet"
+    eeg_encoder: Any = "none yet"
+
+
+@dataclass
+class _Split:
+    # Share of the people who are not tested.
+    val: float = 0.1
+
+
+@dataclass
+class FoldsConfig(TuneConfig):
+    """The options of ``physio-dist folds``: a sweep's, and how many people are held out of pretraining beside."""
+
+    tune: _Sweep = field(default_factory=_Sweep)
+    split: _Split = field(default_factory=_Split)
+
+
+def check_folds(options: FoldsConfig) -> None:
+    """Refuse values of which no views could be made, before anything is read."""
+    check_tune(options)
+    if options.tune.protocol not in _TURNS:
+        raise UserError(
+            f"tune.protocol={options.tune.protocol} has no people who take turns, so there is nothing to make a view "
+            f"for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's own test "
+            "split: pretrain on tune.data itself"
+        )
+    between("split.val", options.split.val, 0.0, 1.0)
+
+
+def folds_for(options: TuneConfig) -> tuple[ShardSet, Table, tuple[Fold, ...]]:
+    """A sweep's shard set, its labelled windows and its folds.
+
+    Raises:
+        UserError: the set is not paired, lacks the label, or has too few people for the folds.
+        DataError: it is damaged.
+    """
+    tune = options.tune
+    shards = open_set(tune.data)
+    need_both(shards)
+    table = load_table(
+        tune.data, tune.task, tune.label, neutral=tune.neutral, clip=tune.clip_name, rest=tune.baseline != "none"
+    )
+    return shards, table, tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, options.run.seed))
+
+
+def split_for(sidecar: Sidecar, tested: npt.NDArray[np.uint64], val: float) -> npt.NDArray[np.uint8]:
+    """The split of a fold's view: uint8 ``[sample]``, position in ``SPLITS``.
+
+    All windows of the people ``tested`` are test windows, whether they carry the label or not. A share ``val`` of the
+    others is held out, by hash: whoever is not tested is on the same side in every fold.
+    """
+    people, who = np.unique(sidecar.person, return_inverse=True)
+    split = np.array([split_of(int(person), val, 0.0) for person in people], dtype=np.uint8)
+    split[np.isin(people, tested)] = SPLITS.index("test")
+    return split[who]
+
+
+def make_views(options: FoldsConfig, out: str) -> tuple[list[ShardSet], int]:
+    """Write a view for each fold of a sweep to ``out/0``, ``out/1``, ...: under the names of the sweep's folds.
+
+    Returns:
+        The views, and how many of them were not there yet.
+
+    Raises:
+        UserError: as :func:`folds_for`; ``out`` holds something else; nobody is left to train on.
+        DataError: the set is damaged.
+    """
+    out, tune = storage.absolute(out), options.tune
+    shards, table, folds = folds_for(options)
+    sidecar = read_sidecar(shards)
+    about = {
+        "protocol": tune.protocol, "folds": len(folds), "task": tune.task, "label": label_name(tune.task, tune.label),
+        "seed": options.run.seed, "split.val": options.split.val, "set": shards.fingerprint,
+    }  # fmt: skip
+    views = []
+    for fold in folds:
+        split = split_for(sidecar, np.unique(table.person[fold.test]), options.split.val)
+        if not (split == SPLITS.index("train")).any():
+            raise UserError(f"split.val={options.split.val} leaves nobody to train on in fold {fold.name}; give less")
+        views.append(view_of(shards, sidecar, split, storage.join(out, fold.name), {"fold": fold.name, **about}))
+    return [made for made, _ in views], publish_views(views, out)

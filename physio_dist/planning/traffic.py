@@ -1,0 +1,122 @@
+"""What a node fetches from storage in a run: the order and the cache played through, without any data."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from physio_dist.data.loading.order import Ints, Mixture
+from physio_dist.data.loading.schedule import Schedule, Use
+
+_NEVER = 2**62
+# The share of the cache that is freed at once, so that its content need not be ranked for every shard.
+_FREED_AT_ONCE = 0.02
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one node takes from storage.
+
+    Attributes:
+        epochs: bytes in each epoch of the first set that was played through; the last may not be whole.
+        shards: fetches of whole shards, and
+        singles: samples that were read one by one for want of room, over all these epochs.
+        cache_needed: bytes of cache with which no shard is fetched twice in an epoch.
+    """
+
+    epochs: tuple[int, ...]
+    shards: int
+    singles: int
+    cache_needed: int
+
+
+def node_traffic(
+    order: Mixture, sizes: Sequence[Ints], sample_bytes: int, slots: tuple[int, int], cache_bytes: float, steps: int
+) -> Traffic:
+    """Play through ``steps`` steps of a node.
+
+    Args:
+        order: of the run.
+        sizes: for each set int64 ``[shard]``, bytes.
+        sample_bytes: of one sample.
+        slots: the half-open range of the global batch that the node's ranks train on.
+        cache_bytes: of the node.
+        steps: from the first one on.
+    """
+    coming = Schedule(order, *slots).coming(0)
+    uses = list(itertools.takewhile(lambda use: use.first < steps, coming))
+    epoch = order.sets[0].steps_per_epoch
+    fetched = [0] * (-(-steps // epoch))
+    cache = _Cache(uses, cache_bytes)
+    shards, singles = 0, 0.0
+    for use in uses:
+        size = int(sizes[use.set][use.shard])
+        outcome = cache.want((use.set, use.shard), use.first, size)
+        if outcome == "fetched":
+            shards += 1
+            fetched[use.first // epoch] += size
+        elif outcome == "refused":
+            singles += use.samples
+            fetched[use.first // epoch] += round(use.samples * sample_bytes)
+    return Traffic(tuple(fetched), shards, round(singles), _most_in_use(order, uses, sizes, steps))
+
+
+class _Cache:
+    """A node's cache that drops what is needed last and never what is in use."""
+
+    def __init__(self, uses: Sequence[Use], limit: float) -> None:
+        self._limit = limit
+        self._held: dict[Key, int] = {}
+        self._total = 0
+        self._firsts: dict[Key, list[int]] = defaultdict(list)
+        self._lasts: dict[Key, list[int]] = defaultdict(list)
+        for use in uses:
+            self._firsts[use.set, use.shard].append(use.first)
+            lasts = self._lasts[use.set, use.shard]
+            lasts.append(max(use.last, lasts[-1] if lasts else 0))
+
+    def want(self, key: Key, step: int, size: int) -> str:
+        if key in self._held:
+            return "held"
+        if self._total + size > self._limit and not self._free(step, size):
+            return "refused"
+        self._held[key] = size
+        self._total += size
+        return "fetched"
+
+    def _free(self, step: int, size: int) -> bool:
+        later = sorted(((self._next(key, step), key) for key in self._held), reverse=True)
+        wanted = max(size, int(_FREED_AT_ONCE * self._limit))
+        for needed, key in later:
+            if needed <= step or self._total + wanted <= self._limit:
+                break
+            self._total -= self._held.pop(key)
+        return self._total + size <= self._limit
+
+    def _next(self, key: Key, step: int) -> int:
+        firsts = self._firsts[key]
+        at = bisect_right(firsts, step)
+        if at and self._lasts[key][at - 1] >= step:
+            return step
+        return firsts[at] if at < len(firsts) else _NEVER
+
+
+def _most_in_use(order: Mixture, uses: Sequence[Use], sizes: Sequence[Ints], steps: int) -> int:
+    """The largest number of bytes that are between their first and last use of an epoch at the same time."""
+    spans: dict[tuple[int, int, int], tuple[int, int]] = {}
+    for use in uses:
+        key = (use.set, use.first // order.sets[use.set].steps_per_epoch, use.shard)
+        first, last = spans.get(key, (use.first, use.last))
+        spans[key] = min(first, use.first), max(last, use.last)
+    change = np.zeros(steps + 1, dtype=np.int64)
+    for (i, _, shard), (first, last) in spans.items():
+        change[first] += sizes[i][shard]
+        change[min(last + 1, steps)] -= sizes[i][shard]
+    return int(np.cumsum(change)[:-1].max())

@@ -1,0 +1,72 @@
+"""Downloads that are kept in the user's cache, so that a sweep and the next one fetch them once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from filelock import FileLock
+
+from physio_dist.storage import StorageError, explain, get_file, sha256_of, write_bytes
+
+
+def cache_folder(kind: str) -> Path:
+    """Where downloads of a kind are kept: ``XDG_CACHE_HOME`` (else ``~/.cache``) ``/physio-dist/<kind>``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative one is to be ignored, says the XDG base directory specification.
+    root = Path(base) if base.startswith("/") else Path("~/.cache").expanduser()
+    return root / "physio-dist" / kind
+
+
+def kept_bytes(url: str, kind: str) -> bytes | None:
+    """What was kept of a URL, or None: nothing, or not what it was when it was kept.
+
+    The name of a kept file tells its content's hash, so that one rename publishes both.
+    """
+    for path in sorted(cache_folder(kind).glob(f"{_name(url)}-*")):
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if path.name == f"{_name(url)}-{hashlib.sha256(data).hexdigest()}":
+                return data
+    return None
+
+
+def keep(url: str, kind: str, data: bytes) -> None:
+    """Keep what was read from a URL; a cache that cannot be written only costs another download."""
+    folder = cache_folder(kind)
+    with contextlib.suppress(OSError, StorageError):
+        name = f"{_name(url)}-{hashlib.sha256(data).hexdigest()}"
+        for stale in folder.glob(f"{_name(url)}-*"):
+            stale.unlink(missing_ok=True)
+        write_bytes(str(folder / name), data)
+
+
+def _name(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:32]
+
+
+def fetched(url: str, kind: str, sha256: str) -> Path | None:
+    """A local copy of a remote file, fetched if need be; None where its content has another hash.
+
+    Raises:
+        StorageError: it cannot be read, or the cache cannot be written.
+    """
+    path = cache_folder(kind) / sha256
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{sha256}.lock")):
+            if path.exists() and sha256_of(path) == sha256:
+                return path
+            temporary = path.with_name(f"{sha256}.part")
+            try:
+                get_file(url, temporary)
+                if sha256_of(temporary) != sha256:
+                    return None
+                temporary.replace(path)
+                return path
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain(str(path), "keep a download in", error) from error

@@ -1,0 +1,88 @@
+"""One micro batch on the device: int16 to patches, mask, forward pass, loss."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from physio_dist.config import TrainOptions
+from physio_dist.data.loading.loader import Batch
+from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV
+from physio_dist.objectives.dual_mask import DualMask, MaskConfig, draw_masks
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A rank's batch with its masks, as CPU tensors, still int16."""
+
+    batch: Batch
+    signal: torch.Tensor
+    scale: torch.Tensor
+    valid: torch.Tensor
+    weight: torch.Tensor
+    intra: torch.Tensor
+    inter: torch.Tensor
+    all_valid: bool
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro batch on the device: ``x`` float ``[b, channel, patch, 200]`` in units of 100 uV, masks bool."""
+
+    x: torch.Tensor
+    intra: torch.Tensor
+    inter: torch.Tensor
+    hidden: torch.Tensor
+    valid: torch.Tensor | None
+    weight: torch.Tensor
+
+
+def prepare(batch: Batch, mask: MaskConfig, groups: Sequence[Sequence[int]], seed: int, purpose: str) -> Prepared:
+    """Draw a batch's masks; run by the feed's thread."""
+    patches = batch.signal.shape[2] // PATCH
+    drawn: DualMask = draw_masks(mask, groups, patches, seed, purpose, batch.positions, batch.valid)
+    valid = batch.valid & drawn.shown
+    return Prepared(
+        batch=batch, signal=torch.from_numpy(batch.signal), scale=torch.from_numpy(batch.scale),
+        valid=torch.from_numpy(valid), weight=torch.from_numpy(batch.weight),
+        intra=torch.from_numpy(drawn.intra), inter=torch.from_numpy(drawn.inter), all_valid=bool(valid.all()),
+    )  # fmt: skip
+
+
+def pin(prepared: Prepared) -> Prepared:
+    """The same in page-locked memory, so that copies to a GPU overlap with its work."""
+    pinned: dict[str, Any] = {k: v.pin_memory() for k, v in vars(prepared).items() if isinstance(v, torch.Tensor)}
+    return replace(prepared, **pinned)
+
+
+def to_device(prepared: Prepared, rows: slice, device: torch.device) -> Micro:
+    """Move some rows to the device as int16 and turn them into patches there."""
+    signal, scale, valid, weight, intra, inter = (
+        getattr(prepared, name)[rows].to(device, non_blocking=True)
+        for name in ("signal", "scale", "valid", "weight", "intra", "inter")
+    )
+    samples, channels, time = signal.shape
+    x = signal.to(torch.float32).mul_((scale / UNIT_UV)[:, None, None]).view(samples, channels, time // PATCH, PATCH)
+    # Where all is valid the mask would cost time and change nothing.
+    everywhere = None if prepared.all_valid else valid[:, :, None].expand(samples, channels, time // PATCH)
+    return Micro(x, intra, inter, intra | inter, everywhere, weight)
+
+
+def seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
+    """Make dropout a function of these numbers, so that a resumed run draws what the undisturbed one would."""
+    digest = hashlib.blake2b(f"dropout/{seed}/{step}/{micro}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def learning_rate(step: int, train: TrainOptions) -> float:
+    """Linear warm-up, then a cosine from ``lr`` to ``min_lr`` at the last step (steps count from 1)."""
+    if step <= train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    low = min(train.min_lr, train.lr)
+    share = (step - train.warmup_steps) / max(train.steps - train.warmup_steps, 1)
+    return low + (train.lr - low) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))

@@ -1,0 +1,234 @@
+"""The index and its sidecar: what they say is checked before anybody believes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from physio_dist.data.format.index import (
+    ShardSet,
+    fingerprint_of,
+    key_table,
+    open_set,
+    pseudonym,
+    publish,
+    read_sidecar,
+    split_of,
+)
+from physio_dist.errors import DataError, UserError
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def edit(folder: Path, change: Edit) -> None:
+    where = folder / "index.json"
+    document = json.loads(where.read_text())
+    change(document)
+    where.write_text(json.dumps(document))
+
+
+def test_a_published_set_opens_as_it_was(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
+    made = make_set(str(tmp_path), sizes=(5, 3, 4))
+    assert made.nsamples == 12
+    assert made.shard_starts().tolist() == [0, 5, 8, 12]
+    assert made.shard_url(1) == f"{tmp_path}/ecg-000001.tar"
+    for name in (str(tmp_path), f"{tmp_path}/", f"{tmp_path}/index.json", f"file://{tmp_path}"):
+        again = open_set(name)
+        assert dataclasses.replace(again, url=made.url) == made
+    sidecar = read_sidecar(made)
+    assert sidecar.keys(np.array([11, 0])) == ["s0-0011", "s0-0000"]
+    assert sidecar.split.tolist() == [0, 0, 0, 1] * 3
+
+
+def test_the_index_is_a_wids_document(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
+    make_set(str(tmp_path))
+    document = json.loads((tmp_path / "index.json").read_text())
+    assert document["__kind__"] == "wids-shard-index-v1"
+    assert document["wids_version"] == 1
+    assert [(s["url"], s["nsamples"]) for s in document["shardlist"]] == [
+        ("ecg-000000.tar", 5),
+        ("ecg-000001.tar", 3),
+        ("ecg-000002.tar", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        (lambda d: d.update(__kind__="other"), UserError, "is not a wids-shard-index-v1 document"),
+        (lambda d: d.pop("physio_dist"), UserError, "lacks what training needs; `physio-dist index"),
+        (lambda d: d["physio_dist"].update(format=3), UserError, "has format 3, this version .* reads format 2; upgr"),
+        (lambda d: d["physio_dist"].update(format="x"), UserError, "has format 'x', .* reads format 2; upgrade"),
+        (lambda d: d["physio_dist"].update(format=1), UserError, "format 1, .* reads format 2; convert the recordings"),
+        (lambda d: d["physio_dist"].pop("rate"), DataError, "is damaged: KeyError 'rate'"),
+        (lambda d: d["shardlist"][0].pop("sha256"), DataError, "is damaged"),
+        (lambda d: d["shardlist"][0].update(nsamples="many"), DataError, "is damaged"),
+        (lambda d: d.update(shardlist=None), DataError, "is damaged"),
+        (lambda d: d["physio_dist"].update(signals=[]), DataError, "is damaged"),
+        (lambda d: d["shardlist"][0].update(nsamples=4), DataError, "was altered: its fingerprint does not fit"),
+        (lambda d: d["shardlist"].reverse(), DataError, "was altered"),
+        (lambda d: d["physio_dist"].update(rate=100.0), DataError, "was altered"),
+        (lambda d: d["physio_dist"]["signals"]["ecg"].update(uv_per_bit=1.0), DataError, "was altered"),
+        (lambda d: d["physio_dist"]["signals"]["ecg"]["channels"].reverse(), DataError, "was altered"),
+        (lambda d: d["physio_dist"]["sidecar"].update(sha256="0" * 64), DataError, "was altered"),
+        (lambda d: d["shardlist"][0].update(url="../ecg.tar"), DataError, "names a shard outside its own folder"),
+        (lambda d: d["shardlist"][0].update(url="/etc/passwd"), DataError, "names a shard outside its own folder"),
+        (lambda d: d["shardlist"][0].update(url=".."), DataError, "names a shard outside its own folder"),
+    ],
+)
+def test_an_altered_index_is_refused(
+    make_set: Callable[..., ShardSet], tmp_path: Path, change: Edit, error: type[Exception], told: str
+) -> None:
+    make_set(str(tmp_path))
+    edit(tmp_path, change)
+    with pytest.raises(error, match=told):
+        open_set(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("{", "is not a JSON document"), ("[]", "is not a wids"), ("", "not a JSON")]
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(UserError, match=told):
+        open_set(str(tmp_path))
+
+
+def test_a_folder_without_index_is_no_shard_set_and_the_message_says_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no index\.json.*`physio-dist shard` makes one.*`physio-dist index"):
+        open_set(str(tmp_path))
+
+
+def test_an_altered_or_lost_sidecar_is_refused(
+    make_set: Callable[..., ShardSet], tmp_path: Path, flip_bit: Callable[[Path, int], None]
+) -> None:
+    made = make_set(str(tmp_path))
+    where = tmp_path / "samples.safetensors"
+    flip_bit(where, where.stat().st_size - 3)
+    with pytest.raises(DataError, match=r"samples.safetensors disagrees with the index \(sha256\)"):
+        read_sidecar(made)
+    where.unlink()
+    with pytest.raises(DataError, match=r"samples.safetensors is missing"):
+        read_sidecar(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("split", lambda s: dataclasses.replace(s, split=s.split[:-1])),
+        ("split", lambda s: dataclasses.replace(s, split=s.split.astype(np.int64))),
+        ("splits", lambda s: dataclasses.replace(s, split=s.split * 0)),
+        ("splits", lambda s: dataclasses.replace(s, split=s.split * 9)),
+        ("people", lambda s: dataclasses.replace(s, person=s.person // 2)),
+        ("person", lambda s: dataclasses.replace(s, person=s.person[:3])),
+        ("offset.ecg", lambda s: dataclasses.replace(s, offset={"ecg": s.offset["ecg"] - 10**6})),
+        ("offset.ecg", lambda s: dataclasses.replace(s, offset={"ecg": s.offset["ecg"] + 10**6})),
+        ("offset.ecg", lambda s: dataclasses.replace(s, offset={})),
+        ("valid.ecg", lambda s: dataclasses.replace(s, valid={"ecg": s.valid["ecg"][:, :1]})),
+        ("key", lambda s: dataclasses.replace(s, key=s.key[:2])),
+    ],
+)
+def test_a_sidecar_that_contradicts_its_own_index_is_refused(
+    make_set: Callable[..., ShardSet], tmp_path: Path, name: str, change: Callable[[Any], Any]
+) -> None:
+    made = make_set(str(tmp_path))
+    sidecar = change(read_sidecar(made))
+    digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    print_ = fingerprint_of(made.shards, made.signals, made.rate, digest)
+    publish(dataclasses.replace(made, sidecar_sha256=digest, fingerprint=print_), sidecar)
+    with pytest.raises(DataError, match=rf"contradicts the index: .*{name}"):
+        read_sidecar(open_set(str(tmp_path)))
+
+
+def test_a_damaged_sidecar_with_a_fitting_hash_is_refused(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
+    made = make_set(str(tmp_path))
+    (tmp_path / "samples.safetensors").write_bytes(b"\x80\x04nothing")
+    altered = dataclasses.replace(made, sidecar_sha256=hashlib.sha256(b"\x80\x04nothing").hexdigest())
+    with pytest.raises(DataError, match="is damaged"):
+        read_sidecar(altered)
+
+
+def test_the_fingerprint_tells_content_and_not_place(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
+    a, b = make_set(str(tmp_path / "a")), make_set(str(tmp_path / "b"))
+    assert a.fingerprint == b.fingerprint
+    assert make_set(str(tmp_path / "c"), seed=1).fingerprint != a.fingerprint
+    assert make_set(str(tmp_path / "d"), every=3).fingerprint != a.fingerprint
+
+
+@given(st.lists(st.text("abcXYZ019_-", min_size=1, max_size=20), min_size=1, max_size=20))
+def test_keys_survive_the_table(keys: list[str]) -> None:
+    table = key_table(keys)
+    assert [row.tobytes().rstrip(b"\0").decode() for row in table] == keys
+
+
+def test_splits_of_people_are_pinned_for_ever_and_take_their_shares() -> None:
+    assert [split_of(person, 0.1, 0.1) for person in range(40)] == PINNED_SPLITS
+    codes = np.bincount([split_of(person, 0.2, 0.1) for person in range(20_000)], minlength=3) / 20_000
+    np.testing.assert_allclose(codes, [0.7, 0.2, 0.1], atol=0.01)
+    assert {split_of(person, 0, 0) for person in range(500)} == {0}
+    assert {split_of(person, 1, 0) for person in range(500)} == {1}
+    assert {split_of(person, 0, 1) for person in range(500)} == {2}
+
+
+def test_a_larger_test_share_keeps_the_people_of_the_smaller_one() -> None:
+    small = {person for person in range(2000) if split_of(person, 0.1, 0.1) == 2}
+    assert small < {person for person in range(2000) if split_of(person, 0.1, 0.3) == 2}
+
+
+def test_pseudonyms_are_pinned_and_differ_between_corpora() -> None:
+    assert f"{pseudonym('ptb', 'patient001'):016x}" == PINNED_PERSON
+    assert len({pseudonym(source, person) for source in "abc" for person in ("1", "2", "a\n1")}) == 9
+
+
+PINNED_SPLITS = [
+    0,
+    0,
+    0,
+    2,
+    2,
+    0,
+    0,
+    0,
+    2,
+    0,
+    0,
+    0,
+    1,
+    0,
+    0,
+    0,
+    0,
+    2,
+    0,
+    2,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    2,
+    2,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+]
+PINNED_PERSON = "891039d22694c0b3"

@@ -1,0 +1,293 @@
+"""Batches of a rank: the right samples, from any step on, and errors that come out."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from physio_dist import storage
+from physio_dist.data.format.index import ShardSet
+from physio_dist.data.loading import loader, order
+from physio_dist.data.loading.cache import ShardCache
+from physio_dist.data.loading.loader import Batch, Feed, Source, rank_batch
+from physio_dist.errors import DataError, UserError
+from tests.conftest import S3
+from tests.data.conftest import signal_of
+
+Make = Callable[..., ShardSet]
+
+
+def source_of(tmp_path: Path, *urls: str, weights: tuple[float, ...] = ()) -> Source:
+    parts = list(zip(urls, weights or (1.0,) * len(urls), strict=True))
+    return Source(parts, "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+
+
+def feed(
+    source: Source, batch: int, start: int, stop: int, rank: int = 0, world: int = 1, seed: int = 0
+) -> Feed[Batch]:
+    size = -(-batch // world)
+    order = source.order("train", batch, seed)
+    return Feed(source, order, "train", rank, world, size, lambda made: made, start, stop)
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith(("feed", "fetch"))}
+
+
+def test_gather_reads_what_the_tars_hold(make_set: Make, tmp_path: Path) -> None:
+    make_set(str(tmp_path / "a"), sizes=(5, 3, 4))
+    make_set(str(tmp_path / "b"), sizes=(4,), seed=1)
+    source = source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
+    sets, ids = np.array([0, 1, 0, 0, 1]), np.array([11, 2, 0, 6, 0])
+    batch = source.gather(3, sets, ids, ids + 100, 7)
+    for row, (which, sample) in enumerate(zip(sets, ids, strict=True)):
+        np.testing.assert_array_equal(batch.signal[row], signal_of(int(sample), seed=int(which)))
+    assert batch.signal.shape == (7, 2, 64)
+    assert batch.signal.dtype == np.int16
+    assert batch.weight.tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert not batch.signal[5:].any()
+    assert batch.scale.tolist() == [2.0] * 5 + [1.0] * 2
+    assert batch.valid[:, 1].tolist() == [True, True, False, False, False, True, True]
+    assert batch.positions.tolist() == [111, 102, 100, 106, 100, 0, 0]
+    assert batch.step == 3
+    assert source.keys(batch.samples) == ["s0-0011", "s1-0002", "s0-0000", "s0-0006", "s1-0000"]
+
+
+def test_batches_hold_the_split_and_nothing_else(make_set: Make, tmp_path: Path) -> None:
+    shards = make_set(str(tmp_path / "a"), sizes=(9, 0, 11, 4), every=3)
+    source = source_of(tmp_path, shards.url)
+    held = {i for i in range(24) if i % 3 == 2}
+    for split, wanted in (("train", set(range(24)) - held), ("val", held)):
+        order, members = source.order(split, 4, 0), source.members(split)
+        steps = len(wanted) // 4
+        seen = np.concatenate([rank_batch(source, order, members, step, 0, 1)[1] for step in range(steps)])
+        assert set(seen.tolist()) == wanted
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
+def test_ranks_together_get_the_global_batch_with_positions_in_the_run(
+    make_set: Make, tmp_path: Path, world: int
+) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10, 10)).url)
+    whole = rank_batch(source, source.order("train", 7, 1), source.members("train"), 4, 0, 1)
+    parts = [
+        rank_batch(source, source.order("train", 7, 1), source.members("train"), 4, rank, world)
+        for rank in range(world)
+    ]
+    # Within its slice a rank has them in an order of its own.
+    together = sorted(zip(*(np.concatenate([part[i] for part in parts]).tolist() for i in (2, 0, 1)), strict=True))
+    assert together == sorted(zip(*(whole[i].tolist() for i in (2, 0, 1)), strict=True))
+    assert [position for position, _, _ in together] == list(range(28, 35))
+    for rank, part in enumerate(parts):
+        assert sorted(part[2].tolist()) == list(range(28 + rank * 7 // world, 28 + (rank + 1) * 7 // world))
+
+
+def test_the_order_is_the_same_wherever_the_set_lies(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
+    url = s3_here.bucket + "/set"
+    make_set(url, sizes=(10, 10))
+    shutil.copytree(s3_here.folder / "set", tmp_path / "copy")
+    told = []
+    for place in (url, str(tmp_path / "copy"), f"{tmp_path}/copy/index.json"):
+        source = source_of(tmp_path, place)
+        with feed(source, 5, 0, 6) as batches:
+            told.append([source.keys(batch.samples) for batch in batches])
+    assert told[0] == told[1] == told[2]
+    make_set(str(tmp_path / "other"), sizes=(10, 10), seed=1)
+    source = source_of(tmp_path, str(tmp_path / "other"))
+    with feed(source, 5, 0, 6) as batches:
+        other = [[int(sample) for sample in batch.samples[1]] for batch in batches]
+    assert other != [[int(key.split("-")[1]) for key in keys] for keys in told[0]]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 19, 20])
+def test_a_feed_gives_the_same_batches_from_any_start(make_set: Make, tmp_path: Path, start: int) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    with feed(source, 4, 0, 20) as batches:
+        whole = list(batches)
+    assert [batch.step for batch in whole] == list(range(20))
+    with feed(source_of(tmp_path, str(tmp_path / "a")), 4, start, 20) as batches:
+        for batch, wanted in zip(batches, whole[start:], strict=True):
+            np.testing.assert_array_equal(batch.signal, wanted.signal)
+            np.testing.assert_array_equal(batch.positions, wanted.positions)
+
+
+def test_slices_shorter_than_the_rest_are_padded(make_set: Make, tmp_path: Path) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    weights = []
+    for rank in range(3):
+        with feed(source, 4, 0, 1, rank, 3) as batches:
+            weights.append(next(iter(batches)).weight.tolist())
+    assert sorted(weights) == [[1, 0], [1, 0], [1, 1]]
+
+
+def test_a_mixture_draws_from_its_sets_by_weight(make_set: Make, tmp_path: Path) -> None:
+    make_set(str(tmp_path / "a"), sizes=(20,))
+    make_set(str(tmp_path / "b"), sizes=(20,), seed=1)
+    source = source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"), weights=(3.0, 1.0))
+    with feed(source, 8, 0, 9) as batches:
+        for batch in batches:
+            assert np.bincount(batch.samples[0]).tolist() == [6, 2]
+
+
+def test_an_error_of_the_reading_thread_is_raised_and_names_the_shard(
+    make_set: Make, tmp_path: Path, flip_bit: Callable[[Path, int], None]
+) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10, 10)).url)
+    flip_bit(tmp_path / "a" / "ecg-000001.tar", 900)
+    with pytest.raises(DataError, match=r"ecg-000001\.tar disagrees"), feed(source, 7, 0, 50) as batches:
+        list(batches)
+    assert threads() == set()
+
+
+def test_an_error_in_preparing_a_batch_is_raised(make_set: Make, tmp_path: Path) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+
+    def prepare(batch: Batch) -> Batch:
+        if batch.step == 2:
+            raise ZeroDivisionError("in step 2")
+        return batch
+
+    seen = []
+    with (
+        pytest.raises(ZeroDivisionError, match="in step 2"),
+        Feed(source, source.order("train", 4, 0), "train", 0, 1, 4, prepare, 0, 9) as batches,
+    ):
+        for batch in batches:
+            seen.append(batch.step)
+    assert seen == [0, 1]
+
+
+def test_a_feed_left_early_ends_its_threads(make_set: Make, tmp_path: Path) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    with feed(source, 4, 0, 10_000) as batches:
+        assert next(iter(batches)).step == 0
+        assert "feed" in threads()
+    assert threads() == set()
+
+
+def fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(shard, thread) of every fetch from now on."""
+    told: list[tuple[str, str]] = []
+    fetch = storage.fetch
+
+    def note(url: str, target: Path, nbytes: int) -> str:
+        if url.endswith(".tar"):
+            told.append((url[-6:-4], threading.current_thread().name.split("_")[0]))
+        return fetch(url, target, nbytes)
+
+    monkeypatch.setattr(storage, "fetch", note)
+    return told
+
+
+def contents(source: Source, batch: int, steps: int) -> list[np.ndarray]:
+    with feed(source, batch, 0, steps) as batches:
+        return [batch.signal for batch in batches]
+
+
+def test_a_shard_is_fetched_once_where_the_cache_holds_the_set(
+    make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(tmp_path, make_set(s3_here.bucket, sizes=(8,) * 6, every=100).url)
+    told = fetches(monkeypatch)
+    contents(source, 2, 3 * 24)
+    assert sorted(shard for shard, _ in told) == [f"{n:02d}" for n in range(6)]
+    assert "fetch" in {thread for _, thread in told}
+
+
+def test_a_shard_that_had_to_go_is_fetched_once_an_epoch(
+    make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One lane that shuffles over two shards' worth, in a cache of four: what is done with goes, what is needed stays.
+    monkeypatch.setattr(order, "WINDOW", 16)
+    shards = make_set(s3_here.bucket, sizes=(8,) * 12, every=1000)
+    whole = contents(source_of(tmp_path, shards.url), 1, 3 * 96)
+    cache = ShardCache(str(tmp_path / "small"), 4.5 * shards.shards[0].filesize)
+    told = fetches(monkeypatch)
+    again = contents(Source([(shards.url, 1.0)], "ecg", cache), 1, 3 * 96)
+    for ours, theirs in zip(again, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    counts = [sum(shard == f"{n:02d}" for shard, _ in told) for n in range(12)]
+    assert max(counts) <= 3
+    assert sum(counts) >= 12 + 2 * (12 - 5)
+
+
+def test_samples_are_read_one_by_one_where_the_cache_has_no_room(
+    make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = make_set(s3_here.bucket, sizes=(8,) * 6, every=100)
+    whole = contents(source_of(tmp_path, shards.url), 5, 20)
+    cache = ShardCache(str(tmp_path / "small"), 2.5 * shards.shards[0].filesize)
+    told = fetches(monkeypatch)
+    again = contents(Source([(shards.url, 1.0)], "ecg", cache), 5, 20)
+    for ours, theirs in zip(again, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # All shards are in use all the time, so none takes the place of another.
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("size", [0.5, 1e6])
+def test_a_sample_that_disagrees_with_its_check_is_named(
+    make_set: Make, s3_here: S3, tmp_path: Path, flip_bit: Callable[[Path, int], None], size: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shards = make_set(s3_here.bucket, sizes=(8,))
+    cache = ShardCache(str(tmp_path / "small"), size * shards.shards[0].filesize)
+    source = Source([(shards.url, 1.0)], "ecg", cache)
+    nothing, third = np.zeros(1, np.int64), np.array([3])
+    flip_bit(s3_here.folder / "ecg-000000.tar", int(source.sidecars[0].offset["ecg"][3]) + 9)
+    disagrees = pytest.raises(DataError, match=r"ecg-000000\.tar disagrees .*s0-0003")
+    with caplog.at_level("WARNING", "physio_dist"), disagrees:
+        source.gather(0, nothing, third, third, 1, fetching=size < 1)
+    assert "reading sample s0-0003 again" in caplog.text
+    np.testing.assert_array_equal(
+        source.gather(0, nothing, third - 1, third, 1, fetching=size < 1).signal[0], signal_of(2)
+    )
+    assert not cache.held(shards, 0)
+
+
+def test_a_split_too_small_for_a_batch_is_named_by_its_url(make_set: Make, tmp_path: Path) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(8,)).url)
+    with pytest.raises(UserError, match=r"/a: split val holds 2 samples, fewer than the 5"):
+        source.order("val", 5, 0)
+    with pytest.raises(UserError, match="split test holds 0 samples"):
+        source.order("test", 1, 0)
+
+
+@pytest.mark.parametrize(("other", "told"), [({"length": 32}, "window length 32 against 64")])
+def test_sets_that_do_not_fit_are_not_mixed(make_set: Make, tmp_path: Path, other: dict[str, int], told: str) -> None:
+    make_set(str(tmp_path / "a"))
+    make_set(str(tmp_path / "b"), **other)
+    with pytest.raises(UserError, match=f"/b and .*/a cannot be mixed: {told}"):
+        source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_a_signal_that_a_set_lacks_is_named(make_set: Make, tmp_path: Path) -> None:
+    make_set(str(tmp_path / "a"))
+    with pytest.raises(UserError, match="holds no eeg signal; it has: ecg"):
+        Source([(str(tmp_path / "a"), 1.0)], "eeg", ShardCache(str(tmp_path / "cache"), 1e9))
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it(make_set: Make, tmp_path: Path) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(9,)).url)
+
+    def gathered(sample: int) -> np.ndarray:
+        ids = np.array([sample])
+        return source.gather(0, ids * 0, ids, ids, 1).signal
+
+    first = gathered(0)
+    place = first.ctypes.data
+    rows, tensor, view = gathered(1)[0], torch.from_numpy(gathered(2)), gathered(3).reshape(-1).data
+    held = [gathered(sample) for sample in range(9)]
+    for sample, values in ((0, first), (1, rows), (2, tensor.numpy()), (3, np.asarray(view))):
+        np.testing.assert_array_equal(np.asarray(values).reshape(2, 64), signal_of(sample))
+    assert len({one.ctypes.data for one in held}) == 9
+    kept = [one.ctypes.data for one in held[-loader._BUFFERS :]]
+    del first, rows, tensor, view, held
+    assert place not in kept
+    assert gathered(5).ctypes.data in kept

@@ -1,0 +1,44 @@
+"""Which ranks may train together; the roll call of real ones is in tests/system/test_launch_input.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from physio_dist import __version__
+from physio_dist.ray_backend import preflight
+from physio_dist.ray_backend.preflight import Rank, verdict
+
+GOOD = Rank("10.0.0.1", "1.0", {"torch": "2.13.0+cu130", "deepspeed": "0.19.8"}, True, "0,1")
+
+
+def test_this_process_answers_what_it_is() -> None:
+    mine = preflight.answer()
+    assert mine.version == __version__
+    assert mine.versions["torch"] == torch.__version__
+    assert mine.versions["deepspeed"]
+    assert mine.cuda == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("change", "gpu", "told"),
+    [
+        ({}, True, None),
+        ({"cuda": False}, False, None),
+        ({"version": "0.9"}, True, "physio-dist is 0.9 on node 10.0.0.2 and 1.0 where the command was started"),
+        ({"versions": {**GOOD.versions, "torch": "2.9"}}, True, "torch is 2.13.0+cu130 on node 10.0.0.1 and 2.9 on"),
+        ({"versions": {**GOOD.versions, "deepspeed": ""}}, True, "node 10.0.0.2 has no deepspeed"),
+        ({"cuda": False}, True, "rank 1 on node 10.0.0.2 was given a GPU (CUDA_VISIBLE_DEVICES=0,1), but torch"),
+    ],
+)  # fmt: skip
+def test_one_rank_among_good_ones(change: dict[str, object], gpu: bool, told: str | None) -> None:
+    odd = replace(GOOD, node="10.0.0.2", **change)  # type: ignore[arg-type]
+    said = verdict([GOOD, odd, GOOD], "1.0", gpu)
+    assert said is None if told is None else (said or "").startswith(told)
+
+
+def test_what_no_node_has_is_told_too() -> None:
+    none = replace(GOOD, versions={"torch": "2.13.0", "deepspeed": ""})
+    assert verdict([none, none], "1.0", True) == "node 10.0.0.1 has no deepspeed: install on it what physio-dist needs"

@@ -66,7 +66,7 @@ fi
 
 # The driver waits until the nodes have come. Of an option that is given twice the last one counts.
 RAY_ADDRESS="$head:$port" python -m physio_dist.launch --config "$config" \
-    cluster.workers="$ranks" cluster.wait_s=300 "$@" & driver=$!
+    cluster.workers="$ranks" cluster.placement_timeout_s=300 "$@" & driver=$!
 over=
 trap 'over=yes; kill -TERM $driver' USR1
 trap 'kill -TERM $driver' TERM INT

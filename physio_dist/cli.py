@@ -97,7 +97,7 @@ def _shard(given: argparse.Namespace) -> None:
     from physio_dist.data.convert import converter
 
     options = config.load(config.ShardConfig, None, given.options, config.check_shard)
-    out = job_paths.outlasting(given.out, "--out")
+    out = job_paths.require_durable(given.out, "--out")
     if not options.ray:
         converter.tell(converter.convert(given.reader, given.input, out, options), print)
         return
@@ -105,8 +105,8 @@ def _shard(given: argparse.Namespace) -> None:
     from physio_dist.ray_backend import task_pool
 
     out = storage.absolute(out)
-    source = given.input if readers.reader(given.reader).simulated else job_paths.durable(given.input, "INPUT")
-    with task_pool.on_cluster(options.ray, options.workers, options.wait_s) as pool:
+    source = given.input if readers.reader(given.reader).simulated else job_paths.resolve_durable(given.input, "INPUT")
+    with task_pool.on_cluster(options.ray, options.workers, options.placement_timeout_s) as pool:
         converter.tell(converter.convert(given.reader, source, out, options, pool), print)
 
 
@@ -114,7 +114,7 @@ def _index(given: argparse.Namespace) -> None:
     from physio_dist.data import verify
 
     options = config.load(verify.IndexOptions, None, given.options, lambda _: None)
-    made = verify.adopt(given.url, options)
+    made = verify.index_existing(given.url, options)
     print(f"{made.nsamples} samples of {made.people} people in {len(made.shards)} shards")
     print(storage.join(made.url, "index.json"))
 
@@ -158,7 +158,7 @@ def _inspect(given: argparse.Namespace) -> None:
 def _export(given: argparse.Namespace) -> None:
     from physio_dist.training import export
 
-    out = job_paths.outlasting(given.out, "OUT")
+    out = job_paths.require_durable(given.out, "OUT")
     found = export.export(given.run, out, lambda text: print(f"warning: {text}", file=sys.stderr), given.raw)
     print(f"step {found.progress.step} of {given.run} -> {given.out}")
 
@@ -166,7 +166,7 @@ def _export(given: argparse.Namespace) -> None:
 def _embed(given: argparse.Namespace) -> None:
     from physio_dist.evaluation import backbones, features
 
-    out = job_paths.outlasting(given.out, "--out")
+    out = job_paths.require_durable(given.out, "--out")
     backbone = backbones.open_backbone(given.encoder, given.signal)
     if backbone.loaded:
         print(backbone.loaded, file=sys.stderr)
@@ -177,9 +177,9 @@ def _folds(given: argparse.Namespace) -> None:
     from physio_dist.evaluation import fold_sets
 
     options = config.load(fold_sets.FoldsConfig, given.config, given.options, fold_sets.check_folds)
-    views, written = fold_sets.make_views(options, job_paths.outlasting(given.out, "--out"))
+    views, written = fold_sets.make_views(options, job_paths.require_durable(given.out, "--out"))
     there = len(views) - written
-    print(f"views of {views[0].home}" + (f", {there} of {len(views)} were there already" if there else ""))
+    print(f"views of {views[0].data_url}" + (f", {there} of {len(views)} were there already" if there else ""))
     for view in views:
         print(f"{view.url}: windows: " + ", ".join(f"{count} {name}" for name, count in view.splits.items()))
     if options.split.val and not all(view.splits["val"] for view in views):
@@ -230,7 +230,7 @@ def _probe(given: argparse.Namespace) -> None:
         print(text, file=sys.stderr, flush=True)
 
     options = config.load(ProbeConfig, given.config, given.options, check_probe)
-    job_paths.outlasting(options.run.dir, "run.dir")
+    job_paths.require_durable(options.run.dir, "run.dir")
     if options.probe.task == "labels":
         lines = probe.table_of(probe.probe(options, say))
     else:

@@ -30,14 +30,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = config.load(config.PretrainConfig, given.config, given.overrides, config.check_pretrain)
 
     from physio_dist.runtime.distributed import choose_accelerator
-    from physio_dist.runtime.preemption import StopFlag
+    from physio_dist.runtime.preemption import PreemptionHandler
 
     choose_accelerator()
-    stop = StopFlag()
+    stop = PreemptionHandler()
     stop.install()
     from physio_dist.training import trainer
 
-    trainer.run(options, stop)
+    trainer.pretrain(options, stop)
 
 
 if __name__ == "__main__":

@@ -159,10 +159,10 @@ def _client_of(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     storage.forget_clients()
-    storage.contacted.discard("s3")
+    storage.reachable_hosts.discard("s3")
     yield
     storage.forget_clients()
-    storage.contacted.discard("s3")
+    storage.reachable_hosts.discard("s3")
 
 
 class Proxied:

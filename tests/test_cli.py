@@ -117,7 +117,7 @@ def test_options_may_stand_before_and_after_the_target(cli: Cli, tmp_path: Path,
 
 
 def test_the_summary_names_what_was_made_and_says_simulated(cli: Cli, tmp_path: Path) -> None:
-    done = cli("shard", "simulate", "people=3,windows=2", "--out", tmp_path, "workers=1", "quality=label")
+    done = cli("shard", "simulate", "people=3,windows=2", "--out", tmp_path, "workers=1", "unusable=keep")
     first, *_, last = done.stdout.splitlines()
     assert first.startswith("6 windows of 3 people from 3 records in 1 shards (")
     assert first.endswith("- SIMULATED signals")

@@ -29,7 +29,7 @@ class ClusterOptions:
     cpus_per_worker: float = 1.0
     gpu: str = "auto"
     # Seconds to wait for nodes that an autoscaler may bring, where the cluster is too small at first.
-    wait_s: float = 0.0
+    placement_timeout_s: float = 0.0
 
 
 def check_cluster(cluster: ClusterOptions) -> None:
@@ -46,7 +46,7 @@ def check_cluster(cluster: ClusterOptions) -> None:
     for name in ("cpus_per_worker", "resize_s"):
         if not 0 < getattr(cluster, name) < math.inf:
             raise UserError(f"cluster.{name}={getattr(cluster, name):g}: it must be a positive number")
-    between("cluster.wait_s", cluster.wait_s, 0.0, LONGEST_S)
+    between("cluster.placement_timeout_s", cluster.placement_timeout_s, 0.0, LONGEST_S)
     gpu(cluster)
 
 

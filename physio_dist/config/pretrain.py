@@ -47,7 +47,7 @@ class MaskOptions:
     # both in every sample, or alternating: each sample has one of the two.
     mode: str = "both"
     # Probability that a sample is shown with 8, 2 or 1 of its ECG leads only.
-    lead_drop: float = 0.0
+    lead_dropout: float = 0.0
 
 
 @dataclass
@@ -65,15 +65,16 @@ class TrainOptions:
     loss: str = "relative"
     beta1: float = 0.9
     beta2: float = 0.999
-    clip: float = 1.0
-    # A loss, or a gradient norm above clip, so many times the median of the last 128 steps is a spike; 0 for none.
+    max_grad_norm: float = 1.0
+    # A loss, or a gradient norm above max_grad_norm, that is so many times the median of the last 128 steps is a spike;
+    # 0: no step is.
     spike_factor: float = 10.0
     # Leave steps with a spike out.
     skip_spikes: bool = False
     # Decay of a moving average of the weights, which an export then takes; 0 keeps none.
     ema: float = 0.0
     # Seconds without progress after which a rank says where it hangs.
-    stall_s: float = 600.0
+    hang_timeout_s: float = 600.0
     # [first, last]: steps of the first rank that torch's profiler looks at, into profile.json of the run.
     profile: list[int] = field(default_factory=list)
     # none, mlflow or wandb, through their own libraries.
@@ -84,8 +85,8 @@ class TrainOptions:
     # Held-out windows in each validation, at most.
     val_samples: int = 1024
     # Committed checkpoints that are kept; older ones are deleted.
-    keep: int = 3
-    trace: bool = False
+    keep_checkpoints: int = 3
+    log_sample_keys: bool = False
     # CPU threads of a rank; 0 shares the machine's cores among its ranks.
     threads: int = 0
 
@@ -123,10 +124,12 @@ def check_pretrain(options: PretrainConfig) -> None:
     between("mask.inter_ratio", mask.inter_ratio, 0.0, 1.0)
     between("mask.span", 0.0 if mask.span is None else mask.span, 0.0, 1e6)
     one_of("mask.mode", mask.mode, ("both", "alternating"))
-    between("mask.lead_drop", mask.lead_drop, 0.0, 1.0)
-    if mask.lead_drop > 0 and options.data.signal != "ecg":
-        raise UserError(f"mask.lead_drop={mask.lead_drop} is for data.signal=ecg: there are no such sets of electrodes")
-    for name in ("steps", "global_batch", "micro_batch", "log_every", "save_every", "val_every", "keep"):
+    between("mask.lead_dropout", mask.lead_dropout, 0.0, 1.0)
+    if mask.lead_dropout > 0 and options.data.signal != "ecg":
+        raise UserError(
+            f"mask.lead_dropout={mask.lead_dropout} is for data.signal=ecg: there are no such sets of electrodes"
+        )
+    for name in ("steps", "global_batch", "micro_batch", "log_every", "save_every", "val_every", "keep_checkpoints"):
         if getattr(train, name) < 1:
             raise UserError(f"train.{name}={getattr(train, name)}: it must be at least 1")
     for name in ("warmup_steps", "weight_decay", "min_lr", "val_samples", "threads"):
@@ -137,14 +140,14 @@ def check_pretrain(options: PretrainConfig) -> None:
             raise UserError(f"train.{name}={getattr(train, name)}: it must be at least 0 and below 1")
     if not (train.lr > 0 and math.isfinite(train.lr)):
         raise UserError(f"train.lr={train.lr}: it must be a positive number")
-    if not train.clip > 0:
-        raise UserError(f"train.clip={train.clip}: it must be positive")
+    if not train.max_grad_norm > 0:
+        raise UserError(f"train.max_grad_norm={train.max_grad_norm}: it must be positive")
     if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:
         raise UserError(f"train.spike_factor={train.spike_factor}: it must be above 1, or 0 to look for no spikes")
     if not 0 <= train.ema < 1:
         raise UserError(f"train.ema={train.ema}: it must be at least 0 and below 1")
-    if not train.stall_s > 0:
-        raise UserError(f"train.stall_s={train.stall_s}: it must be positive")
+    if not train.hang_timeout_s > 0:
+        raise UserError(f"train.hang_timeout_s={train.hang_timeout_s}: it must be positive")
     if train.profile and not (len(train.profile) == 2 and 1 <= train.profile[0] <= train.profile[1]):
         raise UserError(f"train.profile={train.profile}: it must be [first, last], steps that count from 1")
     one_of("train.loss", train.loss, ("relative", "squared"))

@@ -37,7 +37,7 @@ class ProbeOptions:
     # Over patches, with channels averaged or kept apart.
     pooling: str = "channels_mean_std"
     # Folder in which frozen features are kept for this probe and later ones; empty for run.dir/features.
-    features: str = ""
+    feature_cache: str = ""
     # Also train encoder and head end to end, from the pretrained and from the untrained weights.
     finetune: bool = False
     epochs: int = 10

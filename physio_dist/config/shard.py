@@ -41,19 +41,19 @@ class ShardConfig:
 
     # Comma-separated: ecg, eeg or both. A record has to have all of them.
     signals: str = "ecg"
-    # label keeps unfit windows and says so in their json; reject drops them.
-    quality: str = "reject"
+    # keep: unusable windows are kept, and their json says so; drop: they are left out.
+    unusable: str = "drop"
     split: SplitOptions = field(default_factory=SplitOptions)
     window: WindowOptions = field(default_factory=WindowOptions)
     # Comma-separated lead names, in the order they are stored; empty for the standard twelve.
     leads: str = ""
     eeg: EegOptions = field(default_factory=EegOptions)
     # reject: a record without one of the leads is left out; mask: it is kept, the lead marked invalid.
-    missing: str = "reject"
+    missing_channels: str = "reject"
     # Leads that must be valid in a fit window (or all that a record has, if fewer).
     min_leads: int = 10
     # repair: two limb leads that bear each other's name are put right, and it is said; reject: left out.
-    exchanged: str = "repair"
+    swapped_leads: str = "repair"
     # A CSV whose column `record` or `file` names records; the other columns become labels.
     labels: str | None = None
     # The CSV's column that tells people apart.
@@ -61,21 +61,21 @@ class ShardConfig:
     # Name of the corpus: people and records of two sources are never taken for the same.
     source: str | None = None
     # URL of a shard set (or several, comma-separated) whose recordings are left out here.
-    known: str | None = None
+    exclude: str | None = None
     samples_per_shard: int = 1000
     # Worker processes; 0 takes every core.
     workers: int = 0
     # Address of a Ray cluster that does the work, or auto; empty for processes of this machine.
     ray: str = ""
     # Seconds to wait for nodes that an autoscaler may bring, where the Ray cluster has no CPU at first.
-    wait_s: float = 0.0
+    placement_timeout_s: float = 0.0
 
 
 def check_shard(options: ShardConfig) -> None:
     """Refuse options that no conversion could use."""
-    one_of("quality", options.quality, ("label", "reject"))
-    one_of("missing", options.missing, ("reject", "mask"))
-    one_of("exchanged", options.exchanged, ("repair", "reject"))
+    one_of("unusable", options.unusable, ("keep", "drop"))
+    one_of("missing_channels", options.missing_channels, ("reject", "mask"))
+    one_of("swapped_leads", options.swapped_leads, ("repair", "reject"))
     for name, share in (("split.val", options.split.val), ("split.test", options.split.test)):
         between(name, share, 0.0, 1.0)
     if options.split.val + options.split.test > 1:
@@ -84,4 +84,4 @@ def check_shard(options: ShardConfig) -> None:
         raise UserError(f"person={options.person} names a column of a CSV: give labels=FILE.csv too")
     if options.samples_per_shard < 1 or options.workers < 0:
         raise UserError("samples_per_shard must be at least 1 and workers must not be negative")
-    between("wait_s", options.wait_s, 0.0, LONGEST_S)
+    between("placement_timeout_s", options.placement_timeout_s, 0.0, LONGEST_S)

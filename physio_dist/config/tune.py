@@ -29,15 +29,15 @@ class TuneOptions(TaskOptions):
     scheduler: str = "asha"
     max_epochs: int = 40
     # Configurations that each fold selects, best first, and whose heads' probabilities are averaged at the test.
-    ensemble: int = 1
+    ensemble_size: int = 1
     # CPUs of a trial.
     cpus: float = 1.0
     # Seconds to wait for nodes that an autoscaler may bring, where there is no room for a trial at first.
-    wait_s: float = 0.0
+    placement_timeout_s: float = 0.0
     # Folder of Ray Tune's own state; empty for run.dir/run.name/ray.
-    storage: str = ""
+    ray_storage: str = ""
     # Folder in which frozen features are kept for this sweep and later ones; empty for run.dir/features.
-    features: str = ""
+    feature_cache: str = ""
     # Evaluations with labels permuted by recording within people, as a control for leakage.
     permutations: int = 0
     # Fit the temperature of each head's probabilities on its validation people.
@@ -70,18 +70,21 @@ def check_tune(options: TuneConfig) -> None:
     if not tune.data:
         raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
     least_of = {
-        "folds": 2, "val_folds": 2, "trials": 1, "max_epochs": 1, "ensemble": 1, "permutations": 0, "finetune_epochs": 1
+        "folds": 2, "val_folds": 2, "trials": 1, "max_epochs": 1, "ensemble_size": 1, "permutations": 0,
+        "finetune_epochs": 1,
     }  # fmt: skip
     for name, least in least_of.items():
         if getattr(tune, name) < least:
             raise UserError(f"tune.{name}={getattr(tune, name)}: it must be at least {least}")
-    if tune.ensemble > tune.trials:
-        raise UserError(f"tune.ensemble={tune.ensemble}: only tune.trials={tune.trials} configurations are tried")
+    if tune.ensemble_size > tune.trials:
+        raise UserError(
+            f"tune.ensemble_size={tune.ensemble_size}: only tune.trials={tune.trials} configurations are tried"
+        )
     if not 0 < tune.finetune_lr < math.inf:
         raise UserError(f"tune.finetune_lr={tune.finetune_lr}: it must be a positive number")
     if not 0 < tune.cpus < math.inf:
         raise UserError(f"tune.cpus={tune.cpus}: it must be positive")
-    between("tune.wait_s", tune.wait_s, 0.0, LONGEST_S)
+    between("tune.placement_timeout_s", tune.placement_timeout_s, 0.0, LONGEST_S)
     for name, value in (("ecg_encoder", tune.ecg_encoder), ("eeg_encoder", tune.eeg_encoder)):
         folders = list(value.values()) if isinstance(value, dict) else [value]
         if not folders or not all(isinstance(folder, str) and folder for folder in folders):

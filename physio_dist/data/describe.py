@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from physio_dist import storage
 from physio_dist.data.format import tar
-from physio_dist.data.format.index import SPLITS, ShardSet, open_set, read_sidecar
+from physio_dist.data.format.index import SPLITS, ShardSet, open_set, read_sample_table
 from physio_dist.errors import DataError, UserError
 
 # Labels are looked at in this many shards; reading all of a large set would take hours.
@@ -37,7 +37,7 @@ def describe(url: str) -> list[str]:
         DataError: it is damaged.
     """
     shards = open_set(url)
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
     lines = [
         f"{shards.url}" + ("   SIMULATED signals" if shards.simulated else ""),
         f"  {shards.nsamples} windows of {shards.people} people in {len(shards.shards)} shards, "
@@ -64,7 +64,7 @@ def describe(url: str) -> list[str]:
 def _view(shards: ShardSet) -> list[str]:
     about = shards.made_by.get("view")
     told = ", ".join(f"{name} {value}" for name, value in about.items()) if isinstance(about, dict) else ""
-    return [f"  a view of {shards.of}" + (f": {told}" if told else "")] if shards.of else []
+    return [f"  a view of {shards.base_url}" + (f": {told}" if told else "")] if shards.base_url else []
 
 
 def _labels(shards: ShardSet) -> list[str]:
@@ -97,7 +97,7 @@ def some_windows(url: str, count: int) -> tuple[ShardSet, dict[str, Windows]]:
     shards = open_set(url)
     if not shards.nsamples:
         raise UserError(f"{url} holds no windows: there is nothing to draw")
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
     chosen = np.unique(np.linspace(0, shards.nsamples - 1, min(count, shards.nsamples)).astype(np.int64))
     starts = shards.shard_starts()
     windows: dict[str, Any] = {}

@@ -20,16 +20,16 @@ from physio_dist.data.format.index import (
     INDEX,
     KEY_PATTERN,
     SPLITS,
+    SampleTable,
     ShardInfo,
     ShardSet,
-    Sidecar,
     SignalInfo,
     fingerprint_of,
     key_table,
     open_set,
     pseudonym,
     publish,
-    read_sidecar,
+    read_sample_table,
     split_of,
 )
 from physio_dist.errors import DataError, UserError
@@ -49,9 +49,9 @@ def verify(url: str) -> Iterator[str]:
         DataError: the index or the sidecar themselves are damaged.
     """
     shards = open_set(url)
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
     starts = shards.shard_starts()
-    present = storage.names(shards.home)
+    present = storage.names(shards.data_url)
     for name in sorted({name for name in present if name.endswith(".tar")} - {s.url for s in shards.shards}):
         yield f"{name}: lies beside the shards but is not in the index"
     keys = sidecar.keys(np.arange(shards.nsamples))
@@ -67,7 +67,7 @@ def verify(url: str) -> Iterator[str]:
 
 
 def _shard_faults(
-    info: ShardInfo, data: bytes, shards: ShardSet, sidecar: Sidecar, keys: list[str], rows: slice
+    info: ShardInfo, data: bytes, shards: ShardSet, sidecar: SampleTable, keys: list[str], rows: slice
 ) -> Iterator[str]:
     as_told = False
     if len(data) != info.filesize:
@@ -143,7 +143,7 @@ class IndexOptions:
     test: float = 0.1
 
 
-def adopt(url: str, options: IndexOptions) -> ShardSet:
+def index_existing(url: str, options: IndexOptions) -> ShardSet:
     """Write an index and a sidecar for a WebDataset that somebody else wrote.
 
     Its samples have int16 ``[channel, time]`` arrays ``{key}.ecg.npy`` or ``{key}.eeg.npy`` of one shape, row by row.
@@ -248,7 +248,7 @@ def _publish_adopted(url: str, options: IndexOptions, signal: SignalInfo, found:
         for person, key in zip(found.people, found.keys, strict=True)
     ]
     split = [split_of(person, options.val, options.test) for person in people]
-    sidecar = Sidecar(
+    sidecar = SampleTable(
         offset={kind: np.array(found.offsets, dtype=np.int64)},
         check={kind: np.array(found.checks, dtype=np.uint32)},
         valid={kind: np.stack(found.valid)},

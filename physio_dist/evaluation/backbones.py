@@ -155,7 +155,7 @@ def _checkpoint(url: str) -> Backbone:
 def _checkpoint_bytes(url: str) -> bytes:
     published = _PUBLISHED.search(url) is not None
     web = url.startswith(("https://", "http://"))
-    data = user_cache.kept_bytes(url, "weights") if web else None
+    data = user_cache.read_cached(url, "weights") if web else None
     if data is not None and not (published and _unlike_published(data)):
         return data
     try:
@@ -166,7 +166,7 @@ def _checkpoint_bytes(url: str) -> bytes:
     if published and (difference := _unlike_published(data)):
         raise DataError(f"{url} is not the published CBraMod checkpoint: {difference}; fetch it again")
     if web:
-        user_cache.keep(url, "weights", data)
+        user_cache.write_cached(url, "weights", data)
     return data
 
 

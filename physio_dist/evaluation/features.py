@@ -28,7 +28,7 @@ from physio_dist import storage
 from physio_dist.config import DataOptions
 from physio_dist.data.format.index import ShardSet, open_set
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Batch, Source
+from physio_dist.data.loading.loader import Batch, ShardDataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.backbones import Backbone
 from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV, CrissCrossEncoder
@@ -126,7 +126,7 @@ def embed(backbone: Backbone, data: str, out: str, say: Callable[[str], None]) -
         if any(there[name] != made[name] for name in _IDENTITY):
             raise UserError(
                 f"{out} holds features of {_origin(there)}, not of {_origin(made)}; choose another folder (--out, or "
-                "tune.features, or probe.features)"
+                "tune.feature_cache, or probe.feature_cache)"
             )
         if {file["file"] for file in there["files"]} <= set(storage.names(out)):
             say(f"features of {there['windows']} windows are there already: {out}")
@@ -134,7 +134,7 @@ def embed(backbone: Backbone, data: str, out: str, say: Callable[[str], None]) -
         # Not whole any more; without its index it is not even begun.
         storage.remove(storage.join(out, INDEX))
     options = DataOptions()
-    source = Source([(shards.url, 1.0)], backbone.signal, ShardCache(options.cache_dir, options.cache_gb * 1e9))
+    source = ShardDataset([(shards.url, 1.0)], backbone.signal, ShardCache(options.cache_dir, options.cache_gb * 1e9))
     files = []
     with Progress(shards.nsamples, "windows", f"embedding {backbone.signal}") as progress:
         for number, (values, valid) in enumerate(_parts(backbone, source, progress)):
@@ -176,7 +176,9 @@ def _origin(about: dict[str, Any]) -> str:
     )
 
 
-def _parts(backbone: Backbone, source: Source, progress: Progress) -> Iterator[tuple[Floats, npt.NDArray[np.bool_]]]:
+def _parts(
+    backbone: Backbone, source: ShardDataset, progress: Progress
+) -> Iterator[tuple[Floats, npt.NDArray[np.bool_]]]:
     """Features and validity of all windows, a file's worth at a time."""
     info, config = source.info, backbone.module.config
     channels, patches, n = len(info.channels), info.samples // PATCH, source.sets[0].nsamples
@@ -185,7 +187,7 @@ def _parts(backbone: Backbone, source: Source, progress: Progress) -> Iterator[t
 
     def read(low: int, high: int) -> Batch:
         ids = np.arange(low, high, dtype=np.int64)
-        return source.gather(0, np.zeros_like(ids), ids, ids, len(ids))
+        return source.read_batch(0, np.zeros_like(ids), ids, ids, len(ids))
 
     with _exact(), ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         spans = [
@@ -305,14 +307,18 @@ def _map(url: str, told: dict[str, Any], shape: tuple[int, ...]) -> tuple[Floats
     """A file's tensors as read-only maps."""
     advice = "delete index.json beside it and run `physio-dist embed` again"
     try:
-        path = storage.local_path(url) if storage.is_local(url) else user_cache.fetched(url, "features", told["sha256"])
+        path = (
+            storage.local_path(url)
+            if storage.is_local(url)
+            else user_cache.fetch_cached(url, "features", told["sha256"])
+        )
         if path is None or sha256_of(path) != told["sha256"]:
             raise DataError(f"{url} disagrees with {INDEX} (sha256): it was truncated or altered; {advice}")
         tensors = _tensors(path)
     except (storage.NotFoundError, FileNotFoundError):
         raise DataError(f"{url} is in {INDEX} but not there; {advice}") from None
     except OSError as error:
-        raise storage.explain(url, "read", error) from error
+        raise storage.to_storage_error(url, "read", error) from error
     values, valid = tensors.get("values"), tensors.get("valid")
     n = told["windows"]
     if values is None or valid is None or values.shape != (n, *shape) or valid.shape != (n, shape[0]):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.data.loading.order import permutation
 from physio_dist.evaluation.backbones import Backbone
 from physio_dist.evaluation.splits import Fold
@@ -69,8 +69,8 @@ class _Classifier(nn.Module):
 
 
 def finetune(
-    backbones: Mapping[str, Backbone], sources: Mapping[str, Source], table: Table, fold: Fold, options: Finetuning,
-    purpose: str,
+    backbones: Mapping[str, Backbone], sources: Mapping[str, ShardDataset], table: Table, fold: Fold,
+    options: Finetuning, purpose: str,
 ) -> tuple[Floats, int]:  # fmt: skip
     """Train encoders and a head on a fold's first inner split, and test after the epoch that its validation people
     chose.
@@ -124,8 +124,8 @@ def finetune(
     return best[2], best[1]
 
 
-def _windows(source: Source, ids: Ints, unit_uv: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    batch = source.gather(0, np.zeros_like(ids), ids, ids, len(ids))
+def _windows(source: ShardDataset, ids: Ints, unit_uv: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    batch = source.read_batch(0, np.zeros_like(ids), ids, ids, len(ids))
     signal = torch.from_numpy(batch.signal).to(device)
     scale = torch.from_numpy(batch.scale).to(device) / unit_uv
     x = (signal * scale[:, None, None]).view(*signal.shape[:2], -1, PATCH)

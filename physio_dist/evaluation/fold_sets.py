@@ -11,8 +11,8 @@ import numpy.typing as npt
 from physio_dist import storage
 from physio_dist.config import TuneConfig, TuneOptions, check_tune
 from physio_dist.config.loader import between
-from physio_dist.data.format.index import SPLITS, ShardSet, Sidecar, open_set, read_sidecar, split_of
-from physio_dist.data.format.resplit import publish_views, view_of
+from physio_dist.data.format.index import SPLITS, SampleTable, ShardSet, open_set, read_sample_table, split_of
+from physio_dist.data.format.resplit import publish_resplits, with_splits
 from physio_dist.errors import UserError
 from physio_dist.evaluation.splits import Fold, folds_of
 from physio_dist.evaluation.tasks import Table, label_name, load_table, need_both
@@ -70,7 +70,7 @@ def folds_for(options: TuneConfig) -> tuple[ShardSet, Table, tuple[Fold, ...]]:
     return shards, table, tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, options.run.seed))
 
 
-def split_for(sidecar: Sidecar, tested: npt.NDArray[np.uint64], val: float) -> npt.NDArray[np.uint8]:
+def split_for(sidecar: SampleTable, tested: npt.NDArray[np.uint64], val: float) -> npt.NDArray[np.uint8]:
     """The split of a fold's view: uint8 ``[sample]``, position in ``SPLITS``.
 
     All windows of the people ``tested`` are test windows, whether they carry the label or not. A share ``val`` of the
@@ -94,7 +94,7 @@ def make_views(options: FoldsConfig, out: str) -> tuple[list[ShardSet], int]:
     """
     out, tune = storage.absolute(out), options.tune
     shards, table, folds = folds_for(options)
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
     about = {
         "protocol": tune.protocol, "folds": len(folds), "task": tune.task, "label": label_name(tune.task, tune.label),
         "seed": options.run.seed, "split.val": options.split.val, "set": shards.fingerprint,
@@ -104,5 +104,5 @@ def make_views(options: FoldsConfig, out: str) -> tuple[list[ShardSet], int]:
         split = split_for(sidecar, np.unique(table.person[fold.test]), options.split.val)
         if not (split == SPLITS.index("train")).any():
             raise UserError(f"split.val={options.split.val} leaves nobody to train on in fold {fold.name}; give less")
-        views.append(view_of(shards, sidecar, split, storage.join(out, fold.name), {"fold": fold.name, **about}))
-    return [made for made, _ in views], publish_views(views, out)
+        views.append(with_splits(shards, sidecar, split, storage.join(out, fold.name), {"fold": fold.name, **about}))
+    return [made for made, _ in views], publish_resplits(views, out)

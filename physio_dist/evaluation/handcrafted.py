@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from physio_dist.data.format.index import ShardSet, open_set, read_sidecar
+from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.splits import Fold
 from physio_dist.evaluation.tasks import SIGNALS, need_both, shard_cache
@@ -40,7 +40,7 @@ _SHORTEST_MS, _LONGEST_MS, _OFF = 300.0, 2000.0, 0.25
 _FEWEST = 3
 
 
-def handmade(data: str, say: Callable[[str], None]) -> dict[str, Floats]:
+def handcrafted_features(data: str, say: Callable[[str], None]) -> dict[str, Floats]:
     """Hand-made features of every window of a set, in storage order.
 
     Args:
@@ -79,7 +79,7 @@ def read_windows(
     Raises:
         DataError: the set is damaged.
     """
-    sidecar, cache, starts = read_sidecar(shards), shard_cache(), shards.shard_starts()
+    sidecar, cache, starts = read_sample_table(shards), shard_cache(), shards.shard_starts()
     for number in range(len(shards.shards)):
         content = np.frombuffer(cache.content(shards, number), np.uint8)
         for sample in range(int(starts[number]), int(starts[number + 1])):

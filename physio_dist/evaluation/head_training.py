@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from physio_dist.data.loading.order import number_of, permutation
+from physio_dist.data.loading.order import permutation, seed_of
 from physio_dist.models.fusion.base import Head, Reduction
 from physio_dist.models.fusion.heads import HEADS
 from physio_dist.stats.scores import temperature_of
@@ -66,7 +66,7 @@ class _Trained(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor, keep: Sequence[Tensor] | None, mask: Tensor, training: bool) -> Any:
-        return self.head.opinions(x, keep, mask) if training else self.head.classify(x, keep, mask)
+        return self.head.branch_logits(x, keep, mask) if training else self.head.classify(x, keep, mask)
 
 
 class Heads:
@@ -157,15 +157,15 @@ class Heads:
             mask = self._withhold(rows, mask)
             x = self._shape.hide(x, mask)
         logits, there = self._of(x, self._keep(rows, x.shape[1]), mask, True)
-        opinions = logits.shape[2]
+        branch_logits = logits.shape[2]
         loss = F.cross_entropy(
-            logits.flatten(0, 2), label.repeat_interleave(opinions, 1).flatten(), reduction="none",
+            logits.flatten(0, 2), label.repeat_interleave(branch_logits, 1).flatten(), reduction="none",
             label_smoothing=self.config["label_smoothing"],
         ).view(logits.shape[:3])  # fmt: skip
         # Nothing is learnt from a window of which nothing is seen.
         share = weight.unsqueeze(-1) * there
         # The heads' losses share no parameter: the gradient of the sum is each one's own. Nor do
-        # the opinions of a late head.
+        # the branch_logits of a late head.
         total = (loss * share / share.sum(1, keepdim=True).clamp_min(1e-6)).sum()
         self._optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
@@ -281,7 +281,7 @@ def _side_by_side(numbers: Sequence[Ints], padding: int) -> tuple[Ints, npt.NDAr
 
 
 def _seed(*purpose: str) -> int:
-    return number_of(*purpose) >> 1
+    return seed_of(*purpose) >> 1
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 
 from physio_dist.evaluation.clips import Rest, since_rest
 from physio_dist.evaluation.features import Features
-from physio_dist.models.fusion.base import tokens
+from physio_dist.models.fusion.base import make_tokens
 
 # Windows pooled at a time: features of patches are much larger than what becomes of them.
 _WINDOWS = 256
@@ -36,7 +36,7 @@ def pooled(
         for start in range(0, len(sample), _WINDOWS):
             rows = sample[start : start + _WINDOWS]
             values, valid = torch.from_numpy(features.values[rows]), torch.from_numpy(features.valid[rows])
-            parts.append(tokens(values if without is None else values[:, :, others], valid, kind)[0].numpy())
+            parts.append(make_tokens(values if without is None else values[:, :, others], valid, kind)[0].numpy())
         return np.concatenate(parts)
 
     return since_rest(of, sample, rest)

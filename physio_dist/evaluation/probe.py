@@ -17,13 +17,13 @@ import torch
 from physio_dist import config, storage
 from physio_dist.config.probe import ProbeConfig, check_probe
 from physio_dist.data.format.index import ShardSet, open_set
-from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.backbones import Backbone, open_backbone, refuse_overlap, untrained
 from physio_dist.evaluation.features import Features, check_fits, embed, open_features
 from physio_dist.evaluation.finetune import finetune
 from physio_dist.evaluation.handcrafted import logistic
-from physio_dist.evaluation.quality_indices import measures
+from physio_dist.evaluation.quality_indices import quality_measures
 from physio_dist.evaluation.results import majority
 from physio_dist.evaluation.splits import Fold, folds_of, inner_splits, labelled
 from physio_dist.evaluation.tasks import Table, load_table, shard_cache
@@ -41,7 +41,7 @@ CONFIG, RESULTS = "config.yaml", "results.json"
 _C = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 _DIGITS = 6
 _WINDOWS = 256
-_MAY_DIFFER = frozenset(["run.dir", "probe.features"])
+_MAY_DIFFER = frozenset(["run.dir", "probe.feature_cache"])
 
 
 def probe(options: ProbeConfig, say: Say) -> dict[str, Any]:
@@ -157,8 +157,8 @@ def _inputs(
 
     An encoder's come with the validity of each channel, which it was given too: it sees nothing of invalid ones.
     """
-    found: dict[str, Floats] = {"handmade": measures(shards, backbone.signal, say)[table.sample]}
-    folder = options.probe.features or storage.join(options.run.dir, "features")
+    found: dict[str, Floats] = {"handmade": quality_measures(shards, backbone.signal, say)[table.sample]}
+    folder = options.probe.feature_cache or storage.join(options.run.dir, "features")
     of = {"encoder": backbone, **{f"untrained/{seed}": untrained(backbone, seed) for seed in seeds}}
     for name, encoder in of.items():
         where = storage.join(folder, f"{encoder.signal}-{encoder.sha256[:16]}-{shards.fingerprint[:16]}")
@@ -195,7 +195,7 @@ def _tested(
         probability = list(majority(table, folds).probability)
     elif name in TUNED:
         begins = backbone if name == "finetuned" else untrained(backbone, seed)
-        source = Source([(shards.url, 1.0)], backbone.signal, shard_cache())
+        source = ShardDataset([(shards.url, 1.0)], backbone.signal, shard_cache())
         for fold in folds:
             one = {backbone.signal: begins}, {backbone.signal: source}
             tested, epoch = finetune(*one, table, fold, options.probe, f"{seed}/{fold.name}")

@@ -31,7 +31,7 @@ _FLAT_S = 0.1
 _MOST_KURTOSIS = 100.0
 
 
-def measures(shards: ShardSet, signal: str, say: Callable[[str], None]) -> Floats:
+def quality_measures(shards: ShardSet, signal: str, say: Callable[[str], None]) -> Floats:
     """Measured features of every window of a set, in storage order.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from physio_dist import storage
 from physio_dist.config.probe import ProbeConfig, check_probe, runs_of
 from physio_dist.data.format.index import open_set
-from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import Backbone, refuse_overlap
 from physio_dist.evaluation.features import check_fits
@@ -23,7 +23,7 @@ from physio_dist.evaluation.probe import begin, finish
 from physio_dist.evaluation.tasks import shard_cache
 from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV, EncoderConfig, MaskedModel
 from physio_dist.objectives.baselines import LeadRidge, fit_lead_ridge, predict_interpolation, predict_zero
-from physio_dist.objectives.dual_mask import MaskConfig, draw_masks
+from physio_dist.objectives.dual_mask import MaskConfig, sample_masks
 from physio_dist.signals.montage import LIMB, canonical, mask_groups
 
 Bools = npt.NDArray[np.bool_]
@@ -77,7 +77,7 @@ def reconstruction(
     given, where = options.probe, begin(options)
     shards = open_set(given.data)
     trained = [read_run(url) for url in runs_of(given)]
-    source = Source([(shards.url, 1.0)], trained[0].signal["signal"], shard_cache())
+    source = ShardDataset([(shards.url, 1.0)], trained[0].signal["signal"], shard_cache())
     train, test = source.members("train")[0], source.members(given.split)[0]
     if not len(test) or not len(train):
         raise UserError(
@@ -106,7 +106,7 @@ def reconstruction(
     return results
 
 
-def _model(run: Trained, source: Source, test: npt.NDArray[np.int64], split: str) -> Predict:
+def _model(run: Trained, source: ShardDataset, test: npt.NDArray[np.int64], split: str) -> Predict:
     """The run's reconstruction.
 
     Raises:
@@ -166,18 +166,18 @@ def hidden_leads(kind: str, channels: Sequence[str]) -> Iterator[Bools | None]:
         yield limb & (np.arange(len(names)) != np.flatnonzero(limb)[0])
 
 
-def _batches(source: Source, ids: npt.NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(source: ShardDataset, ids: npt.NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows ``[batch, channel, patch, 200]`` in units of 100 uV and their validity ``[batch, channel]``."""
     for low in range(0, len(ids), _BATCH):
         mine = ids[low : low + _BATCH]
-        batch = source.gather(0, np.zeros_like(mine), mine, mine, len(mine))
+        batch = source.read_batch(0, np.zeros_like(mine), mine, mine, len(mine))
         signal = torch.from_numpy(batch.signal)
         scale = torch.from_numpy(batch.scale) / UNIT_UV
         x = (signal * scale[:, None, None]).view(*signal.shape[:2], -1, PATCH)
         yield x, torch.from_numpy(batch.valid)
 
 
-def _whole_windows(source: Source, ids: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+def _whole_windows(source: ShardDataset, ids: npt.NDArray[np.int64]) -> Iterator[Tensor]:
     found = 0
     for x, valid in _batches(source, ids):
         whole = x[valid.all(dim=1)].flatten(2)
@@ -188,7 +188,7 @@ def _whole_windows(source: Source, ids: npt.NDArray[np.int64]) -> Iterator[Tenso
 
 
 def reconstruction_r2(
-    source: Source, ids: npt.NDArray[np.int64], masks: Sequence[Bools | None], predictors: Mapping[str, Predict],
+    source: ShardDataset, ids: npt.NDArray[np.int64], masks: Sequence[Bools | None], predictors: Mapping[str, Predict],
     seed: int,
 ) -> dict[str, dict[str, npt.NDArray[np.float64]]]:  # fmt: skip
     """R2 of each lead over what was hidden of it and valid, for each predictor.
@@ -215,7 +215,7 @@ def reconstruction_r2(
             seen = valid[:, :, None].expand(x.shape[:3])
             if mask is None:
                 place = np.arange(low, low + len(x), dtype=np.int64)
-                drawn = draw_masks(MaskConfig(_INTRA, 0.0), groups, patches, seed, "probe", place)
+                drawn = sample_masks(MaskConfig(_INTRA, 0.0), groups, patches, seed, "probe", place)
                 hidden = torch.from_numpy(drawn.hidden)
             else:
                 hidden = torch.from_numpy(mask)[None, :, None].expand(x.shape[:3])
@@ -230,9 +230,7 @@ def reconstruction_r2(
                 sums[name] += table.sum(axis=0)
                 each[name].append(_r2(table))
     with np.errstate(invalid="ignore"):
-        return {
-            name: {"pooled": _r2(sums[name]), "median": _median(np.concatenate(each[name]))} for name in predictors
-        }
+        return {name: {"pooled": _r2(sums[name]), "median": _median(np.concatenate(each[name]))} for name in predictors}
 
 
 def _r2(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -16,7 +16,7 @@ from scipy.stats import ttest_1samp
 from physio_dist.data.format.index import key_table
 from physio_dist.evaluation.splits import Fold
 from physio_dist.evaluation.tasks import Table
-from physio_dist.stats.auc import all_pairs, compared, difference, p_of_no_difference
+from physio_dist.stats.auc import compare_all_pairs, compared, difference, p_of_no_difference
 from physio_dist.stats.scores import METRICS, auc_interval, calibration_error, confusion, score
 
 Floats = npt.NDArray[np.floating]
@@ -93,7 +93,7 @@ def differences(rows: Sequence[Row], table: Table, folds: Sequence[Fold]) -> lis
     label, person = table.label[tested], table.person[tested]
     # As predictions.safetensors has them, so that whoever reads it finds the same.
     given = {row.name: np.concatenate(list(row.probability)).astype(np.float32).astype(np.float64) for row in rows}
-    pairs = {name: all_pairs(label, person, probability) for name, probability in given.items()}
+    pairs = {name: compare_all_pairs(label, person, probability) for name, probability in given.items()}
     found = []
     for name, minus in compared(given):
         one = difference(pairs[name], pairs[minus])
@@ -123,7 +123,7 @@ def majority(table: Table, folds: Sequence[Fold]) -> Row:
     return Row("majority", (), probability, [None] * len(folds), [None] * len(folds))
 
 
-def bounds(table: Table, folds: Sequence[Fold]) -> list[Row]:
+def oracle_rows(table: Table, folds: Sequence[Fold]) -> list[Row]:
     """The best that the hidden state of simulated signals allows, for each signal and for both together.
 
     What is simulated depends on its class through one drive a signal, drawn around a mean of the class with an equal

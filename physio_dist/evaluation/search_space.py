@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from physio_dist.config import SearchOptions, TuneConfig
-from physio_dist.data.loading.order import number_of, permutation
+from physio_dist.data.loading.order import permutation, seed_of
 from physio_dist.errors import UserError
 from physio_dist.evaluation.trials import SEARCHED
 
@@ -43,14 +43,14 @@ def plan(options: TuneConfig, folds: Sequence[str]) -> list[Trial]:
 
     What Optuna proposes comes after those, for each row and fold on its own.
     """
-    drawn = candidates(options)
+    drawn = sample_configs(options)
     trials = [Trial(f"{row}-{number:03d}", row, config) for number, config in enumerate(drawn) for row in SEARCHED]
     for number in range(len(drawn), options.tune.trials):
         trials += [Trial(f"{row}-{number:03d}-{fold}", row, {}, fold) for row in SEARCHED for fold in folds]
     return trials
 
 
-def candidates(options: TuneConfig) -> list[dict[str, Any]]:
+def sample_configs(options: TuneConfig) -> list[dict[str, Any]]:
     """``tune.trials`` configurations drawn from ``search`` by ``run.seed``; with ``tune.search=optuna`` the first
     ``STARTUP`` at most.
 
@@ -67,7 +67,7 @@ def candidates(options: TuneConfig) -> list[dict[str, Any]]:
     for name in _names(search):
         choices, stratum = getattr(search, name), permutation(n, "search", seed, name)
         for i in range(n):
-            u = (int(stratum[i]) + number_of("search", seed, name, i) / 2**64) / n
+            u = (int(stratum[i]) + seed_of("search", seed, name, i) / 2**64) / n
             if name in _RANGES:
                 low, high = choices
                 found[i][name] = _rounded(low * (high / low) ** u, low, high)
@@ -76,7 +76,7 @@ def candidates(options: TuneConfig) -> list[dict[str, Any]]:
     return found
 
 
-def propose(search: SearchOptions, purpose: str, past: Sequence[tuple[dict[str, Any], float]]) -> dict[str, Any]:
+def suggest(search: SearchOptions, purpose: str, past: Sequence[tuple[dict[str, Any], float]]) -> dict[str, Any]:
     """The next configuration, by Optuna's tree-structured Parzen estimator.
 
     A function of its arguments and nothing else, so that a sweep that was interrupted goes on as if it had not been.
@@ -97,7 +97,7 @@ def propose(search: SearchOptions, purpose: str, past: Sequence[tuple[dict[str, 
     for name in _names(search):
         given = getattr(search, name)
         space[name] = FloatDistribution(*given, log=True) if name in _RANGES else CategoricalDistribution(given)
-    sampler = optuna.samplers.TPESampler(seed=number_of("optuna", purpose) % 2**32, n_startup_trials=STARTUP)
+    sampler = optuna.samplers.TPESampler(seed=seed_of("optuna", purpose) % 2**32, n_startup_trials=STARTUP)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     tried = [
         optuna.trial.create_trial(params={name: config[name] for name in space}, distributions=space, value=value)
@@ -105,9 +105,7 @@ def propose(search: SearchOptions, purpose: str, past: Sequence[tuple[dict[str, 
     ]
     study.add_trials(tried)
     found = study.ask(space).params
-    return {
-        name: _rounded(found[name], *getattr(search, name)) if name in _RANGES else found[name] for name in space
-    }
+    return {name: _rounded(found[name], *getattr(search, name)) if name in _RANGES else found[name] for name in space}
 
 
 def need_optuna(options: TuneConfig) -> None:

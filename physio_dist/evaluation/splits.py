@@ -135,9 +135,7 @@ def _outer(
 
 def _too_few(table: Table, whole: _Whole) -> str:
     """Which class is in how many people or clips."""
-    counts = [
-        f"{name} in {len(np.unique(whole.unit[table.label == one]))}" for one, name in enumerate(table.classes)
-    ]
+    counts = [f"{name} in {len(np.unique(whole.unit[table.label == one]))}" for one, name in enumerate(table.classes)]
     return f"a class is found in too few {whole.called} ({', '.join(counts)})"
 
 

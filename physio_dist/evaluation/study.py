@@ -13,24 +13,24 @@ from physio_dist import storage
 from physio_dist.config import TuneConfig, TuneOptions, check_tune
 from physio_dist.config.probe import ProbeOptions
 from physio_dist.config.task import LEAKY
-from physio_dist.data.format.index import ShardSet, open_set, read_sidecar
-from physio_dist.data.loading.loader import Source
+from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
+from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.analysis.embedding import embedding
-from physio_dist.evaluation.analysis.occlusion import leaned
+from physio_dist.evaluation.analysis.occlusion import occlusion
 from physio_dist.evaluation.backbones import Backbone, open_backbone, refuse_overlap, untrained, urls_of
 from physio_dist.evaluation.clips import since_rest
 from physio_dist.evaluation.features import Features, check_fits, embed, open_features
 from physio_dist.evaluation.finetune import finetune
 from physio_dist.evaluation.fold_sets import folds_for
-from physio_dist.evaluation.handcrafted import handmade, logistic
+from physio_dist.evaluation.handcrafted import handcrafted_features, logistic
 from physio_dist.evaluation.pooling import pooled
 from physio_dist.evaluation.results import (
     Outcome,
     Row,
-    bounds,
     differences,
     majority,
+    oracle_rows,
     permuted_part,
     predictions,
     row_of,
@@ -45,12 +45,12 @@ from physio_dist.evaluation.trials import (
     Study,
     TrialRecord,
     control,
-    kept_heads,
     noisy,
     predict,
+    predict_ablated,
     reductions_of,
     select,
-    views,
+    trained_heads,
 )
 from physio_dist.evaluation.trials import train as train
 from physio_dist.models.fusion.heads import input_kind
@@ -77,7 +77,7 @@ _PROTOCOL = {
 def _rule(tune: TuneOptions) -> str:
     """How test windows come by their probabilities, in words."""
     groups = {"clip_disjoint": "clips", "person_and_clip": "people and clips", LEAKY: "windows"}
-    who, many = groups.get(tune.protocol, "people"), tune.ensemble
+    who, many = groups.get(tune.protocol, "people"), tune.ensemble_size
     what = "the configuration and epoch" if many == 1 else f"the {many} configurations, each at its best epoch,"
     return (
         f"for each fold on its own {what} with the best mean AUC on its validation {who}, which are groups of those "
@@ -127,7 +127,7 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
                     features[f"{signal}/{backbone.sha256}"] = where
     measured = {
         name: since_rest(values.__getitem__, table.sample, table.rest)
-        for name, values in handmade(tune.data, say).items()
+        for name, values in handcrafted_features(tune.data, say).items()
     }
     say("principal components of what each head is trained on")
     reductions = reductions_of(inputs, encoders, folds, max(options.search.components), valid)
@@ -148,7 +148,7 @@ def _valid(shards: ShardSet, table: Table) -> dict[str, npt.NDArray[np.bool_]]:
     Raises:
         UserError: no labelled window has a valid channel of a signal.
     """
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
     found = {signal: sidecar.valid[signal][table.sample] for signal in SIGNALS}
     for signal, channels in found.items():
         if not channels.any():
@@ -278,7 +278,7 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
     if study.options.tune.finetune:
         rows["finetuned"] = _finetuned_row(study, say)
     extra = [name for name in rows if name not in ROWS]
-    ordered = [*(rows[name] for name in (*ROWS, *extra)), *bounds(table, folds)]
+    ordered = [*(rows[name] for name in (*ROWS, *extra)), *oracle_rows(table, folds)]
     found = [row_of(row, table, folds, seed) for row in ordered]
     tested = np.concatenate([fold.test for fold in folds])
     results: dict[str, Any] = {
@@ -314,7 +314,7 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
     plane = None
     if study.features:
         say("what the fused heads lean on: each signal, channel and patch withheld in turn")
-        results["leaned"] = leaned(study, chosen["fused"], kept_heads(study, "fused", chosen["fused"]))
+        results["leaned"] = occlusion(study, chosen["fused"], trained_heads(study, "fused", chosen["fused"]))
         say("frozen features on a plane")
         results["embedding"], plane = embedding(study)
     return Outcome(results, predictions(ordered, table, folds), plane)
@@ -332,7 +332,7 @@ def _finetuned_row(study: Study, say: Say) -> Row:
     options, table, folds = study.options, study.table, study.folds
     shards = open_set(options.tune.data)
     backbones = {signal: _backbones(options, signal, folds, table, shards) for signal in SIGNALS}
-    sources = {signal: Source([(shards.url, 1.0)], signal, shard_cache()) for signal in SIGNALS}
+    sources = {signal: ShardDataset([(shards.url, 1.0)], signal, shard_cache()) for signal in SIGNALS}
     how = ProbeOptions(epochs=options.tune.finetune_epochs, lr=options.tune.finetune_lr)
     probability: list[npt.NDArray[np.floating]] = []
     epochs: list[int | None] = []
@@ -349,7 +349,7 @@ def _searched_rows(study: Study, name: str, choices: list[Choice]) -> dict[str, 
     """A row that was searched for; with ``fused`` also what its heads say with a modality withheld."""
     wanted = ["all", *(["uncalibrated"] if study.options.tune.calibrate else [])]
     withheld = list(MODALITIES[name]) if name == "fused" and max(study.options.search.modality_dropout) > 0 else []
-    found = views(study, name, choices, [*wanted, *withheld])
+    found = predict_ablated(study, name, choices, [*wanted, *withheld])
     configs, epochs = [choice.config for choice in choices], [choice.epoch for choice in choices]
     rows = {name: Row(name, MODALITIES[name], found["all"], configs, epochs, found.get("uncalibrated"))}
     for signal in withheld:

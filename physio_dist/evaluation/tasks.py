@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from physio_dist.config import DataOptions
 from physio_dist.data.format import tar
-from physio_dist.data.format.index import ShardSet, open_set, read_sidecar
+from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.errors import UserError, closest
 from physio_dist.evaluation.clips import PHASE, STIMULUS, Rest, clips_of, need_clips, rests_of
@@ -127,7 +127,7 @@ def load_table(
     if option == "tune.label":
         need_both(shards)
     name = label_name(task, label)
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
     facts = list(_facts(shards))
     keys = sidecar.keys(np.arange(shards.nsamples))
     labels = [found if isinstance(found := one.get("labels"), dict) else {} for one in facts]

@@ -31,7 +31,7 @@ TRIALS, RESULTS, PREDICTIONS, EMBEDDING, DATA, BOARD = (
     "trials.jsonl", "results.json", "predictions.safetensors", "embedding.safetensors", "data.json", "tensorboard",
 )  # fmt: skip
 # They say where and how fast a sweep runs, not what it finds.
-MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.wait_s", "tune.storage", "tune.features"])
+MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.placement_timeout_s", "tune.ray_storage", "tune.feature_cache"])
 # A run in a bucket is looked at from elsewhere while it grows.
 _SEND_S = 15.0
 _TELL_S = 10.0
@@ -180,7 +180,7 @@ class _Running:
     flushed: float = field(default_factory=time.monotonic)
 
 
-class Ledger:
+class TrialLog:
     """The trials of a sweep in its driver: what has ended, what runs, and the files that tell of both.
 
     ``trials.jsonl`` grows by a line when a trial ends; a sweep that was interrupted takes those lines as done.
@@ -325,7 +325,7 @@ class Ledger:
             write.add_summary(summary)
 
     def _show(self) -> None:
-        text = self.standing()
+        text = self.summary_line()
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif time.monotonic() - self._told > _TELL_S:
@@ -335,7 +335,7 @@ class Ledger:
                 f"{len(self.ended)} of {len(self.trials)} trials done, {len(self._running)} running; {text}; {elapsed}"
             )
 
-    def standing(self) -> str:
+    def summary_line(self) -> str:
         """Best AUC on validation people so far, a row."""
         found: dict[str, float] = {}
         running = [trial.record for trial in self._running.values()]
@@ -346,7 +346,6 @@ class Ledger:
                 found[record.row] = max(value, found.get(record.row, 0.0))
         rows = [f"{row} {found[row]:.3f}" for row in SEARCHED if row in found]
         return "best validation AUC " + (", ".join(rows) or "not known yet")
-
 
 
 def table(results: dict[str, Any]) -> list[str]:

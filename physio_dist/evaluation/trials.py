@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist.config import TuneConfig
-from physio_dist.data.loading.order import number_of
+from physio_dist.data.loading.order import seed_of
 from physio_dist.errors import UserError
 from physio_dist.evaluation.head_training import Heads, Job
 from physio_dist.evaluation.splits import Fold, permuted
@@ -64,10 +64,10 @@ class Study:
     valid: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
     features: dict[str, str] = field(default_factory=dict)
 
-    def there(self, key: str) -> npt.NDArray[np.bool_] | None:
+    def available(self, key: str) -> npt.NDArray[np.bool_] | None:
         """bool ``[n, token]`` or ``[n, 1]``: which windows have what is at this key of ``inputs``; None: all."""
         signal, _, kind = key.split("/")
-        return shown(self.valid.get(signal), kind)
+        return token_mask(self.valid.get(signal), kind)
 
     def keys_of(self, row: str, pooling: str, fold: int) -> dict[str, str]:
         """The keys of what heads of a row are given in a fold, for each modality."""
@@ -107,7 +107,7 @@ class Choice:
         config: one of :func:`candidates`.
         epoch: from 1.
         val_auc: AUC on the validation people.
-        others: the next best configurations, whose heads have an equal say (``tune.ensemble``).
+        others: the next best configurations, whose heads have an equal say (``tune.ensemble_size``).
     """
 
     config: dict[str, Any]
@@ -121,7 +121,7 @@ class Choice:
         return (replace(self, others=()), *self.others)
 
 
-def shown(valid: npt.NDArray[np.bool_] | None, kind: str) -> npt.NDArray[np.bool_] | None:
+def token_mask(valid: npt.NDArray[np.bool_] | None, kind: str) -> npt.NDArray[np.bool_] | None:
     """What is there of inputs of a kind, ``[n, token]`` or ``[n, 1]``; channels are ``valid``, ``[n, channel]``."""
     if valid is None or kind == "channels_attention":
         return valid
@@ -132,7 +132,7 @@ def _jobs(study: Study, row: str, config: Mapping[str, Any], fold: int, label: I
     """A fold's heads, one for each inner split."""
     keys, name = study.keys_of(row, input_kind(config), fold), study.folds[fold].name
     inputs = {signal: study.inputs[key] for signal, key in keys.items()}
-    there = {signal: known for signal, key in keys.items() if (known := study.there(key)) is not None}
+    there = {signal: known for signal, key in keys.items() if (known := study.available(key)) is not None}
     found = []
     for i, (rows, _) in enumerate(study.folds[fold].inner):
         reductions = {signal: study.reductions[f"{key}/{name}/{i}"] for signal, key in keys.items()}
@@ -154,7 +154,7 @@ def reductions_of(
     found = {}
     for key, values in inputs.items():
         signal, sha256, kind = key.split("/")
-        there = shown((valid or {}).get(signal), kind)
+        there = token_mask((valid or {}).get(signal), kind)
         for number, fold in enumerate(folds):
             if sha256 in (encoders[signal][number], encoders[f"untrained_{signal}"][number]):
                 for i, (rows, _) in enumerate(fold.inner):
@@ -211,7 +211,7 @@ def train(study: Study, row: str, config: dict[str, Any], only: str = "") -> Ite
         }
 
 
-def counting(record: TrialRecord, fold: str) -> list[tuple[int, float]]:
+def eligible_epochs(record: TrialRecord, fold: str) -> list[tuple[int, float]]:
     """Epochs of a trial that count in the selection for a fold, and the AUC on its validation people after each."""
     found = [(int(seen["epoch"]), float(seen.get(f"fold_{fold}", math.nan))) for seen in record.history]
     return [(epoch, area) for epoch, area in found if not math.isnan(area) and epoch <= record.last.get(fold, epoch)]
@@ -219,7 +219,7 @@ def counting(record: TrialRecord, fold: str) -> list[tuple[int, float]]:
 
 def select(study: Study, row: str, records: Sequence[TrialRecord]) -> list[Choice]:
     """For each fold on its own the configuration and epoch with the best AUC on that fold's validation people, and the
-    next best ``tune.ensemble`` - 1 configurations, each at its own best epoch.
+    next best ``tune.ensemble_size`` - 1 configurations, each at its own best epoch.
 
     Of equals the one that trains for fewer epochs, then the first in the alphabet of configurations: never by the order
     of ``records``.
@@ -234,10 +234,10 @@ def select(study: Study, row: str, records: Sequence[TrialRecord]) -> list[Choic
             if record.row != row:
                 continue
             text = json.dumps(record.config, sort_keys=True)
-            found += [(-area, epoch, text) for epoch, area in counting(record, fold.name)]
+            found += [(-area, epoch, text) for epoch, area in eligible_epochs(record, fold.name)]
         if not found:
             raise UserError(f"no trial of the row {row!r} finished an epoch that counts for fold {fold.name}")
-        choices.append(best_choice(found, study.options.tune.ensemble))
+        choices.append(best_choice(found, study.options.tune.ensemble_size))
     return choices
 
 
@@ -257,16 +257,18 @@ def predict(study: Study, row: str, choices: Sequence[Choice]) -> list[Floats]:
         For each fold float32 ``[test row, class]``: the mean of the probabilities of its inner splits' heads, of all
         configurations that were chosen.
     """
-    return views(study, row, choices, ["all"])["all"]
+    return predict_ablated(study, row, choices, ["all"])["all"]
 
 
-def views(study: Study, row: str, choices: Sequence[Choice], wanted: Sequence[str]) -> dict[str, list[Floats]]:
+def predict_ablated(
+    study: Study, row: str, choices: Sequence[Choice], wanted: Sequence[str]
+) -> dict[str, list[Floats]]:
     """The same, and what else is asked for: ``uncalibrated`` probabilities, or a modality's name: the others withheld
     from the very same heads."""
     return _ensembles(study, row, choices, [study.table.label], [""], wanted)[0]
 
 
-def kept_heads(study: Study, row: str, choices: Sequence[Choice]) -> list[list[list[Head]]]:
+def trained_heads(study: Study, row: str, choices: Sequence[Choice]) -> list[list[list[Head]]]:
     """The heads behind :func:`predict`, for each fold and each of ``Choice.members`` one of each inner split.
 
     They stand by themselves: state and ``about()`` bring them back, and given what ``models.fusion.tokens`` makes of an
@@ -339,7 +341,7 @@ def noisy(study: Study, signal: str) -> Study:
     inputs = {}
     for key, values in study.inputs.items():
         if key.startswith(f"{signal}/"):
-            rng = np.random.Generator(np.random.Philox(key=number_of("noise", study.options.run.seed, key)))
+            rng = np.random.Generator(np.random.Philox(key=seed_of("noise", study.options.run.seed, key)))
             values = rng.standard_normal(values.shape, dtype=np.float32)
         inputs[key] = values
     # Where the signal was missing would tell of the window too.
@@ -358,7 +360,7 @@ def control(study: Study, choices: Sequence[Choice], repeats: int) -> list[float
         One AUC over all test windows for each permutation in which it is defined.
     """
     # Labels only: the folds, and with them what every head is tested on, stay as they are.
-    labels = [permuted(study.table, number_of("control", study.options.run.seed, i)).label for i in range(repeats)]
+    labels = [permuted(study.table, seed_of("control", study.options.run.seed, i)).label for i in range(repeats)]
     purposes = [f"/permuted/{i}" for i in range(repeats)]
     rows = np.concatenate([fold.test for fold in study.folds])
     areas = []

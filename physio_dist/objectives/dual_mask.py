@@ -6,7 +6,7 @@ the two combine; what stands here is our own design. Its one hard rule: limb lea
 (III = II - I, aVR = -(I + II)/2, aVL = I - II/2, aVF = II - I/2), so two visible ones give all others by
 arithmetic. At every patch the number of visible limb leads is therefore none, one or all of them.
 
-A sample may also be shown with some of its leads only (`MaskConfig.lead_drop`), as a recorder of 8, 2 or 1 leads
+A sample may also be shown with some of its leads only (`MaskConfig.lead_dropout`), as a recorder of 8, 2 or 1 leads
 would have taken it; it is then masked as if it had no others.
 """
 
@@ -45,7 +45,7 @@ class MaskConfig:
     that a single lead, or the limb leads together, are hidden as a whole. ``span``: mean length of what is
     hidden in time, in patches; None hides one span in half of the samples and scattered patches in the
     others, 0 and 1 scattered patches in all. ``mode``: ``both`` parts in every sample, or ``alternating``:
-    each sample has one of them, drawn evenly. ``lead_drop``: probability that a sample is shown with the
+    each sample has one of them, drawn evenly. ``lead_dropout``: probability that a sample is shown with the
     leads of one of ``layouts`` only.
 
     Raises ``UserError`` for ratios outside 0 <= ratio < 1 (at 1 everything would be hidden) or both 0, and
@@ -56,7 +56,7 @@ class MaskConfig:
     inter_ratio: float
     span: float | None = None
     mode: str = "both"
-    lead_drop: float = 0.0
+    lead_dropout: float = 0.0
     layouts: Layouts = ()
 
     def __post_init__(self) -> None:
@@ -70,12 +70,12 @@ class MaskConfig:
             raise UserError(f"mask.span is {self.span}: it has to be a number of patches, or null")
         if self.mode not in MODES:
             raise UserError(f"mask.mode is {self.mode}: it has to be {' or '.join(MODES)}")
-        if not 0.0 <= self.lead_drop <= 1.0:
-            raise UserError(f"mask.lead_drop is {self.lead_drop}: it has to lie between 0 and 1")
+        if not 0.0 <= self.lead_dropout <= 1.0:
+            raise UserError(f"mask.lead_dropout is {self.lead_dropout}: it has to lie between 0 and 1")
         if self.mode == "alternating" and 0.0 in (self.intra_ratio, self.inter_ratio):
             raise UserError("mask.mode=alternating needs mask.intra_ratio and mask.inter_ratio above 0")
-        if self.lead_drop > 0.0 and self.intra_ratio == 0.0:
-            raise UserError("mask.lead_drop needs mask.intra_ratio above 0: a lead alone can only be hidden in time")
+        if self.lead_dropout > 0.0 and self.intra_ratio == 0.0:
+            raise UserError("mask.lead_dropout needs mask.intra_ratio above 0: a lead alone can only be hidden in time")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class DualMask:
         return self.intra | self.inter
 
 
-def draw_masks(
+def sample_masks(
     config: MaskConfig,
     groups: Sequence[Sequence[int]],
     patches: int,
@@ -130,13 +130,13 @@ def draw_masks(
     channels = sum(len(group) for group in groups)
     if channels == 0 or sorted(c for group in groups for c in group) != list(range(channels)):
         raise ValueError(f"groups {groups!r} are not a partition of the channels 0..n-1")
-    if config.lead_drop == 0.0:
+    if config.lead_dropout == 0.0:
         whole = np.ones((len(positions), channels), dtype=np.bool_)
         return DualMask(*_draw(config, groups, patches, seed, purpose, positions), whole)
     if not config.layouts or patches < 2:
         raise UserError(
-            f"mask.lead_drop={config.lead_drop}: windows of {channels} channels x {patches} patches leave nothing "
-            "to drop or to hide; it is for ECG of several leads and seconds"
+            f"mask.lead_dropout={config.lead_dropout}: windows of {channels} channels x {patches} patches leave "
+            "nothing to drop or to hide; it is for ECG of several leads and seconds"
         )
     shown = _shown(config, channels, seed, purpose, positions)
     if valid is not None:
@@ -160,7 +160,7 @@ def _shown(
     draw = _uniform(seed, f"{purpose}/drop", positions, 3)
     shown = np.ones((len(positions), channels), dtype=np.bool_)
     kind = (draw[:, 1] * len(config.layouts)).astype(np.int64)
-    for row in np.flatnonzero(draw[:, 0] < config.lead_drop):
+    for row in np.flatnonzero(draw[:, 0] < config.lead_dropout):
         sets = config.layouts[kind[row]]
         shown[row] = np.isin(np.arange(channels), sets[int(draw[row, 2] * len(sets))])
     return shown

@@ -12,7 +12,7 @@ import torch
 
 from physio_dist import storage
 from physio_dist.config import PretrainConfig, mixture
-from physio_dist.data.format.index import SIDECAR, ShardSet, read_sidecar
+from physio_dist.data.format.index import SIDECAR, ShardSet, read_sample_table
 from physio_dist.data.loading.mixture import open_sets, order_of
 from physio_dist.data.loading.order import LANES, Ints, Mixture, node_slice, rank_slice
 from physio_dist.errors import UserError
@@ -75,7 +75,7 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
     sets = open_sets([url for url, _ in parts], options.data.signal)
     info = sets[0].signals[options.data.signal]
     signal = len(info.channels), info.samples
-    sidecars = [read_sidecar(one) for one in sets]
+    sidecars = [read_sample_table(one) for one in sets]
     order = order_of(sets, sidecars, [weight for _, weight in parts], "train", batch, options.run.seed)
     rate = cluster.samples_per_s
     alone = on_paper(options, cluster, signal)
@@ -137,7 +137,7 @@ def feed(
         "amplification": max(whole) / (once * min(1.0, steps / epoch)),
         "run_bytes": round(sum(by_epoch) + later), "sidecar_bytes": sidecars * cluster.nodes,
         "cache_needed_gb": max(one.cache_needed for one in nodes) / _GB, "cache_gb": options.data.cache_gb,
-        "singles": sum(one.singles for one in nodes), "local": all(storage.is_local(one.home) for one in sets),
+        "singles": sum(one.singles for one in nodes), "local": all(storage.is_local(one.data_url) for one in sets),
         "storage_bytes_per_s": max(whole) / min(epoch_s, steps * order.batch / rate),
         "storage_requests_per_s": requests / (steps * order.batch / rate),
         "rank_bytes_per_s": rate * sample / cluster.world,

@@ -8,38 +8,38 @@ import ray
 import ray.train
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from physio_dist.ray_backend.coordinator import Board
+from physio_dist.ray_backend.coordinator import RunState
 
 
-class Watcher(ray.train.UserCallback):  # type: ignore[misc]
-    """What the controller of the Ray Train run passes on to the board."""
+class FailureCallback(ray.train.UserCallback):  # type: ignore[misc]
+    """What the controller of the Ray Train run passes on to the coordinator."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         told = [f"rank {rank}: {last_line(error)}" for rank, error in sorted(worker_exceptions.items())]
         # Waited for: the resizer, which comes next, must not take the lost ranks for some that can save.
-        ray.get(self._board.tell_loss.remote("; ".join(told)))
+        ray.get(self._coordinator.tell_loss.remote("; ".join(told)))
 
 
-class Resizer(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Has the ranks save before Ray ends them to start more or fewer, so that no step is repeated.
 
     Ray takes such a callback beside the documented ones, and calls it in the controller of the run.
     """
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        now: Board = ray.get(self._board.read.remote())
+        now: RunState = ray.get(self._coordinator.read.remote())
         if now.ranks:
-            saved = ray.get(self._board.save.remote())
-            ray.get(self._board.tell_resize.remote(resize_decision.num_workers, saved))
+            saved = ray.get(self._coordinator.request_checkpoint.remote())
+            ray.get(self._coordinator.tell_resize.remote(resize_decision.num_workers, saved))
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        ray.get(self._board.tell_ended.remote())
+        ray.get(self._coordinator.tell_ended.remote())
 
 
 def last_line(error: BaseException) -> str:

@@ -78,9 +78,10 @@ def connect(say: Say, hear_workers: bool = True, option: str = "RAY_ADDRESS") ->
             f"{option}, or set it to local to use this machine alone"
         ) from None
     except (RuntimeError, ValueError) as error:
-        raise UserError(_mismatch(str(error), address) or (
-            f"cannot join the Ray cluster{_at(address)}: {' '.join(str(error).split())}"
-        )) from None
+        raise UserError(
+            _mismatch(str(error), address)
+            or (f"cannot join the Ray cluster{_at(address)}: {' '.join(str(error).split())}")
+        ) from None
     finally:
         limit.cancel()
         if threading.current_thread() is threading.main_thread():
@@ -104,7 +105,7 @@ def dashboard_url() -> str | None:
     return _dashboard if "://" in _dashboard else f"http://{_dashboard}"
 
 
-def room(cpus: float, gpus: float) -> int:
+def free_slots(cpus: float, gpus: float) -> int:
     """How many workers of that size the living nodes can hold, were they empty."""
     count = 0
     for node in ray.nodes():
@@ -116,7 +117,7 @@ def room(cpus: float, gpus: float) -> int:
     return count
 
 
-def leaving() -> set[str]:
+def draining_nodes() -> set[str]:
     """Addresses of the nodes that were announced to go, by `ray drain-node`, an autoscaler or a provider's agent."""
     try:
         ids = set(ray._private.state.state.get_draining_nodes())
@@ -126,7 +127,7 @@ def leaving() -> set[str]:
     return {node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in ids}
 
 
-def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, option: str = "") -> None:
+def require_resources(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, option: str = "") -> None:
     """Make sure that ``workers`` of ``cpus`` and ``gpus`` each find room now, or within ``wait_s`` seconds.
 
     Args:
@@ -140,8 +141,8 @@ def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, opt
         UserError: they do not; the message says what is there and what was asked.
     """
     advice = "Ask for less or add nodes" + (f"; {option}=SECONDS waits for them" if option else "")
-    if room(cpus, gpus) < workers and wait_s <= 0:
-        raise UserError(f"{shortage(cpus, gpus, workers, silent())}. {advice}")
+    if free_slots(cpus, gpus) < workers and wait_s <= 0:
+        raise UserError(f"{describe_shortage(cpus, gpus, workers, unresponsive_nodes())}. {advice}")
     bundle = {name: each for name, each in (("CPU", cpus), ("GPU", gpus)) if each > 0}
     # A group that waits for its place is also what tells an autoscaler to bring nodes.
     group = placement_group([bundle] * workers, strategy="PACK")
@@ -152,9 +153,9 @@ def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, opt
             waited = time.monotonic() - began
             if waited < look_at:
                 continue
-            lost = silent()
+            lost = unresponsive_nodes()
             returns_s = _LOST_S if lost else returns_s
-            enough, what = room(cpus, gpus) >= workers, shortage(cpus, gpus, workers, lost)
+            enough, what = free_slots(cpus, gpus) >= workers, describe_shortage(cpus, gpus, workers, lost)
             patience = max(wait_s, returns_s) if enough else wait_s
             if waited >= patience:
                 busy = "; others are using it" if enough else ""
@@ -165,7 +166,7 @@ def require(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, opt
         remove_placement_group(group)
 
 
-def silent() -> list[str]:
+def unresponsive_nodes() -> list[str]:
     """Addresses of the nodes that Ray takes for living, as it does a lost one for a minute, and that do not answer."""
     nodes = [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes() if node["Alive"]]
     with ThreadPoolExecutor(32) as pool:
@@ -180,8 +181,9 @@ def _answers(address: tuple[str, int]) -> bool:
     return True
 
 
-def shortage(cpus: float, gpus: float, workers: int, lost: Sequence[str]) -> str:
+def describe_shortage(cpus: float, gpus: float, workers: int, lost: Sequence[str]) -> str:
     """What was asked, what is there and which nodes are :func:`silent`, for a message."""
+
     def told(resources: dict[str, float]) -> str:
         return f"{resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)"
 

@@ -1,6 +1,6 @@
 """What the driver of a run and its ranks tell each other.
 
-A module of its own, because the process that keeps the board should not have to import what trains.
+A module of its own, because the process that keeps the coordinator should not have to import what trains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SAVE_S = 60.0
 
 
 @dataclass
-class Board:
+class RunState:
     """What the driver and the ranks tell each other.
 
     Attributes:
@@ -26,8 +26,8 @@ class Board:
         ranks: that are at work now.
         losses: what was lost so far, an entry a broken group of workers.
         line: the newest figures that the first rank told, by the names of ``metrics.jsonl``.
-        stepped: when it told them last, in seconds since 1970; at first when the board was put up.
-        commits: when the board was put up, and when the newest two checkpoints of these ranks were committed.
+        stepped: when it told them last, in seconds since 1970; at first when the coordinator was put up.
+        commits: when the coordinator was put up, and when the newest two checkpoints of these ranks were committed.
         notes: for a person, beside the losses.
         nonfinite: whether a loss or gradient that was no finite number has ended the run.
     """
@@ -44,70 +44,70 @@ class Board:
     notes: list[str] = field(default_factory=list)
 
 
-class BoardActor:
-    """Keeps the board, as a Ray actor. Its methods are coroutines, so that one may wait while others are served."""
+class CoordinatorActor:
+    """Keeps the run's state, as a Ray actor whose methods are coroutines: one may wait while others are served."""
 
     def __init__(self) -> None:
-        self._board = Board()
+        self._state = RunState()
         self._asked = asyncio.Event()
-        self._wished, self._committed = asyncio.Event(), asyncio.Event()
+        self._checkpoint_requested, self._committed = asyncio.Event(), asyncio.Event()
 
-    async def read(self) -> Board:
-        return self._board
+    async def read(self) -> RunState:
+        return self._state
 
     async def ask_to_stop(self, reason: str) -> None:
-        self._board.stop = self._board.stop or reason
+        self._state.stop = self._state.stop or reason
         self._asked.set()
 
     async def wait_for_stop(self) -> str:
         """Answers when the ranks are to stop, with the reason."""
         await self._asked.wait()
-        return self._board.stop or ""
+        return self._state.stop or ""
 
-    async def save(self, seconds: float = _SAVE_S) -> bool:
+    async def request_checkpoint(self, seconds: float = _SAVE_S) -> bool:
         """Have the ranks save the step they are in; whether that was done within this time."""
         self._committed.clear()
-        self._wished.set()
+        self._checkpoint_requested.set()
         # Those who wait now have heard it. Ranks that begin later begin with a checkpoint.
-        self._wished = asyncio.Event()
+        self._checkpoint_requested = asyncio.Event()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._committed.wait(), seconds)
         return self._committed.is_set()
 
-    async def wait_for_wish(self) -> None:
+    async def wait_for_checkpoint_request(self) -> None:
         """Answers when the ranks are to save."""
-        await self._wished.wait()
+        await self._checkpoint_requested.wait()
 
-    async def join(self, rank: int) -> Board:
-        self._board.ranks.add(rank)
-        return self._board
+    async def join(self, rank: int) -> RunState:
+        self._state.ranks.add(rank)
+        return self._state
 
     async def tell(self, line: dict[str, Any]) -> None:
         """Of the first rank, after a step."""
-        self._board.line.update(line)
-        self._board.stepped = time.time()
+        self._state.line.update(line)
+        self._state.stepped = time.time()
 
     async def tell_commit(self) -> None:
         self._committed.set()
-        self._board.commits = [self._board.commits[0], *self._board.commits[1:][-1:], time.time()]
+        self._state.commits = [self._state.commits[0], *self._state.commits[1:][-1:], time.time()]
 
     async def tell_nonfinite(self) -> None:
-        self._board.nonfinite = True
+        self._state.nonfinite = True
 
     async def tell_end(self, status: int, message: str, at_once: bool) -> None:
-        if self._board.end is None:
-            self._board.end, self._board.at_once = (status, message), at_once
+        if self._state.end is None:
+            self._state.end, self._state.at_once = (status, message), at_once
 
     async def tell_resize(self, ranks: int, saved: bool) -> None:
         rest = "after saving" if saved else "from the newest checkpoint, for they did not save in time"
-        self._board.notes.append(f"room for {ranks} rank(s): they start again {rest}")
+        self._state.notes.append(f"room for {ranks} rank(s): they start again {rest}")
 
     async def tell_ended(self) -> None:
         """No rank is at work any more, lost or not."""
-        self._board.ranks.clear()
+        self._state.ranks.clear()
 
     async def tell_loss(self, what: str) -> None:
-        self._board.ranks.clear()
+        self._state.ranks.clear()
         # What passed until the next checkpoint would be no interval; the age of the newest is.
-        self._board.commits = [self._board.commits[-1]]
-        self._board.losses.append(what)
+        self._state.commits = [self._state.commits[-1]]
+        self._state.losses.append(what)

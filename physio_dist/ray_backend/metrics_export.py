@@ -12,7 +12,7 @@ from typing import Any
 from ray.util.metrics import Gauge
 
 from physio_dist.config import TrainOptions
-from physio_dist.ray_backend.coordinator import Board
+from physio_dist.ray_backend.coordinator import RunState
 
 # Ray puts its own prefix before ours: ray_physio_dist_loss.
 PREFIX = "physio_dist_"
@@ -43,7 +43,7 @@ SWEEP = {
 _KNOWN = LINE | RUN | SWEEP
 
 
-class Gauges:
+class MetricsExporter:
     """The figures of one run or sweep.
 
     Args:
@@ -62,21 +62,21 @@ class Gauges:
             self._gauges[name].set(value, tags={"run": self._run})
 
 
-def figures(board: Board, train: TrainOptions, now: float) -> dict[str, float]:
-    """What the board tells of a run at a time (seconds since 1970)."""
-    line = {name: float(board.line[name]) for name in LINE if board.line.get(name) is not None}
+def run_metrics(coordinator: RunState, train: TrainOptions, now: float) -> dict[str, float]:
+    """What the coordinator tells of a run at a time (seconds since 1970)."""
+    line = {name: float(coordinator.line[name]) for name in LINE if coordinator.line.get(name) is not None}
     known = {
-        "steps": float(train.steps), "ranks": float(len(board.ranks)), "restarts": float(len(board.losses)),
-        "nonfinite": float(board.nonfinite), "step_age_s": max(0.0, now - board.stepped),
-        "checkpoint_age_s": max(0.0, now - board.commits[-1]),
+        "steps": float(train.steps), "ranks": float(len(coordinator.ranks)), "restarts": float(len(coordinator.losses)),
+        "nonfinite": float(coordinator.nonfinite), "step_age_s": max(0.0, now - coordinator.stepped),
+        "checkpoint_age_s": max(0.0, now - coordinator.commits[-1]),
     }  # fmt: skip
-    every = _usual_interval(board, train)
+    every = _usual_interval(coordinator, train)
     return line | known | ({"checkpoint_every_s": every} if math.isfinite(every) else {})
 
 
-def _usual_interval(board: Board, train: TrainOptions) -> float:
+def _usual_interval(coordinator: RunState, train: TrainOptions) -> float:
     """Of checkpoints, seconds: as of the last two in one life of the ranks, else as the speed lets expect."""
-    if len(board.commits) > 2:
-        return board.commits[-1] - board.commits[-2]
-    rate = board.line.get("samples_per_s")
+    if len(coordinator.commits) > 2:
+        return coordinator.commits[-1] - coordinator.commits[-2]
+    rate = coordinator.line.get("samples_per_s")
     return train.save_every * train.global_batch / rate if rate else math.inf

@@ -22,7 +22,7 @@ _ALIKE = ("torch", "deepspeed")
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankEnv:
     """What a rank says of itself.
 
     Attributes:
@@ -40,13 +40,13 @@ class Rank:
     visible: str
 
 
-def answer() -> Rank:
+def collect_env() -> RankEnv:
     """What this process would be as a rank."""
     import torch
 
     versions = {name: _version(name) for name in _ALIKE}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return Rank(ray.util.get_node_ip_address(), __version__, versions, torch.cuda.is_available(), visible)
+    return RankEnv(ray.util.get_node_ip_address(), __version__, versions, torch.cuda.is_available(), visible)
 
 
 def _version(package: str) -> str:
@@ -56,7 +56,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def verdict(ranks: Sequence[Rank], version: str, gpu: bool) -> str | None:
+def check_env(ranks: Sequence[RankEnv], version: str, gpu: bool) -> str | None:
     """Why these ranks cannot train together, and what to do; None where they can.
 
     Args:
@@ -89,16 +89,16 @@ def verdict(ranks: Sequence[Rank], version: str, gpu: bool) -> str | None:
 
 
 @dataclass
-class RollCall(ray.train.torch.TorchConfig):  # type: ignore[misc]
+class PreflightTorchConfig(ray.train.torch.TorchConfig):  # type: ignore[misc]
     """Ray's own set-up of the process group, after the roll call.
 
     Attributes:
-        board: is told what is wrong, which ends the run.
+        coordinator: is told what is wrong, which ends the run.
         gpu: whether each rank was given one.
         version: of physio-dist where the command was started.
     """
 
-    board: Any = None
+    coordinator: Any = None
     gpu: bool = False
     version: str = __version__
 
@@ -109,9 +109,9 @@ class RollCall(ray.train.torch.TorchConfig):  # type: ignore[misc]
 
 
 class _Backend(ray.train.torch.TorchConfig().backend_cls):  # type: ignore[misc]
-    def on_start(self, worker_group: Any, backend_config: RollCall) -> None:
-        wrong = verdict(worker_group.execute(answer), backend_config.version, backend_config.gpu)
+    def on_start(self, worker_group: Any, backend_config: PreflightTorchConfig) -> None:
+        wrong = check_env(worker_group.execute(collect_env), backend_config.version, backend_config.gpu)
         if wrong is not None:
-            ray.get(backend_config.board.tell_end.remote(EXIT_USER, wrong, True))
+            ray.get(backend_config.coordinator.tell_end.remote(EXIT_USER, wrong, True))
             raise UserError(wrong)
         super().on_start(worker_group, backend_config)

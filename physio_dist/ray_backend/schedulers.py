@@ -11,9 +11,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 
 from physio_dist.config import TuneConfig
-from physio_dist.evaluation.search_space import Trial, propose
-from physio_dist.evaluation.trial_log import Ledger
-from physio_dist.evaluation.trials import TrialRecord, counting
+from physio_dist.evaluation.search_space import Trial, suggest
+from physio_dist.evaluation.trial_log import TrialLog
+from physio_dist.evaluation.trials import TrialRecord, eligible_epochs
 
 # The first look at a trial comes after this part of its epochs, the next after three times as many. A trial goes on
 # that is among the best third of those that have come so far.
@@ -21,7 +21,7 @@ _FIRST_LOOK = 1 / 8
 _REDUCTION = 3
 
 
-class FoldwiseAsha(FIFOScheduler):  # type: ignore[misc]
+class FoldwiseASHA(FIFOScheduler):  # type: ignore[misc]
     """Asynchronous successive halving (arXiv 1810.05934), decided for each fold apart.
 
     The test people of one fold are validation people of the others. A decision by the mean over folds would let them
@@ -100,7 +100,7 @@ class FoldwiseOptuna(Searcher):  # type: ignore[misc]
         ledger: with the trials that are left, and what has ended.
     """
 
-    def __init__(self, options: TuneConfig, ledger: Ledger) -> None:
+    def __init__(self, options: TuneConfig, ledger: TrialLog) -> None:
         super().__init__()
         self._options, self._ledger, self._lost = options, ledger, False
         self._drawn = deque(trial for trial in ledger.left if not trial.fold)
@@ -123,7 +123,7 @@ class FoldwiseOptuna(Searcher):  # type: ignore[misc]
         for search, left in self._left.items():
             if left and all(name in self._ledger.ended for name in self._needed[search]):
                 trial = left.popleft()
-                config = propose(self._options.search, f"{self._options.run.seed}/{trial.name}", self._past(trial))
+                config = suggest(self._options.search, f"{self._options.run.seed}/{trial.name}", self._past(trial))
                 self._ledger.propose(trial.name, config)
                 self._needed[search] = [trial.name]
                 return {"trial": asdict(replace(trial, config=config))}
@@ -136,7 +136,7 @@ class FoldwiseOptuna(Searcher):  # type: ignore[misc]
             self._ledger.ended[one.name]
             for one in trials[: trials.index(trial)] if one.row == trial.row and one.fold in ("", trial.fold)
         ]  # fmt: skip
-        found = [(record.config, [area for _, area in counting(record, trial.fold)]) for record in earlier]
+        found = [(record.config, [area for _, area in eligible_epochs(record, trial.fold)]) for record in earlier]
         return [(config, max(areas)) for config, areas in found if areas]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -30,20 +30,20 @@ _TELL_S = 60.0
 R = TypeVar("R")
 
 
-class Nodes:
+class RayTaskPool:
     """Processes of the cluster that is connected to, one CPU each.
 
     Args:
         workers: tasks at the same time; 0 for as many as there is room for.
     """
 
-    elsewhere = True
+    is_remote = True
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._limit, self._looked = 0, -_LOOK_S
 
-    def as_they_come(
+    def imap_unordered(
         self, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
     ) -> Iterator[tuple[int, R]]:  # fmt: skip
         """As :class:`~physio_dist.data.convert.process_pool.Pool` has it; Ray retries what a lost worker had."""
@@ -54,7 +54,7 @@ class Nodes:
         heard = time.monotonic()
         while True:
             for number, task in islice(waiting, max(0, self._most() - len(running))):
-                running[task_of.remote(work, __version__, storage.contacted, task)] = number
+                running[task_of.remote(work, __version__, storage.reachable_hosts, task)] = number
             if not running:
                 return
             done, _ = ray.wait(list(running), timeout=1.0)
@@ -62,7 +62,7 @@ class Nodes:
                 heard = time.monotonic()
             elif time.monotonic() - heard > _TELL_S:
                 heard = time.monotonic()
-                what = cluster.shortage(1, 0, len(running), cluster.silent())
+                what = cluster.describe_shortage(1, 0, len(running), cluster.unresponsive_nodes())
                 say(f"nothing has come back for {_TELL_S:g} s: {what}")
             for reference in done:
                 yield running.pop(reference), _result(reference)
@@ -75,7 +75,7 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def on_cluster(address: str, workers: int, wait_s: float) -> Iterator[Nodes]:
+def on_cluster(address: str, workers: int, wait_s: float) -> Iterator[RayTaskPool]:
     """The processes of a Ray cluster; where the block ends badly they are ended, for all they do is resumable.
 
     Args:
@@ -92,8 +92,8 @@ def on_cluster(address: str, workers: int, wait_s: float) -> Iterator[Nodes]:
     try:
         cluster.connect(say, hear_workers=False, option=option)
         exit_status.interrupt_on_sigterm()
-        cluster.require(1.0, 0.0, 1, wait_s, say, "wait_s")
-        yield Nodes(workers)
+        cluster.require_resources(1.0, 0.0, 1, wait_s, say, "wait_s")
+        yield RayTaskPool(workers)
     finally:
         # This ends the tasks too. To cancel them makes Ray 2.60 abort where one of them has just come to its end.
         with _mute():
@@ -121,7 +121,7 @@ def say(text: str) -> None:
 
 def _do(work: Callable[..., R], version: str, contacted: set[str], task: tuple[Any, ...]) -> R:
     """One task, in a process of a node."""
-    storage.contacted.update(contacted)
+    storage.reachable_hosts.update(contacted)
     try:
         if version != __version__:
             raise UserError(f"physio-dist is {__version__} there and {version} where the command was started")

@@ -34,10 +34,10 @@ from physio_dist.config.cluster import workers as workers_of
 from physio_dist.config.loader import Parser
 from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
 from physio_dist.ray_backend import cluster
-from physio_dist.ray_backend.callbacks import Resizer, Watcher, last_line
-from physio_dist.ray_backend.coordinator import Board, BoardActor
-from physio_dist.ray_backend.metrics_export import LINE, Gauges, figures
-from physio_dist.ray_backend.preflight import RollCall
+from physio_dist.ray_backend.callbacks import FailureCallback, SaveBeforeResize, last_line
+from physio_dist.ray_backend.coordinator import CoordinatorActor, RunState
+from physio_dist.ray_backend.metrics_export import LINE, MetricsExporter, run_metrics
+from physio_dist.ray_backend.preflight import PreflightTorchConfig
 from physio_dist.runs import job_paths
 from physio_dist.runs.run_dir import map_urls
 from physio_dist.runtime import exit_status
@@ -50,7 +50,7 @@ _TELL_S = 10.0
 # Between two looks for nodes that were announced to go, and between two checkpoints for their sake.
 _LOOK_S = 3.0
 _AGAIN_S = 10.0
-# A driver that has just ended has its board taken down within this time.
+# A driver that has just ended has its coordinator taken down within this time.
 _BOARD_S = 10.0
 # Between two words of the first rank to the driver about steps alone.
 _TELL_STEP_S = 1.0
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")
     given = parser.parse_intermixed_args(arguments)
     options = config.load(PretrainConfig, given.config, given.overrides, config.check_pretrain)
-    options = map_urls(options, job_paths.durable)
+    options = map_urls(options, job_paths.resolve_durable)
     workers = workers_of(options.cluster)
     if workers[0] > options.train.global_batch:
         raise UserError(f"{workers[0]} ranks cannot share train.global_batch={options.train.global_batch}")
@@ -93,10 +93,10 @@ class Launch:
     def __init__(self, options: PretrainConfig, least: int, most: int) -> None:
         self.options, self.least, self.most = options, least, most
         gpu = gpu_of(options.cluster)
-        self.gpus = 1.0 if gpu == "true" or (gpu == "auto" and cluster.room(0.0, 1.0) > 0) else 0.0
+        self.gpus = 1.0 if gpu == "true" or (gpu == "auto" and cluster.free_slots(0.0, 1.0) > 0) else 0.0
         self.cpus = options.cluster.cpus_per_worker
         self.url = f"{options.run.dir.rstrip('/')}/{options.run.name}"
-        self._gauges = Gauges(self.url)
+        self._gauges = MetricsExporter(self.url)
         self._asked: str | None = None
         self._failure: BaseException | None = None
 
@@ -106,8 +106,15 @@ class Launch:
         Raises:
             PhysioError: how the run ended, where it is not done.
         """
-        board = self._put_up_board()
-        cluster.require(self.cpus, self.gpus, self.least, self.options.cluster.wait_s, _say, "cluster.wait_s")
+        coordinator = self._start_coordinator()
+        cluster.require_resources(
+            self.cpus,
+            self.gpus,
+            self.least,
+            self.options.cluster.placement_timeout_s,
+            _say,
+            "cluster.placement_timeout_s",
+        )
         many = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
         each = f"{self.cpus:g} CPU(s)" + (f" and {self.gpus:g} GPU" if self.gpus else "")
         _say(f"run {self.url}: {many} rank(s) of {each}, up to {self.options.cluster.max_failures} restart(s)")
@@ -118,30 +125,30 @@ class Launch:
         # Ray Train wants a folder. Nothing of value lies there: checkpoints are found in the run's own.
         storage = tempfile.mkdtemp(prefix="physio-dist-")
         try:
-            thread = threading.Thread(target=self._fit, args=(self._trainer(board, storage),), daemon=True)
+            thread = threading.Thread(target=self._fit, args=(self._trainer(coordinator, storage),), daemon=True)
             with self._signals():
                 thread.start()
-                last = self._follow(board, thread)
+                last = self._follow(coordinator, thread)
         except ray.exceptions.RayError as error:
             raise PhysioError(f"lost the cluster ({last_line(error)}); {_GOES_ON}") from error
         finally:
             shutil.rmtree(storage, ignore_errors=True)
         self._conclude(last)
 
-    def _put_up_board(self) -> Any:
-        """The run's board, of which a cluster has one; the lease keeps out drivers that are elsewhere.
+    def _start_coordinator(self) -> Any:
+        """The run's coordinator, of which a cluster has one; the lease keeps out drivers that are elsewhere.
 
         Raises:
             UserError: another driver on this cluster is at the run.
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(BoardActor).options(
+        coordinator = ray.remote(CoordinatorActor).options(
             name=self.url, namespace="physio-dist", num_cpus=0, scheduling_strategy=here
         )
         began = time.monotonic()
         while True:
             try:
-                return board.remote()
+                return coordinator.remote()
             except ValueError:
                 if time.monotonic() - began > _BOARD_S:
                     raise UserError(
@@ -150,14 +157,14 @@ class Launch:
                     ) from None
                 time.sleep(0.5)
 
-    def _trainer(self, board: Any, storage: str) -> Any:
+    def _trainer(self, coordinator: Any, storage: str) -> Any:
         resources = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
         # A worker without a GPU of its own sees all of its node's, unless it is told otherwise.
         hidden = {} if self.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         return ray.train.torch.TorchTrainer(
             train_one_rank,
-            train_loop_config={"options": self.options, "board": board},
-            torch_config=RollCall(board=board, gpu=self.gpus > 0),
+            train_loop_config={"options": self.options, "coordinator": coordinator},
+            torch_config=PreflightTorchConfig(coordinator=coordinator, gpu=self.gpus > 0),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self.least if self.least == self.most else (self.least, self.most),
                 use_gpu=self.gpus > 0,
@@ -171,7 +178,7 @@ class Launch:
                     max_failures=self.options.cluster.max_failures,
                     max_preemption_failures=self.options.cluster.max_preemptions,
                 ),
-                callbacks=[Watcher(board), Resizer(board)],
+                callbacks=[FailureCallback(coordinator), SaveBeforeResize(coordinator)],
                 worker_runtime_env=hidden,
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
             ),
@@ -199,21 +206,21 @@ class Launch:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _follow(self, board: Any, thread: threading.Thread) -> Board:
-        """Wait for the end of the run; what the board says then."""
+    def _follow(self, coordinator: Any, thread: threading.Thread) -> RunState:
+        """Wait for the end of the run; what the coordinator says then."""
         told_losses, told_notes, heard, told = 0, 0, time.monotonic(), time.monotonic()
-        looked, saved, known = 0.0, 0.0, cluster.leaving()
+        looked, saved, known = 0.0, 0.0, cluster.draining_nodes()
         asked_at: float | None = None
         while True:
             thread.join(0.3)
-            now: Board = ray.get(board.read.remote())
-            self._gauges.set(figures(now, self.options.train, time.time()))
+            now: RunState = ray.get(coordinator.read.remote())
+            self._gauges.set(run_metrics(now, self.options.train, time.time()))
             if not thread.is_alive() or now.at_once:
                 return now
             clock = time.monotonic()
             if self._asked is not None and asked_at is None:
                 asked_at = clock
-                ray.get(board.ask_to_stop.remote(self._asked))
+                ray.get(coordinator.ask_to_stop.remote(self._asked))
                 _say(f"{self._asked}: the ranks finish their step, save it and stop; a second one ends them at once")
             if asked_at is not None and clock - asked_at > _STOP_S:
                 raise PhysioError(f"the ranks did not stop within {_STOP_S:g} s; the newest checkpoint counts")
@@ -225,12 +232,12 @@ class Launch:
                 _say(line)
             told_notes = len(now.notes)
             if clock - looked > _LOOK_S:
-                looked, going = clock, cluster.leaving()
+                looked, going = clock, cluster.draining_nodes()
                 if going - known:
                     _say(f"announced to go: {', '.join(sorted(going - known))}; the ranks save now and then until then")
                 if now.ranks and going and (going - known or clock - saved > _AGAIN_S):
                     saved = clock
-                    board.save.remote()
+                    coordinator.request_checkpoint.remote()
                 known = going
             if now.ranks:
                 heard = told = clock
@@ -242,20 +249,20 @@ class Launch:
         """No rank is at work: say so, and give up where there is no room for them."""
         if self._asked is not None:
             raise Stopped(f"stopped while no rank was at work; {_GOES_ON}")
-        lost = cluster.silent()
-        what = cluster.shortage(self.cpus, self.gpus, self.least, lost)
-        if cluster.room(self.cpus, self.gpus) >= self.least:
+        lost = cluster.unresponsive_nodes()
+        what = cluster.describe_shortage(self.cpus, self.gpus, self.least, lost)
+        if cluster.free_slots(self.cpus, self.gpus) >= self.least:
             # What takes longer is a node that others fill, most of the time, or one that is gone.
             why = f": {what}" if lost or seconds > _REPLACE_S else ""
             _say(f"Ray is starting the workers, {seconds:.0f} s so far{why}")
             return
-        if seconds > max(_REPLACE_S, self.options.cluster.wait_s):
+        if seconds > max(_REPLACE_S, self.options.cluster.placement_timeout_s):
             raise UserError(f"{what}. Waited {seconds:.0f} s in vain; {_GOES_ON}")
         _say(f"no room for the ranks, {seconds:.0f} s so far: {what}")
 
-    def _conclude(self, board: Board) -> None:
-        if board.end is not None:
-            status, message = board.end
+    def _conclude(self, coordinator: RunState) -> None:
+        if coordinator.end is not None:
+            status, message = coordinator.end
             kind = {2: UserError, 3: DataError, EXIT_STOPPED: Stopped}.get(status, PhysioError)
             raise kind(message)
         if self._failure is not None and "No module named 'physio_dist" in str(self._failure):
@@ -264,8 +271,8 @@ class Launch:
                 "physio_dist.launch ...` from a checkout brings it along, or install it on every node"
             )
         if self._failure is not None:
-            why = board.losses[-1] if board.losses else last_line(self._failure)
-            count = max(len(board.losses) - 1, 0)
+            why = coordinator.losses[-1] if coordinator.losses else last_line(self._failure)
+            count = max(len(coordinator.losses) - 1, 0)
             raise PhysioError(
                 f"given up after {count} restart(s) ({why}); the lines of the workers above say more. Then {_GOES_ON}"
             ) from self._failure
@@ -280,65 +287,65 @@ def train_one_rank(given: dict[str, Any]) -> None:
     # Ray Train's remarks on each report.
     logging.getLogger().setLevel(logging.WARNING)
     options: PretrainConfig = given["options"]
-    board = given["board"]
+    coordinator = given["coordinator"]
     me = ray.train.get_context().get_world_rank()
-    there: Board = ray.get(board.join.remote(me))
+    there: RunState = ray.get(coordinator.join.remote(me))
     if there.stop is not None:
         if there.losses:
             end = EXIT_FAULT, f"a worker was lost while the ranks were stopping; {_GOES_ON}"
         else:
             end = EXIT_STOPPED, _NOT_BEGUN
-        ray.get(board.tell_end.remote(*end, True))
+        ray.get(coordinator.tell_end.remote(*end, True))
         return
     # Two of Ray's nodes may be on one machine, whose cores their ranks share.
     hosts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
     from physio_dist.runtime.distributed import choose_accelerator
-    from physio_dist.runtime.preemption import StopFlag
+    from physio_dist.runtime.preemption import PreemptionHandler
 
     choose_accelerator()
     from physio_dist.training import trainer
     from physio_dist.training.nonfinite import NonFiniteError
 
-    stop = StopFlag()
+    stop = PreemptionHandler()
 
     def listen() -> None:
-        reason = ray.get(board.wait_for_stop.remote())
+        reason = ray.get(coordinator.wait_for_stop.remote())
         if stop.training:
             stop.set(reason)
         else:
-            ray.get(board.tell_end.remote(EXIT_STOPPED, _NOT_BEGUN, True))
+            ray.get(coordinator.tell_end.remote(EXIT_STOPPED, _NOT_BEGUN, True))
 
     threading.Thread(target=listen, name="stop-listener", daemon=True).start()
 
-    def listen_for_wishes() -> None:
+    def listen_for_checkpoint_requests() -> None:
         while True:
-            ray.get(board.wait_for_wish.remote())
+            ray.get(coordinator.wait_for_checkpoint_request.remote())
             stop.save = True
 
     if me == 0:
         # All ranks save what one of them is asked for.
-        threading.Thread(target=listen_for_wishes, name="save-listener", daemon=True).start()
+        threading.Thread(target=listen_for_checkpoint_requests, name="save-listener", daemon=True).start()
 
     def committed(step: int, line: dict[str, Any]) -> None:
         if me == 0:
-            board.tell_commit.remote()
+            coordinator.tell_commit.remote()
         _report(step, line)
 
     try:
-        trainer.run(options, stop, committed, _teller(board))
+        trainer.pretrain(options, stop, committed, _teller(coordinator))
     except trainer.PeerLostError as error:
         _say(str(error))
         raise
     except PhysioError as error:
         if isinstance(error, NonFiniteError):
-            ray.get(board.tell_nonfinite.remote())
+            ray.get(coordinator.tell_nonfinite.remote())
         # All ranks come to a stop together. From other errors the rest does not hear: it waits in a collective.
         stopped = isinstance(error, Stopped)
         # What one node lacks, another may have.
         where = "" if stopped else f" (rank {me} on node {ray.util.get_node_ip_address()})"
-        ray.get(board.tell_end.remote(error.exit_status, f"{error}{where}", not stopped))
+        ray.get(coordinator.tell_end.remote(error.exit_status, f"{error}{where}", not stopped))
     except Exception:
         traceback.print_exc()
         raise
@@ -349,7 +356,7 @@ def _report(step: int, line: dict[str, Any]) -> None:
     ray.train.report({**_known(line), "step": step})
 
 
-def _teller(board: Any) -> Callable[[dict[str, Any]], None]:
+def _teller(coordinator: Any) -> Callable[[dict[str, Any]], None]:
     """What the first rank tells the driver with: every line of metrics, and steps now and then."""
     told = 0.0
 
@@ -357,7 +364,7 @@ def _teller(board: Any) -> Callable[[dict[str, Any]], None]:
         nonlocal told
         if len(line) > 1 or time.monotonic() - told > _TELL_STEP_S:
             told = time.monotonic()
-            board.tell.remote(_known(line))
+            coordinator.tell.remote(_known(line))
 
     return tell
 

@@ -53,7 +53,7 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
     if os.environ.get("RAY_ADDRESS") or options.tune.cpus > cores():
         # Whether it is there and large enough is soon known; to start one only to refuse the input would be a waste.
         _connect(options, say)
-    prepared = study.prepare(options, options.tune.features, say)
+    prepared = study.prepare(options, options.tune.feature_cache, say)
     facts = trial_log.facts_of(options.tune.data, prepared.about)
     if not ray.is_initialized():
         _connect(options, say)
@@ -76,7 +76,7 @@ def _sweep(
     directory.begin(held.attempt)
     trial_log.refuse_other_inputs(directory, facts)
     trials = plan(options, [fold.name for fold in prepared.folds])
-    ledger = trial_log.Ledger(directory, trials, options.tune.max_epochs, say)
+    ledger = trial_log.TrialLog(directory, trials, options.tune.max_epochs, say)
     try:
         storage.write_bytes(directory.file(CONFIG), config.to_yaml(options).encode())
         storage.write_json(directory.file(trial_log.DATA), facts)
@@ -89,12 +89,12 @@ def _sweep(
         fresh = "" if storage.is_local(directory.url) else "FSSPEC_S3='{\"use_listings_cache\": false}' "
         say(f"while they run: {fresh}tensorboard --logdir {directory.file(trial_log.BOARD)}")
         search(options, ledger, prepared, held.attempt, say)
-        say(ledger.standing())
+        say(ledger.summary_line())
     finally:
         ledger.close()
     outcome = study.conclude(prepared, ledger.records(), say)
     held.check()
-    classifier_files.keep(prepared, ledger.records(), directory.file(classifier_files.FOLDER), say)
+    classifier_files.save_classifier(prepared, ledger.records(), directory.file(classifier_files.FOLDER), say)
     storage.write_bytes(directory.file(trial_log.TRIALS), ledger.lines())
     storage.write_bytes(directory.file(trial_log.PREDICTIONS), outcome.predictions)
     if outcome.embedding is not None:
@@ -113,18 +113,20 @@ def _connect(options: TuneConfig, say: Callable[[str], None]) -> None:
     cluster.connect(say, hear_workers=False)
     # Ray puts handlers of its own in their place.
     exit_status.interrupt_on_sigterm()
-    cluster.require(options.tune.cpus, 0.0, 1, options.tune.wait_s, say, "tune.wait_s")
+    cluster.require_resources(
+        options.tune.cpus, 0.0, 1, options.tune.placement_timeout_s, say, "tune.placement_timeout_s"
+    )
 
 
 def _settle(options: TuneConfig) -> None:
     """Make all local paths absolute, so that the next start may be from another folder or inside a job.
 
     Raises:
-        UserError: one is relative inside a Ray job, or ``tune.storage`` cannot be listed.
+        UserError: one is relative inside a Ray job, or ``tune.ray_storage`` cannot be listed.
     """
     chosen, where = options.tune, options.run
-    where.dir = job_paths.durable(where.dir, "run.dir")
-    chosen.data = job_paths.durable(chosen.data.removesuffix("/index.json"), "tune.data")
+    where.dir = job_paths.resolve_durable(where.dir, "run.dir")
+    chosen.data = job_paths.resolve_durable(chosen.data.removesuffix("/index.json"), "tune.data")
     for name in ("ecg_encoder", "eeg_encoder"):
         value = getattr(chosen, name)
         if isinstance(value, dict):
@@ -132,15 +134,17 @@ def _settle(options: TuneConfig) -> None:
         else:
             value = _durable(value, name)
         setattr(chosen, name, value)
-    chosen.features = job_paths.durable(chosen.features or storage.join(where.dir, "features"), "tune.features")
-    ray_storage = chosen.storage or storage.join(where.dir, options.run.name, "ray")
-    chosen.storage = job_paths.durable(ray_storage, "tune.storage")
+    chosen.feature_cache = job_paths.resolve_durable(
+        chosen.feature_cache or storage.join(where.dir, "features"), "tune.feature_cache"
+    )
+    ray_storage = chosen.ray_storage or storage.join(where.dir, options.run.name, "ray")
+    chosen.ray_storage = job_paths.resolve_durable(ray_storage, "tune.ray_storage")
     # Ray opens it with a client of its own, whose messages are of another kind.
-    storage.names(chosen.storage)
+    storage.names(chosen.ray_storage)
 
 
 def _durable(url: str, name: str) -> str:
-    return url if url == CBRAMOD else job_paths.durable(url, f"tune.{name}")
+    return url if url == CBRAMOD else job_paths.resolve_durable(url, f"tune.{name}")
 
 
 def _tell(directory: RunDir, results: dict[str, Any], say: Callable[[str], None], how: str) -> None:

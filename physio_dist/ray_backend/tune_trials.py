@@ -26,8 +26,8 @@ from physio_dist.config import TuneConfig
 from physio_dist.errors import PhysioError, UserError
 from physio_dist.evaluation import study, trial_log
 from physio_dist.evaluation.trials import Study
-from physio_dist.ray_backend.metrics_export import Gauges
-from physio_dist.ray_backend.schedulers import FoldwiseAsha, FoldwiseOptuna, line_of
+from physio_dist.ray_backend.metrics_export import MetricsExporter
+from physio_dist.ray_backend.schedulers import FoldwiseASHA, FoldwiseOptuna, line_of
 
 # Again, of a trial whose worker was lost. What a trial itself raises is not tried again: it would be raised again.
 _TRIES = 3
@@ -135,13 +135,13 @@ class _OfDriver:
 class _Reporter(_OfDriver, tune.Callback):  # type: ignore[misc]
     """Hands on to the ledger what Ray tells the driver."""
 
-    def __init__(self, ledger: trial_log.Ledger, say: Callable[[str], None]) -> None:
+    def __init__(self, ledger: trial_log.TrialLog, say: Callable[[str], None]) -> None:
         self._ledger, self._say, self._shown = ledger, say, _Shown()
         # Whether a node of the cluster will not do, which no second try mends.
         self.unfit = False
-        # Of the scheduler, as :class:`FoldwiseAsha` has it.
+        # Of the scheduler, as :class:`FoldwiseASHA` has it.
         self.last: dict[str, dict[str, int]] = {}
-        self._gauges = Gauges(ledger.run.url)
+        self._gauges = MetricsExporter(ledger.run.url)
         self._show()
 
     def _show(self) -> None:
@@ -187,7 +187,7 @@ class _Reporter(_OfDriver, tune.Callback):  # type: ignore[misc]
 class _OnFailure(_OfDriver, tune.Stopper):  # type: ignore[misc]
     """Ends the sweep when a trial has failed."""
 
-    def __init__(self, ledger: trial_log.Ledger) -> None:
+    def __init__(self, ledger: trial_log.TrialLog) -> None:
         self._ledger = ledger
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -230,7 +230,7 @@ def _name(trial: Any) -> str:
 
 
 def search(
-    options: TuneConfig, ledger: trial_log.Ledger, prepared: Study, attempt: int, say: Callable[[str], None]
+    options: TuneConfig, ledger: trial_log.TrialLog, prepared: Study, attempt: int, say: Callable[[str], None]
 ) -> None:
     """Run the trials that are left; the ledger holds what they found.
 
@@ -256,15 +256,15 @@ def search(
         raise TrialError(f"{len(ledger.left)} trial(s) did not end, Ray has said why if it knows; {kept}")
 
 
-def _round(options: TuneConfig, ledger: trial_log.Ledger, trainable: Any, reporter: _Reporter, name: str) -> None:
+def _round(options: TuneConfig, ledger: trial_log.TrialLog, trainable: Any, reporter: _Reporter, name: str) -> None:
     """One of Ray's own searches, over all that is left."""
     space: dict[str, Any] = {}
     proposed = FoldwiseOptuna(options, ledger) if options.tune.search == "optuna" else None
     if proposed is None:
         space["trial"] = tune.grid_search([asdict(trial) for trial in ledger.left])
-    asha = FoldwiseAsha(options.tune.max_epochs, ledger.records()) if options.tune.scheduler == "asha" else None
+    asha = FoldwiseASHA(options.tune.max_epochs, ledger.records()) if options.tune.scheduler == "asha" else None
     reporter.last = asha.last if asha else {}
-    filesystem, path = _for_arrow(options.tune.storage)
+    filesystem, path = _for_arrow(options.tune.ray_storage)
     tune.Tuner(
         trainable,
         param_space={**space, "cpus": options.tune.cpus},

@@ -184,9 +184,7 @@ def confusions(tables: Sequence[tuple[str, Ints]], classes: Sequence[str], alt: 
     return embed(figure, alt)
 
 
-def people_panel(
-    title: str, names: Sequence[str], rows: Mapping[str, Floats], chance: float, alt: str
-) -> Image:
+def people_panel(title: str, names: Sequence[str], rows: Mapping[str, Floats], chance: float, alt: str) -> Image:
     """A column a person, by the gain of the fused row over the better single one; ``rows``: name -> ``[person]``."""
     fused, better = rows["fused"], best_single(rows)
     gain = fused - better

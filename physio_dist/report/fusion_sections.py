@@ -18,7 +18,7 @@ from physio_dist.report.heldout import HeldOut, mean_roc, precision_recall, pres
 from physio_dist.report.parts import Cell, Figure, Section, Table
 from physio_dist.report.rundata import Floats, without_credentials
 from physio_dist.report.sweepdata import BOUND, METRICS, PREDICTIONS, ROWS, Row, Sweep
-from physio_dist.stats.auc import EXCHANGES, compared, pooled_auc
+from physio_dist.stats.auc import PERMUTATIONS, compared, pooled_auc
 
 # More classes than this share one panel, as a mean.
 MOST_PANELS = 4
@@ -342,8 +342,8 @@ def _gain_table(sweep: Sweep, held: HeldOut | None) -> Table | None:
     caption = (
         "By how much the fused row's ROC-AUC exceeds each other's. The interval is a bootstrap over people in which "
         "both rows are measured on the same drawn people; above zero it shows a gain. p: two-sided, by exchanging both "
-        f"rows' answers for a random half of the people, {EXCHANGES:,} times; not corrected for how many are compared. "
-        "Last: people whose own AUC is higher."
+        f"rows' answers for a random half of the people, {PERMUTATIONS:,} times; not corrected for how many are "
+        "compared. Last: people whose own AUC is higher."
     )
     if any(name != "fused" for name, _ in found):
         caption += " Below the fused row: what rows with one signal and nothing, or noise, add to that signal alone."

@@ -13,8 +13,8 @@ from physio_dist.report.rundata import Floats
 from physio_dist.report.sweepdata import Predictions
 from physio_dist.stats.auc import (
     Difference,
-    Pairs,
-    all_pairs,
+    PairwiseComparisons,
+    compare_all_pairs,
     compared,
     difference,
     mean_of_finite,
@@ -55,7 +55,7 @@ class HeldOut:
     ``differences``: what a row adds to those that it is held against, by (row, minus)."""
 
     predictions: Predictions
-    pairs: dict[str, list[Pairs]]
+    pairs: dict[str, list[PairwiseComparisons]]
     people: People
     differences: dict[tuple[str, str], Difference]
 
@@ -63,13 +63,15 @@ class HeldOut:
     def of(cls, predictions: Predictions) -> HeldOut:
         """Everything computed once."""
         pairs = {
-            row: all_pairs(predictions.label, predictions.person, probability)
+            row: compare_all_pairs(predictions.label, predictions.person, probability)
             for row, probability in predictions.probability.items()
         }
         return cls(predictions, pairs, people_of(predictions, pairs), _differences(predictions, pairs))
 
 
-def _differences(predictions: Predictions, pairs: dict[str, list[Pairs]]) -> dict[tuple[str, str], Difference]:
+def _differences(
+    predictions: Predictions, pairs: dict[str, list[PairwiseComparisons]]
+) -> dict[tuple[str, str], Difference]:
     found = {}
     for row, minus in compared(pairs):
         mine, other = predictions.probability[row], predictions.probability[minus]
@@ -78,7 +80,7 @@ def _differences(predictions: Predictions, pairs: dict[str, list[Pairs]]) -> dic
     return found
 
 
-def people_of(predictions: Predictions, pairs: dict[str, list[Pairs]]) -> People:
+def people_of(predictions: Predictions, pairs: dict[str, list[PairwiseComparisons]]) -> People:
     """Accuracy and area of each person, for the rows of ``pairs``."""
     people, first, owner = np.unique(predictions.person, return_index=True, return_inverse=True)
     windows = np.bincount(owner)

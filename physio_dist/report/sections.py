@@ -27,7 +27,7 @@ OPTIONS = (
     "mask.inter_ratio",
     "mask.span",
     "mask.mode",
-    "mask.lead_drop",
+    "mask.lead_dropout",
     "train.steps",
     "train.global_batch",
     "train.micro_batch",

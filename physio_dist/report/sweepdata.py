@@ -216,9 +216,7 @@ def parse_predictions(raw: bytes) -> tuple[Predictions, list[str]]:
     for name, table in tables.items():
         if table.min() < 0 or np.abs(table.sum(axis=1) - 1).max() > SUM_TOLERANCE:
             raise DataError(f"{PREDICTIONS}: the probabilities of {name!r} are negative or do not add up to 1; {AGAIN}")
-    whole = Predictions(
-        fold.astype(np.int64), person.astype(np.uint64), label.astype(np.int64), tables, folds, broken
-    )
+    whole = Predictions(fold.astype(np.int64), person.astype(np.uint64), label.astype(np.int64), tables, folds, broken)
     return whole, classes
 
 

@@ -11,12 +11,12 @@ from physio_dist.errors import UserError
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
-def inside_job() -> bool:
+def inside_ray_job() -> bool:
     """Whether this process is the driver of a submitted job."""
     return _JOB in os.environ
 
 
-def outlasting(url: str, option: str) -> str:
+def require_durable(url: str, option: str) -> str:
     """The URL as it is, for what is written there to outlast a job.
 
     Raises:
@@ -24,7 +24,7 @@ def outlasting(url: str, option: str) -> str:
         StorageError: it carries credentials, which would be written down.
     """
     storage.refuse_secrets(url)
-    if inside_job() and storage.is_local(url) and not storage.local_path(url).is_absolute():
+    if inside_ray_job() and storage.is_local(url) and not storage.local_path(url).is_absolute():
         raise UserError(
             f"{option}={url} is relative, and a Ray job's working directory vanishes with the job: give an absolute "
             f"path that all nodes share, or an s3:// URL"
@@ -32,10 +32,10 @@ def outlasting(url: str, option: str) -> str:
     return url
 
 
-def durable(url: str, option: str) -> str:
+def resolve_durable(url: str, option: str) -> str:
     """The URL with a relative local path made absolute.
 
     Raises:
         UserError, StorageError: as :func:`outlasting`.
     """
-    return storage.absolute(outlasting(url, option))
+    return storage.absolute(require_durable(url, option))

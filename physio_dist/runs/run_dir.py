@@ -28,8 +28,9 @@ PEOPLE_FILE = "people.json"
 # Options that say where and how fast a run trains, not what it computes; and which steps count as gone wrong, because
 # leaving spikes out is what a run that suffers from them is told to go on with.
 _TRAIN_MAY_DIFFER = (
-    "micro_batch", "precision", "log_every", "save_every", "keep", "trace", "threads", "spike_factor", "skip_spikes",
-    "stall_s", "profile", "tracker",
+    "micro_batch", "precision", "log_every", "save_every", "keep_checkpoints", "log_sample_keys", "threads",
+    "spike_factor", "skip_spikes",
+    "hang_timeout_s", "profile", "tracker",
 )  # fmt: skip
 MAY_DIFFER = frozenset(
     [
@@ -163,6 +164,7 @@ def compare_config(run: RunDir, options: PretrainConfig) -> None:
     """
     if options.resume == "none" and storage.exists(run.file(CONFIG)):
         raise UserError(f"{run.url} exists already: choose another run.name, or leave out resume=none to go on with it")
+
     def same_form(flat: dict[str, Any]) -> None:
         if flat.get("data.index"):
             flat["data.index"] = _plain_index(flat["data.index"])

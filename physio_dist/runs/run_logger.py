@@ -20,7 +20,7 @@ from physio_dist import __version__, storage
 from physio_dist.config import PretrainConfig
 from physio_dist.runs.run_dir import METRICS, PEOPLE_FILE, RunDir
 from physio_dist.runs.trackers import Tracker, open_tracker
-from physio_dist.runtime.distributed import Place
+from physio_dist.runtime.distributed import DistInfo
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainingData:
     simulated: bool
 
 
-class Records:
+class RunLogger:
     """The run's growing files, the first rank's display, and a tracker where one is asked for.
 
     Args:
@@ -58,7 +58,7 @@ class Records:
     """
 
     def __init__(
-        self, options: PretrainConfig, place: Place, run_dir: RunDir, data: TrainingData, say: Callable[[str], None],
+        self, options: PretrainConfig, place: DistInfo, run_dir: RunDir, data: TrainingData, say: Callable[[str], None],
         attempt: int,
     ) -> None:  # fmt: skip
         self.options, self.place, self.run_dir, self.data = options, place, run_dir, data
@@ -72,7 +72,7 @@ class Records:
 
     def open(self, start: int, device: torch.device, versions: dict[str, str]) -> None:
         """Open the growing files, and note what this start trains on and with."""
-        if self.options.train.trace:
+        if self.options.train.log_sample_keys:
             self.run_dir.open_lines(self._trace_name)
         if not self.first:
             return
@@ -100,7 +100,7 @@ class Records:
         }  # fmt: skip
         storage.write_json(name, [*earlier, note])
 
-    def introduce(self, start: int, micro: int, passes: int, parameters: int, device: torch.device) -> None:
+    def log_banner(self, start: int, micro: int, passes: int, parameters: int, device: torch.device) -> None:
         """Say what is about to happen."""
         options, data = self.options, self.data
         simulated = " SIMULATED" if data.simulated else ""
@@ -144,7 +144,7 @@ class Records:
         """Keep the newest validation's held-out windows."""
         storage.write_bytes(self.run_dir.file("examples.safetensors"), data)
 
-    def show(self, step: int, loss: float, rate: float, wait: float) -> None:
+    def log_progress(self, step: int, loss: float, rate: float, wait: float) -> None:
         """Tell a person (first rank)."""
         text = f"loss {loss:.4f}, {rate:.0f} samples/s, data wait {wait:.1%}"
         if self._bar is not None:

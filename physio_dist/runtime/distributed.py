@@ -12,7 +12,7 @@ from physio_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
+class DistInfo:
     """Where this process stands among the ranks."""
 
     rank: int
@@ -28,7 +28,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShare:
     """This rank's share of every step.
 
     Attributes:
@@ -45,7 +45,7 @@ class Share:
     flops: int
 
 
-def join_ranks() -> Place:
+def init_dist_env() -> DistInfo:
     """Make the environment of a rank complete: a process started by plain ``python`` is a world of one."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -56,7 +56,7 @@ def join_ranks() -> Place:
     world = int(os.environ["WORLD_SIZE"])
     # torchrun and the DeepSpeed launcher name it differently.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
-    return Place(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", 0)), local)
+    return DistInfo(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", 0)), local)
 
 
 def choose_accelerator() -> None:

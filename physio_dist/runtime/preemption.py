@@ -17,7 +17,7 @@ _GRACE_S = 60.0
 _HEARING_S = 1.0
 
 
-class StopFlag:
+class PreemptionHandler:
     """Set by SIGTERM, SIGINT or the loss of the launcher; the training loop looks at it once a step.
 
     SIGUSR1 asks for a checkpoint only.
@@ -44,7 +44,7 @@ class StopFlag:
             self.reason = reason
         processes.hard_exit_after(_GRACE_S, EXIT_FAULT, f"asked to stop ({reason}) but could not")
 
-    def came_within(self, seconds: float) -> bool:
+    def wait(self, seconds: float) -> bool:
         """Wait a while for a request to stop; whether there is one."""
         end = time.monotonic() + seconds
         while self.reason is None and time.monotonic() < end:

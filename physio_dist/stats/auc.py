@@ -19,36 +19,36 @@ Ints = npt.NDArray[np.int64]
 People = npt.NDArray[np.uint64]
 
 RESAMPLES = 1000
-EXCHANGES = 4999
+PERMUTATIONS = 4999
 COVERAGE = 0.95
 # What each row of results is held against, beside the fused one against all.
 _AGAINST = {"fused_ecg_only": "ecg", "fused_eeg_only": "eeg", "noise_ecg": "eeg", "noise_eeg": "ecg"}
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairwiseComparisons:
     """All comparisons of a window of a class with one of another class, summed by the people they belong to.
 
-    ``wins[i, j]``: pairs of a positive window of person *i* and a negative one of person *j* in which the positive
-    one has the higher score, ties counted half. ``positives``, ``negatives``: windows of each person. The area under
-    the ROC curve of any multiset of people follows: with person *i* taken c_i times it is c'Wc / (c'p c'n), which
-    is the Mann-Whitney statistic (Hanley and McNeil 1982).
+    ``win_matrix[i, j]``: pairs of a positive window of person *i* and a negative one of person *j* in which the
+    positive one has the higher score, ties counted half. ``positives``, ``negatives``: windows of each person. The area
+    under the ROC curve of any multiset of people follows: with person *i* taken c_i times it is c'Wc / (c'p c'n),
+    which is the Mann-Whitney statistic (Hanley and McNeil 1982).
     """
 
-    wins: Floats
+    win_matrix: Floats
     positives: Floats
     negatives: Floats
 
     def auc(self, counts: Floats) -> Floats:
         """Areas for ``counts`` ``[repeat, person]``, ``[repeat]``; NaN where a class is missing."""
         total = (counts @ self.positives) * (counts @ self.negatives)
-        won = ((counts @ self.wins) * counts).sum(axis=1)
+        won = ((counts @ self.win_matrix) * counts).sum(axis=1)
         return ratio(won, total)
 
     def of_each_person(self) -> Floats:
         """The area within each person, ``[person]``; NaN where a person has one kind of window only."""
         total = self.positives * self.negatives
-        return ratio(np.diag(self.wins), total)
+        return ratio(np.diag(self.win_matrix), total)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def positive_classes(classes: int) -> list[int]:
     return [1] if classes == 2 else list(range(classes))
 
 
-def pairs_of(positive: npt.NDArray[np.bool_], person: People, score: Floats, other: Floats | None = None) -> Pairs:
+def compare_pairs(
+    positive: npt.NDArray[np.bool_], person: People, score: Floats, other: Floats | None = None
+) -> PairwiseComparisons:
     """Comparisons of the positive windows, by ``score``, with all others, by ``other`` (None: by ``score`` too).
 
     Args:
@@ -77,33 +79,33 @@ def pairs_of(positive: npt.NDArray[np.bool_], person: People, score: Floats, oth
     people, owner = np.unique(person, return_inverse=True)
     below_score = score if other is None else other
     above, whose = score[positive], owner[positive]
-    wins = np.zeros((len(people), len(people)))
+    win_matrix = np.zeros((len(people), len(people)))
     for j in range(len(people)):
         below = np.sort(below_score[~positive & (owner == j)])
         if below.size:
             won = (np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")) / 2
-            wins[:, j] = np.bincount(whose, weights=won, minlength=len(people))
+            win_matrix[:, j] = np.bincount(whose, weights=won, minlength=len(people))
     positives = np.bincount(whose, minlength=len(people)).astype(np.float64)
     negatives = np.bincount(owner, minlength=len(people)) - positives
-    return Pairs(wins, positives, negatives)
+    return PairwiseComparisons(win_matrix, positives, negatives)
 
 
-def all_pairs(label: Ints, person: People, probability: Floats) -> list[Pairs]:
+def compare_all_pairs(label: Ints, person: People, probability: Floats) -> list[PairwiseComparisons]:
     """One entry a class that gets a curve; ``probability`` is ``[n, class]``."""
-    return [pairs_of(label == one, person, probability[:, one]) for one in positive_classes(probability.shape[1])]
+    return [compare_pairs(label == one, person, probability[:, one]) for one in positive_classes(probability.shape[1])]
 
 
-def mean_auc(pairs: Sequence[Pairs], counts: Floats) -> Floats:
+def mean_auc(pairs: Sequence[PairwiseComparisons], counts: Floats) -> Floats:
     """Mean over classes of their areas, ``[repeat]``; classes that a repeat lacks are left out of its mean."""
     return mean_of_finite(np.stack([one.auc(counts) for one in pairs]))
 
 
-def pooled_auc(pairs: Sequence[Pairs]) -> float:
+def pooled_auc(pairs: Sequence[PairwiseComparisons]) -> float:
     """The area over all people, each taken once."""
     return float(mean_auc(pairs, np.ones((1, len(pairs[0].positives))))[0])
 
 
-def difference(one: Sequence[Pairs], other: Sequence[Pairs]) -> Difference:
+def difference(one: Sequence[PairwiseComparisons], other: Sequence[PairwiseComparisons]) -> Difference:
     """How far ``one``'s area is above ``other``'s, with the percentile interval of a bootstrap over people.
 
     Both are measured on the same resampled people, so that what makes a person easy or hard cancels out.
@@ -139,16 +141,16 @@ def p_of_no_difference(label: Ints, person: People, one: Floats, other: Floats) 
     people = len(np.unique(person))
     if people < 2:
         return math.nan
-    kept = np.concatenate([np.zeros((1, people)), _exchanged(people)])
+    kept = np.concatenate([np.zeros((1, people)), _permutations(people)])
     swapped = 1.0 - kept
     found = []
     for c in positive_classes(one.shape[1]):
         positive = label == c
         a, b = rankdata(one[:, c]), rankdata(other[:, c])
-        aa, bb = pairs_of(positive, person, a), pairs_of(positive, person, b)
-        ab, ba = pairs_of(positive, person, a, b), pairs_of(positive, person, b, a)
+        aa, bb = compare_pairs(positive, person, a), compare_pairs(positive, person, b)
+        ab, ba = compare_pairs(positive, person, a, b), compare_pairs(positive, person, b, a)
         total = float(aa.positives.sum() * aa.negatives.sum())
-        own, mixed = aa.wins - bb.wins, ab.wins - ba.wins
+        own, mixed = aa.win_matrix - bb.win_matrix, ab.win_matrix - ba.win_matrix
 
         def form(left: Floats, matrix: Floats, right: Floats) -> Floats:
             return np.asarray(((left @ matrix) * right).sum(axis=1))
@@ -199,7 +201,7 @@ def _resampled(people: int) -> Floats:
     return counts
 
 
-def _exchanged(people: int) -> Floats:
+def _permutations(people: int) -> Floats:
     """Whose rows are exchanged in each repeat, 0 or 1 ``[repeat, person]``."""
-    raw = _raw(b"rows of people exchanged", EXCHANGES * people)
-    return np.asarray(raw >> np.uint64(63), np.float64).reshape(EXCHANGES, people)
+    raw = _raw(b"rows of people exchanged", PERMUTATIONS * people)
+    return np.asarray(raw >> np.uint64(63), np.float64).reshape(PERMUTATIONS, people)

@@ -77,7 +77,7 @@ def of_client(error: BaseException | None) -> bool:
     return type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp"))
 
 
-def explain(url: str, doing: str, error: BaseException) -> StorageError:
+def to_storage_error(url: str, doing: str, error: BaseException) -> StorageError:
     """What happened, on which URL, and what to check, as an error a person can read."""
     status, code = answer(error)
     name = type(error).__name__

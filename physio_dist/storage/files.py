@@ -27,7 +27,7 @@ from typing import Any, ParamSpec, TypeVar
 import fsspec
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential, wait_random
 
-from physio_dist.storage.errors import StorageError, explain, is_transient, of_client, refuse_secrets
+from physio_dist.storage.errors import StorageError, is_transient, of_client, refuse_secrets, to_storage_error
 from physio_dist.storage.errors import answer as answer_of
 from physio_dist.storage.urls import WEB, is_local, local_path, protocol
 
@@ -56,7 +56,7 @@ _CLIENT_OPTIONS: dict[str, Any] = {
 }
 
 # Protocols (web servers) whose endpoint has answered; a process that starts others passes it on.
-contacted: set[str] = set()
+reachable_hosts: set[str] = set()
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,9 +68,7 @@ def _filesystem(scheme: str, pid: int) -> Any:
     if scheme == "file":
         return fsspec.filesystem("file")
     if scheme in ("s3", "s3a"):
-        fs = fsspec.filesystem(
-            "s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=_CLIENT_OPTIONS
-        )
+        fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=_CLIENT_OPTIONS)
         # One place counts the tries: `_patiently`.
         fs.retries = 1
         return fs
@@ -133,16 +131,16 @@ resolve = _resolve
 def _told(url: str, doing: str, budget: float, state: RetryCallState) -> None:
     """Say that there is an outage, once the first tries have not mended it."""
     if state.attempt_number == 4 and state.outcome is not None:
-        why = explain(url, doing, state.outcome.exception() or OSError())
+        why = to_storage_error(url, doing, state.outcome.exception() or OSError())
         log.warning("%s; trying again for up to %.0f s", why, budget)
 
 
-def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
+def _with_retry(url: str, doing: str, action: Callable[[], R]) -> R:
     """Run ``action``, trying again while faults are transient and the budget lasts."""
     scheme = protocol(url)
     # The web is many servers: that one has answered says nothing of another.
     peer = "/".join(url.split("/", 3)[:3]) if scheme in WEB else scheme
-    budget = OUTAGE_S if peer in contacted else FIRST_CONTACT_S
+    budget = OUTAGE_S if peer in reachable_hosts else FIRST_CONTACT_S
     backoff = wait_exponential(multiplier=0.2, max=10.0) + wait_random(0, 1)
 
     def wait(state: RetryCallState) -> float:
@@ -159,12 +157,12 @@ def _patiently(url: str, doing: str, action: Callable[[], R]) -> R:
         )(action)
     except Exception as error:
         if answer_of(error)[0] is not None or isinstance(error, FileNotFoundError):
-            contacted.add(peer)
+            reachable_hosts.add(peer)
         # The client calls a malformed endpoint a ValueError.
         if isinstance(error, OSError) or of_client(error) or (isinstance(error, ValueError) and not is_local(url)):
-            raise explain(url, doing, error) from error
+            raise to_storage_error(url, doing, error) from error
         raise
-    contacted.add(peer)
+    reachable_hosts.add(peer)
     return result
 
 
@@ -178,9 +176,9 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
     fs, path = _resolve(url)
     if protocol(url) in WEB:
         # A server may answer a request for a part with the whole, and the client does not tell which it was.
-        whole: bytes = _patiently(url, "read", lambda: fs.cat_file(path))
+        whole: bytes = _with_retry(url, "read", lambda: fs.cat_file(path))
         return whole[start:end]
-    data: bytes = _patiently(url, "read", lambda: fs.cat_file(path, start=start, end=end))
+    data: bytes = _with_retry(url, "read", lambda: fs.cat_file(path, start=start, end=end))
     return data
 
 
@@ -209,7 +207,7 @@ def write_bytes(url: str, data: bytes) -> None:
             os.fsync(file.fileno())
         return
     fs, path = _resolve(url)
-    _patiently(url, "write", lambda: fs.pipe_file(path, data))
+    _with_retry(url, "write", lambda: fs.pipe_file(path, data))
 
 
 def write_json(url: str, document: Any) -> None:
@@ -231,7 +229,7 @@ def put_file(source: Path, url: str) -> None:
             os.fsync(file.fileno())
         return
     fs, path = _resolve(url)
-    _patiently(url, "write", lambda: fs.put_file(str(source), path))
+    _with_retry(url, "write", lambda: fs.put_file(str(source), path))
 
 
 def get_file(url: str, target: Path) -> None:
@@ -242,7 +240,7 @@ def get_file(url: str, target: Path) -> None:
         StorageError: it cannot be read, or the local disk is full.
     """
     fs, path = _resolve(url)
-    _patiently(url, f"fetch to {target} from", lambda: fs.get_file(path, str(target)))
+    _with_retry(url, f"fetch to {target} from", lambda: fs.get_file(path, str(target)))
 
 
 def fetch(url: str, target: Path, nbytes: int) -> str:
@@ -267,7 +265,7 @@ def fetch(url: str, target: Path, nbytes: int) -> str:
     def piece(start: int) -> bytes:
         end = min(start + PIECE, nbytes)
         try:
-            return _patiently(url, doing, lambda: _read_range(fs, path, start, end))
+            return _with_retry(url, doing, lambda: _read_range(fs, path, start, end))
         except StorageError as error:
             # The object ends before the range begins.
             if answer_of(error.__cause__ or error)[0] == 416:
@@ -312,13 +310,13 @@ def exists(url: str) -> bool:
     fs, path = _resolve(url)
     # Unless told to be strict, the client takes a web server that does not answer for one that has not got it.
     options = {"strict": True} if protocol(url) in WEB else {}
-    return bool(_patiently(url, "look for", lambda: fs.exists(path, **options)))
+    return bool(_with_retry(url, "look for", lambda: fs.exists(path, **options)))
 
 
 def size(url: str) -> int:
     """Bytes of an object."""
     fs, path = _resolve(url)
-    return int(_patiently(url, "look for", lambda: fs.info(path))["size"])
+    return int(_with_retry(url, "look for", lambda: fs.info(path))["size"])
 
 
 def names(url: str) -> list[str]:
@@ -340,7 +338,7 @@ def names(url: str) -> list[str]:
         own = str(fs._strip_protocol(path)).rstrip("/")
         return sorted({entry.rsplit("/", 1)[-1] for entry in entries if entry != own})
 
-    return _patiently(url, "list", listing)
+    return _with_retry(url, "list", listing)
 
 
 def remove(url: str, recursive: bool = False) -> None:
@@ -356,7 +354,7 @@ def remove(url: str, recursive: bool = False) -> None:
                 for name in fs.find(path) if recursive else [path]:
                     fs.rm_file(name)
 
-    _patiently(url, "delete", delete)
+    _with_retry(url, "delete", delete)
 
 
 @contextlib.contextmanager
@@ -374,7 +372,7 @@ def _publishing(url: str) -> Iterator[Path]:
         finally:
             os.close(folder)
     except OSError as error:
-        raise explain(url, "write", error) from error
+        raise to_storage_error(url, "write", error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

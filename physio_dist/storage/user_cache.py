@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from physio_dist.storage import StorageError, explain, get_file, sha256_of, write_bytes
+from physio_dist.storage import StorageError, get_file, sha256_of, to_storage_error, write_bytes
 
 
 def cache_folder(kind: str) -> Path:
@@ -20,7 +20,7 @@ def cache_folder(kind: str) -> Path:
     return root / "physio-dist" / kind
 
 
-def kept_bytes(url: str, kind: str) -> bytes | None:
+def read_cached(url: str, kind: str) -> bytes | None:
     """What was kept of a URL, or None: nothing, or not what it was when it was kept.
 
     The name of a kept file tells its content's hash, so that one rename publishes both.
@@ -33,7 +33,7 @@ def kept_bytes(url: str, kind: str) -> bytes | None:
     return None
 
 
-def keep(url: str, kind: str, data: bytes) -> None:
+def write_cached(url: str, kind: str, data: bytes) -> None:
     """Keep what was read from a URL; a cache that cannot be written only costs another download."""
     folder = cache_folder(kind)
     with contextlib.suppress(OSError, StorageError):
@@ -47,7 +47,7 @@ def _name(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()[:32]
 
 
-def fetched(url: str, kind: str, sha256: str) -> Path | None:
+def fetch_cached(url: str, kind: str, sha256: str) -> Path | None:
     """A local copy of a remote file, fetched if need be; None where its content has another hash.
 
     Raises:
@@ -69,4 +69,4 @@ def fetched(url: str, kind: str, sha256: str) -> Path | None:
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise explain(str(path), "keep a download in", error) from error
+        raise to_storage_error(str(path), "keep a download in", error) from error

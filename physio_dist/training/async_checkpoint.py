@@ -18,7 +18,7 @@ import torch.distributed as dist
 _PARTING_S = 10.0
 
 
-class Files(Protocol):
+class CheckpointFiles(Protocol):
     """What a checkpoint is made of, and how it gets where it belongs."""
 
     def send(self) -> None:
@@ -65,7 +65,7 @@ class _Work(threading.Thread):
         self.done()
 
 
-class Saver:
+class AsyncCheckpointer:
     """One checkpoint in flight, at most.
 
     Args:
@@ -76,10 +76,10 @@ class Saver:
         blocked_s: for how long the loop has waited for it, since it was last set to 0.
     """
 
-    def __init__(self, first: bool, take: Callable[[int], Files]) -> None:
+    def __init__(self, first: bool, take: Callable[[int], CheckpointFiles]) -> None:
         self._first, self._take = first, take
         self._phase = _Phase.NONE
-        self._files: Files | None = None
+        self._files: CheckpointFiles | None = None
         self._work: _Work | None = None
         self.blocked_s = 0.0
 
@@ -91,7 +91,7 @@ class Saver:
         self._phase, self._work = _Phase.SENDING, _Work(self._files.send)
         self.blocked_s += time.perf_counter() - began
 
-    def told(self) -> tuple[float, float]:
+    def local_status(self) -> tuple[float, float]:
         """Whether this rank has sent, and whether it has committed; to be summed over the ranks.
 
         Raises:
@@ -100,7 +100,7 @@ class Saver:
         done = self._work is not None and self._work.done()
         return float(done and self._phase is _Phase.SENDING), float(done and self._phase is _Phase.COMMITTING)
 
-    def heard(self, all_sent: bool, committed: bool) -> None:
+    def update(self, all_sent: bool, committed: bool) -> None:
         """Go on with what all ranks now know; the same on every rank."""
         if all_sent:
             self._commit()

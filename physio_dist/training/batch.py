@@ -13,11 +13,11 @@ import torch
 from physio_dist.config import TrainOptions
 from physio_dist.data.loading.loader import Batch
 from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV
-from physio_dist.objectives.dual_mask import DualMask, MaskConfig, draw_masks
+from physio_dist.objectives.dual_mask import DualMask, MaskConfig, sample_masks
 
 
 @dataclass(frozen=True)
-class Prepared:
+class MaskedBatch:
     """A rank's batch with its masks, as CPU tensors, still int16."""
 
     batch: Batch
@@ -31,7 +31,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """A micro batch on the device: ``x`` float ``[b, channel, patch, 200]`` in units of 100 uV, masks bool."""
 
     x: torch.Tensor
@@ -42,25 +42,27 @@ class Micro:
     weight: torch.Tensor
 
 
-def prepare(batch: Batch, mask: MaskConfig, groups: Sequence[Sequence[int]], seed: int, purpose: str) -> Prepared:
+def prepare_batch(
+    batch: Batch, mask: MaskConfig, groups: Sequence[Sequence[int]], seed: int, purpose: str
+) -> MaskedBatch:
     """Draw a batch's masks; run by the feed's thread."""
     patches = batch.signal.shape[2] // PATCH
-    drawn: DualMask = draw_masks(mask, groups, patches, seed, purpose, batch.positions, batch.valid)
+    drawn: DualMask = sample_masks(mask, groups, patches, seed, purpose, batch.positions, batch.valid)
     valid = batch.valid & drawn.shown
-    return Prepared(
+    return MaskedBatch(
         batch=batch, signal=torch.from_numpy(batch.signal), scale=torch.from_numpy(batch.scale),
         valid=torch.from_numpy(valid), weight=torch.from_numpy(batch.weight),
         intra=torch.from_numpy(drawn.intra), inter=torch.from_numpy(drawn.inter), all_valid=bool(valid.all()),
     )  # fmt: skip
 
 
-def pin(prepared: Prepared) -> Prepared:
+def pin(prepared: MaskedBatch) -> MaskedBatch:
     """The same in page-locked memory, so that copies to a GPU overlap with its work."""
     pinned: dict[str, Any] = {k: v.pin_memory() for k, v in vars(prepared).items() if isinstance(v, torch.Tensor)}
     return replace(prepared, **pinned)
 
 
-def to_device(prepared: Prepared, rows: slice, device: torch.device) -> Micro:
+def to_device(prepared: MaskedBatch, rows: slice, device: torch.device) -> MicroBatch:
     """Move some rows to the device as int16 and turn them into patches there."""
     signal, scale, valid, weight, intra, inter = (
         getattr(prepared, name)[rows].to(device, non_blocking=True)
@@ -70,7 +72,7 @@ def to_device(prepared: Prepared, rows: slice, device: torch.device) -> Micro:
     x = signal.to(torch.float32).mul_((scale / UNIT_UV)[:, None, None]).view(samples, channels, time // PATCH, PATCH)
     # Where all is valid the mask would cost time and change nothing.
     everywhere = None if prepared.all_valid else valid[:, :, None].expand(samples, channels, time // PATCH)
-    return Micro(x, intra, inter, intra | inter, everywhere, weight)
+    return MicroBatch(x, intra, inter, intra | inter, everywhere, weight)
 
 
 def seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:

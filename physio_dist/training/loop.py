@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 
 from physio_dist.config import PretrainConfig
-from physio_dist.data.loading.loader import Feed, Source
+from physio_dist.data.loading.loader import PrefetchLoader, ShardDataset
 from physio_dist.errors import Stopped
 from physio_dist.objectives.dual_mask import dual_mask_loss
 from physio_dist.runtime import watchdog
-from physio_dist.runtime.distributed import Share
-from physio_dist.runtime.preemption import StopFlag
-from physio_dist.training.async_checkpoint import Saver
+from physio_dist.runtime.distributed import BatchShare
+from physio_dist.runtime.preemption import PreemptionHandler
+from physio_dist.training.async_checkpoint import AsyncCheckpointer
 from physio_dist.training.backends.deepspeed_engine import Engine
-from physio_dist.training.batch import Prepared, learning_rate, seed_dropout, to_device
-from physio_dist.training.nonfinite import broken, worst
-from physio_dist.training.step_guard import Judge, Verdict
+from physio_dist.training.batch import MaskedBatch, learning_rate, seed_dropout, to_device
+from physio_dist.training.nonfinite import diagnose_nonfinite, top_loss_samples
+from physio_dist.training.step_guard import StepAction, StepGuard
 from physio_dist.training.throughput import StepClock, device_peak, peak_memory_mb, training_flops
 from physio_dist.training.validation import Validation
 
@@ -50,8 +50,9 @@ class Hooks:
 
 
 def train(
-    engine: Engine, source: Source, feed: Feed[Prepared], validation: Validation, options: PretrainConfig,
-    share: Share, start: int, stop: StopFlag, judge: Judge, saver: Saver, hooks: Hooks,
+    engine: Engine, source: ShardDataset, feed: PrefetchLoader[MaskedBatch], validation: Validation,
+    options: PretrainConfig,
+    share: BatchShare, start: int, stop: PreemptionHandler, judge: StepGuard, saver: AsyncCheckpointer, hooks: Hooks,
     epoch_of: Callable[[int], int],
 ) -> None:  # fmt: skip
     """Train from step ``start`` (done) to ``train.steps``.
@@ -81,29 +82,29 @@ def train(
             hooks.trace(step, source.keys(prepared.batch.samples))
         hooks.at(step, watchdog.AGREE)
         sums[6] = engine.gradient_norm() / share.world
-        sums[7:] = torch.tensor([float(stop.reason is not None), float(stop.save), *saver.told()])
+        sums[7:] = torch.tensor([float(stop.reason is not None), float(stop.save), *saver.local_status()])
         # The one time in a step that the ranks agree and the device is waited for.
         loss, _, intra, n_intra, inter, n_inter, norm, stops, saves, sent, committed = _total(sums)
         loss, stopping, saving = loss / opts.global_batch, stops > 0, saves > 0
         hooks.at(step, watchdog.MOVE)
         verdict = judge(loss, norm)
-        if verdict is Verdict.BROKEN:
+        if verdict is StepAction.NONFINITE:
             # One of an earlier step is whole.
             saver.finish()
-            raise broken(engine, source, prepared, options, share, step, each)
-        if verdict in (Verdict.SPIKE, Verdict.SKIP):
+            raise diagnose_nonfinite(engine, source, prepared, options, share, step, each)
+        if verdict in (StepAction.SPIKE, StepAction.SKIP):
             before, usual = judge.medians()
-            what = "left out" if verdict is Verdict.SKIP else "taken; train.skip_spikes=true would leave it out"
+            what = "left out" if verdict is StepAction.SKIP else "taken; train.skip_spikes=true would leave it out"
             hooks.warn(
                 f"spike in step {step}, {what}: loss {loss:.4g} (median {before:.4g}), gradient norm {norm:.4g} "
-                f"(median {usual:.4g}); highest losses: {worst(source, prepared, share, each)}"
+                f"(median {usual:.4g}); highest losses: {top_loss_samples(source, prepared, share, each)}"
             )
-        if verdict in (Verdict.TAKE, Verdict.SPIKE):
+        if verdict in (StepAction.APPLY, StepAction.SPIKE):
             engine.step(norm)
         else:
             engine.skip()
             skipped += 1
-        saver.heard(sent == share.world, committed > 0)
+        saver.update(sent == share.world, committed > 0)
 
         logged = step % opts.log_every == 0 or step in (1, opts.steps)
         validated = validation.total > 0 and (step % opts.val_every == 0 or step == opts.steps)
@@ -150,7 +151,7 @@ def train(
 
 
 def _backward(
-    engine: Engine, prepared: Prepared, options: PretrainConfig, share: Share, step: int
+    engine: Engine, prepared: MaskedBatch, options: PretrainConfig, share: BatchShare, step: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Forward and backward passes of a step, without the step.
 

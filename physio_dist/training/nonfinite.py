@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from physio_dist.config import PretrainConfig
-from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.errors import PhysioError
 from physio_dist.objectives.dual_mask import dual_mask_loss
-from physio_dist.runtime.distributed import Share
+from physio_dist.runtime.distributed import BatchShare
 from physio_dist.training.backends.deepspeed_engine import Engine
-from physio_dist.training.batch import Prepared, seed_dropout, to_device
+from physio_dist.training.batch import MaskedBatch, seed_dropout, to_device
 
 _SHOWN = 4
 Found = tuple[float, int, str]
@@ -24,14 +24,14 @@ class NonFiniteError(PhysioError):
     """A loss or a gradient became NaN or infinite; it was caught before any weight moved."""
 
 
-def worst(source: Source, prepared: Prepared, share: Share, each: list[torch.Tensor]) -> str:
+def top_loss_samples(source: ShardDataset, prepared: MaskedBatch, share: BatchShare, each: list[torch.Tensor]) -> str:
     """The samples with the highest losses of a step, over all ranks (a collective)."""
     found = _gather(sorted(_samples(source, prepared, share, each), reverse=True)[:_SHOWN])
     return _told(sorted(found, reverse=True))
 
 
-def broken(
-    engine: Engine, source: Source, prepared: Prepared, options: PretrainConfig, share: Share, step: int,
+def diagnose_nonfinite(
+    engine: Engine, source: ShardDataset, prepared: MaskedBatch, options: PretrainConfig, share: BatchShare, step: int,
     each: list[torch.Tensor],
 ) -> NonFiniteError:  # fmt: skip
     """The error of a step whose loss or gradient is not finite; it names ranks and samples (a collective).
@@ -45,7 +45,7 @@ def broken(
     if not found:
         what = "gradient"
         engine.skip()
-        spoilt = _spoilt_passes(engine, prepared, options, share, step)
+        spoilt = nonfinite_microbatches(engine, prepared, options, share, step)
         by_pass = [mine[k * share.micro : (k + 1) * share.micro] for k in spoilt]
         found = _gather([one for part in by_pass for one in sorted(part, reverse=True)][:_SHOWN])
     return NonFiniteError(
@@ -54,7 +54,7 @@ def broken(
     )
 
 
-def _samples(source: Source, prepared: Prepared, share: Share, each: list[torch.Tensor]) -> list[Found]:
+def _samples(source: ShardDataset, prepared: MaskedBatch, share: BatchShare, each: list[torch.Tensor]) -> list[Found]:
     """Loss, rank and key of this rank's samples, in their order; infinity stands for all that is no number."""
     losses = torch.cat(each).float().cpu().tolist()
     keys = source.keys(prepared.batch.samples)
@@ -63,8 +63,8 @@ def _samples(source: Source, prepared: Prepared, share: Share, each: list[torch.
     ]
 
 
-def _spoilt_passes(
-    engine: Engine, prepared: Prepared, options: PretrainConfig, share: Share, step: int
+def nonfinite_microbatches(
+    engine: Engine, prepared: MaskedBatch, options: PretrainConfig, share: BatchShare, step: int
 ) -> list[int]:
     """The passes of this rank whose own gradient is not finite."""
     spoilt = []

@@ -16,10 +16,10 @@ WINDOW, _LEAST = 128, 20
 FIRST_SCALE, _MOST_SCALE, _CLEAN = 2.0**10, 2.0**24, 1000
 
 
-class Verdict(Enum):
+class StepAction(Enum):
     """What becomes of a step."""
 
-    TAKE = "take"
+    APPLY = "apply"
     # Far above the run's own median; it is taken all the same.
     SPIKE = "spike"
     # The same, and left out.
@@ -27,10 +27,10 @@ class Verdict(Enum):
     # A gradient has overflown fp16 at this scale of the loss; left out.
     OVERFLOW = "overflow"
     # No finite number, and no smaller scale would make it one.
-    BROKEN = "broken"
+    NONFINITE = "nonfinite"
 
 
-class Judge:
+class StepGuard:
     """Judges steps one after the other.
 
     Args:
@@ -40,7 +40,7 @@ class Judge:
 
     def __init__(self, train: TrainOptions, state: dict[str, Any]) -> None:
         self._fp16, self._factor, self._skip = train.precision == "fp16", train.spike_factor, train.skip_spikes
-        self._clip = train.clip
+        self._clip = train.max_grad_norm
         self._scale = float(state.get("scale", FIRST_SCALE))
         self._clean = int(state.get("clean", 0))
         self._losses = deque[float](state.get("losses", ()), WINDOW)
@@ -57,12 +57,12 @@ class Judge:
             "scale": self._scale, "clean": self._clean, "losses": list(self._losses), "norms": list(self._norms)
         }  # fmt: skip
 
-    def __call__(self, loss: float, norm: float) -> Verdict:
+    def __call__(self, loss: float, norm: float) -> StepAction:
         """Judge a step by the global batch's loss and the norm of its gradient before clipping."""
         if not math.isfinite(loss):
-            return Verdict.BROKEN
+            return StepAction.NONFINITE
         if not math.isfinite(norm):
-            return self._overflown() if self._fp16 else Verdict.BROKEN
+            return self._overflown() if self._fp16 else StepAction.NONFINITE
         self._clean += 1
         if self._fp16 and self._clean == _CLEAN:
             self._scale, self._clean = min(self._scale * 2, _MOST_SCALE), 0
@@ -73,14 +73,14 @@ class Judge:
         self._losses.append(loss)
         self._norms.append(norm)
         if not spike:
-            return Verdict.TAKE
-        return Verdict.SKIP if self._skip else Verdict.SPIKE
+            return StepAction.APPLY
+        return StepAction.SKIP if self._skip else StepAction.SPIKE
 
-    def _overflown(self) -> Verdict:
+    def _overflown(self) -> StepAction:
         if self._scale <= 1:
-            return Verdict.BROKEN
+            return StepAction.NONFINITE
         self._scale, self._clean = self._scale / 2, 0
-        return Verdict.OVERFLOW
+        return StepAction.OVERFLOW
 
     def medians(self) -> tuple[float, float]:
         """Of the losses and norms so far."""

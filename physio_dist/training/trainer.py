@@ -14,7 +14,7 @@ import torch.distributed as dist
 from physio_dist import storage
 from physio_dist.config import PretrainConfig, mixture
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Batch, Feed, Source
+from physio_dist.data.loading.loader import Batch, PrefetchLoader, ShardDataset
 from physio_dist.errors import EXIT_FAULT, PhysioError, UserError
 from physio_dist.models.encoders.criss_cross import (
     CHECKPOINTED,
@@ -25,24 +25,24 @@ from physio_dist.models.encoders.criss_cross import (
     count_parameters,
     preset,
 )
-from physio_dist.objectives.dual_mask import MaskConfig, draw_masks
+from physio_dist.objectives.dual_mask import MaskConfig, sample_masks
 from physio_dist.runs import lease
 from physio_dist.runs.run_dir import RunDir, compare_config, write_config
-from physio_dist.runs.run_logger import Records, TrainingData
+from physio_dist.runs.run_logger import RunLogger, TrainingData
 from physio_dist.runs.trackers import check_tracker
 from physio_dist.runtime import processes
-from physio_dist.runtime.distributed import Place, Share, check_precision, join_ranks, split_share
-from physio_dist.runtime.preemption import StopFlag
+from physio_dist.runtime.distributed import BatchShare, DistInfo, check_precision, init_dist_env, split_share
+from physio_dist.runtime.preemption import PreemptionHandler
 from physio_dist.runtime.watchdog import Watchdog
 from physio_dist.signals.montage import lead_layouts, mask_groups
 from physio_dist.training import checkpoint
-from physio_dist.training.async_checkpoint import Files, Saver
+from physio_dist.training.async_checkpoint import AsyncCheckpointer, CheckpointFiles
 from physio_dist.training.backends.deepspeed_engine import VERSIONS, Engine, init_process_group, quiet
-from physio_dist.training.batch import Prepared, pin, prepare, to_device
+from physio_dist.training.batch import MaskedBatch, pin, prepare_batch, to_device
 from physio_dist.training.checkpoint import Checkpoint, Progress
 from physio_dist.training.loop import Hooks, train
 from physio_dist.training.profiling import ProfiledSteps
-from physio_dist.training.step_guard import Judge
+from physio_dist.training.step_guard import StepGuard
 from physio_dist.training.validation import Validation
 
 # Takes the step of a checkpoint and the newest line of metrics, which only the first rank has.
@@ -57,7 +57,9 @@ class PeerLostError(PhysioError):
     """Another rank is gone; this one cannot go on alone."""
 
 
-def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = None, told: Told | None = None) -> None:
+def pretrain(
+    options: PretrainConfig, stop: PreemptionHandler, committed: Committed | None = None, told: Told | None = None
+) -> None:
     """Pretrain as one rank.
 
     Args:
@@ -69,7 +71,7 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
     Raises:
         PhysioError: everything that has a documented status.
     """
-    place = join_ranks()
+    place = init_dist_env()
     if place.world > options.train.global_batch:
         raise UserError(f"{place.world} ranks cannot share train.global_batch={options.train.global_batch}")
     check_tracker(options.train.tracker)
@@ -80,7 +82,7 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
     encoder = preset(options.model.preset, options.model.dropout)
     run_dir = RunDir(storage.join(options.run.dir, options.run.name), place.rank)
     cache = ShardCache(options.data.cache_dir, options.data.cache_gb * 1e9)
-    source = Source(mixture(options.data.index), options.data.signal, cache)
+    source = ShardDataset(mixture(options.data.index), options.data.signal, cache)
     mask = replace(mask, layouts=lead_layouts(source.info.channels))
     _check_signal(source, mask)
     order = source.order("train", options.train.global_batch, options.run.seed)
@@ -105,13 +107,13 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
         if held is not None:
             # Only now, so that a start that is refused leaves no run behind, and changes none.
             write_config(run_dir, options)
-        records = Records(options, place, run_dir, _training_data(source), say, attempt)
-        mine = _Rank(options, place, source, model, mask, stop, records, held, committed, told)
+        records = RunLogger(options, place, run_dir, _training_data(source), say, attempt)
+        mine = Trainer(options, place, source, model, mask, stop, records, held, committed, told)
         mine.train(order, found, start)
     except RuntimeError as error:
         # What the collectives say when a peer is gone.
         if any(word in str(error) for word in ("Connection", "gloo", "NCCL", "Socket")):
-            if stop.came_within(_LAUNCHER_S):
+            if stop.wait(_LAUNCHER_S):
                 # The lost rank or its launcher has said what there is to say.
                 raise SystemExit(EXIT_FAULT) from error
             raise PeerLostError(
@@ -124,7 +126,7 @@ def run(options: PretrainConfig, stop: StopFlag, committed: Committed | None = N
             held.release()
 
 
-def _training_data(source: Source) -> TrainingData:
+def _training_data(source: ShardDataset) -> TrainingData:
     """What the run's logs and exports tell of its data."""
     indexes = [
         {
@@ -143,7 +145,7 @@ def _training_data(source: Source) -> TrainingData:
     )
 
 
-def _check_signal(source: Source, mask: MaskConfig) -> None:
+def _check_signal(source: ShardDataset, mask: MaskConfig) -> None:
     """Refuse data the encoder is not made for, before anything starts."""
     for shards in source.sets:
         if shards.rate != PATCH:
@@ -157,15 +159,15 @@ def _check_signal(source: Source, mask: MaskConfig) -> None:
                 f"{PATCH}; convert the recordings again with window.seconds a whole number"
             )
     groups = mask_groups(source.info.channels)
-    draw_masks(mask, groups, source.info.samples // PATCH, 0, "check", numpy.zeros(1, dtype=numpy.int64))
+    sample_masks(mask, groups, source.info.samples // PATCH, 0, "check", numpy.zeros(1, dtype=numpy.int64))
 
 
-def _order_of(options: PretrainConfig, source: Source) -> dict[str, Any]:
+def _order_of(options: PretrainConfig, source: ShardDataset) -> dict[str, Any]:
     """What decides, beside the data itself, which samples a step takes."""
     return {"seed": options.run.seed, "global_batch": options.train.global_batch, "weights": source.weights}
 
 
-def _check_fits(found: Checkpoint, source: Source, encoder: dict[str, Any], order: dict[str, Any]) -> None:
+def _check_fits(found: Checkpoint, source: ShardDataset, encoder: dict[str, Any], order: dict[str, Any]) -> None:
     """Refuse a checkpoint of another model or of other data.
 
     Raises:
@@ -192,7 +194,7 @@ def _check_fits(found: Checkpoint, source: Source, encoder: dict[str, Any], orde
 
 
 def _agree_on_checkpoint(
-    run_dir: RunDir, options: PretrainConfig, place: Place, say: Callable[[str], None]
+    run_dir: RunDir, options: PretrainConfig, place: DistInfo, say: Callable[[str], None]
 ) -> Checkpoint | None:
     """The checkpoint to start from, the same on every rank; the first rank looks for it."""
     found: Checkpoint | None = None
@@ -221,12 +223,13 @@ def _silent(_: str) -> None:
     pass
 
 
-class _Rank:
+class Trainer:
     """Holds what training needs and what its hooks write to."""
 
     def __init__(
-        self, options: PretrainConfig, place: Place, source: Source, model: MaskedModel, mask: MaskConfig,
-        stop: StopFlag, records: Records, held: lease.Lease | None, committed: Committed | None, told: Told | None,
+        self, options: PretrainConfig, place: DistInfo, source: ShardDataset, model: MaskedModel, mask: MaskConfig,
+        stop: PreemptionHandler, records: RunLogger, held: lease.Lease | None,
+        committed: Committed | None, told: Told | None,
     ) -> None:  # fmt: skip
         self.options, self.place, self.source = options, place, source
         self.model, self.mask, self.stop, self.records, self.held = model, mask, stop, records, held
@@ -244,8 +247,8 @@ class _Rank:
         micro, passes = split_share(opts.global_batch, place.world, opts.micro_batch)
         seed = options.run.seed
 
-        def ready(batch: Batch) -> Prepared:
-            prepared = prepare(batch, self.mask, self.groups, seed, "train")
+        def ready(batch: Batch) -> MaskedBatch:
+            prepared = prepare_batch(batch, self.mask, self.groups, seed, "train")
             return pin(prepared) if torch.cuda.is_available() else prepared
 
         validation = Validation(
@@ -255,32 +258,32 @@ class _Rank:
             why = "train.val_samples is 0" if not opts.val_samples else "the shard set's val split is empty"
             records.say(f"no held-out windows, so there will be no val_loss: {why}")
         self.engine = engine = Engine(self.model, options, micro, passes)
-        self.judge = Judge(opts, found.progress.guard if found is not None else {})
+        self.judge = StepGuard(opts, found.progress.guard if found is not None else {})
         records.open(start, engine.device, VERSIONS)
-        records.introduce(start, micro, passes, count_parameters(self.model.config), engine.device)
-        saver = Saver(self.first, self._take)
-        share = Share(
+        records.log_banner(start, micro, passes, count_parameters(self.model.config), engine.device)
+        saver = AsyncCheckpointer(self.first, self._take)
+        share = BatchShare(
             place.rank, place.world, micro, passes,
             count_flops(self.model.config, len(source.info.channels), source.info.samples // PATCH),
         )  # fmt: skip
         with (
-            Feed(
+            PrefetchLoader(
                 source, order, "train", place.rank, place.world, micro * passes, ready, start, opts.steps, place.node
             ) as feed,
-            Watchdog(place.rank, opts.stall_s) as watchdog,
+            Watchdog(place.rank, opts.hang_timeout_s) as watchdog,
             ProfiledSteps(opts.profile if self.first else [], self._keep_profile) as profiled,
         ):  # fmt: skip
             hooks = Hooks(
                 at=watchdog.at,
                 begin=lambda step: self._begin(step, profiled),
                 log=self._log if self.first else _nothing,
-                trace=records.trace if opts.trace else None,
+                trace=records.trace if opts.log_sample_keys else None,
                 examples=records.examples,
                 warn=records.say,
-                show=records.show if self.first else _nothing,
+                show=records.log_progress if self.first else _nothing,
             )
             nothing = numpy.zeros(0, dtype=numpy.int64)
-            empty = source.gather(0, nothing, nothing, nothing, size=micro)
+            empty = source.read_batch(0, nothing, nothing, nothing, size=micro)
             dry = to_device(ready(empty), slice(None), engine.device)
             engine.prepare((dry.x, dry.hidden, dry.valid))
             if found is not None:
@@ -313,7 +316,7 @@ class _Rank:
     def _keep_profile(self, trace: bytes) -> None:
         storage.write_bytes(self.records.run_dir.file("profile.json"), trace)
 
-    def _take(self, step: int) -> Files:
+    def _take(self, step: int) -> CheckpointFiles:
         """Copy what the checkpoint of this step holds; only the first rank keeps it (a collective)."""
         tensors = {
             checkpoint.MODEL: self.engine.weights(self.first),
@@ -340,7 +343,7 @@ class _CheckpointFiles:
     """A checkpoint on its way."""
 
     def __init__(
-        self, rank: _Rank, progress: Progress, tensors: dict[str, checkpoint.Tensors], newest: dict[str, Any]
+        self, rank: Trainer, progress: Progress, tensors: dict[str, checkpoint.Tensors], newest: dict[str, Any]
     ) -> None:
         self._rank, self._progress, self._tensors, self._newest = rank, progress, tensors, newest
         self._run = rank.records.run_dir
@@ -356,7 +359,7 @@ class _CheckpointFiles:
         assert self._rank.held is not None and self._draft is not None
         self._rank.held.check()
         checkpoint.commit(self._draft)
-        checkpoint.prune(self._run.url, self._rank.options.train.keep, self._progress.step)
+        checkpoint.prune(self._run.url, self._rank.options.train.keep_checkpoints, self._progress.step)
 
     def committed(self) -> None:
         if self._rank.committed is not None:

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import save as save_safetensors
 
-from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.data.loading.order import Ints, rank_slice
 from physio_dist.models.encoders.criss_cross import UNIT_UV
 from physio_dist.objectives.baselines import predict_interpolation, predict_zero
 from physio_dist.objectives.dual_mask import MaskConfig, dual_mask_loss
 from physio_dist.training.backends.deepspeed_engine import Engine
-from physio_dist.training.batch import Micro, Prepared, prepare, to_device
+from physio_dist.training.batch import MaskedBatch, MicroBatch, prepare_batch, to_device
 
 EXAMPLES = 6
 _PREDICTORS = ("", "zero_", "interp_")
@@ -39,12 +39,12 @@ class Validation:
     """
 
     def __init__(
-        self, source: Source, count: int, size: int, mask: MaskConfig, groups: Sequence[Sequence[int]], seed: int,
+        self, source: ShardDataset, count: int, size: int, mask: MaskConfig, groups: Sequence[Sequence[int]], seed: int,
         loss: str, rank: int, world: int,
     ) -> None:  # fmt: skip
         self._source, self._size, self._rank, self._loss = source, size, rank, loss
         # Always with all leads, so that runs with and without lead dropping can be compared.
-        self._mask, self._groups, self._seed = replace(mask, lead_drop=0.0), groups, seed
+        self._mask, self._groups, self._seed = replace(mask, lead_dropout=0.0), groups, seed
         members = source.members("val")
         sets = np.concatenate([np.full(len(ids), i, dtype=np.int64) for i, ids in enumerate(members)])
         ids = np.concatenate(members)
@@ -57,12 +57,12 @@ class Validation:
         widest = self.total if self.total < world else -(-self.total // world)
         self._passes = -(-widest // size)
 
-    def _load(self, number: int) -> Prepared:
+    def _load(self, number: int) -> MaskedBatch:
         rows = slice(number * self._size, (number + 1) * self._size)
-        batch = self._source.gather(
+        batch = self._source.read_batch(
             0, self._sets[rows], self._ids[rows], self._positions[rows], self._size, fetching=False
         )
-        return prepare(batch, self._mask, self._groups, self._seed, "val")
+        return prepare_batch(batch, self._mask, self._groups, self._seed, "val")
 
     @torch.no_grad()
     def run(self, engine: Engine, step: int) -> tuple[dict[str, float], bytes | None]:
@@ -95,7 +95,7 @@ class Validation:
         engine.train(True)
         return _means(sums.tolist()), examples
 
-    def _examples(self, prepared: Prepared, micro: Micro, predicted: torch.Tensor, step: int) -> bytes:
+    def _examples(self, prepared: MaskedBatch, micro: MicroBatch, predicted: torch.Tensor, step: int) -> bytes:
         n = min(EXAMPLES, len(prepared.batch.samples[1]))
 
         def wave(x: torch.Tensor) -> Any:

@@ -67,12 +67,7 @@ def test_a_file_opens_with_what_to_fill_in_and_three_commands(name: str) -> None
 
 @pytest.mark.parametrize("name", STARTED)
 def test_every_command_and_option_exists(name: str) -> None:
-    found = {
-        program
-        for text in texts(FOLDER / name)
-        for words in commands(text)
-        for program in checked(words)
-    }
+    found = {program for text in texts(FOLDER / name) for words in commands(text) for program in checked(words)}
     assert found == STARTED[name]
 
 

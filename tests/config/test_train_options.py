@@ -18,7 +18,7 @@ from physio_dist.errors import UserError
         ({"spike_factor": 0.0, "skip_spikes": True}, "train.skip_spikes=true"),
         ({"ema": 1.0}, "train.ema=1.0"),
         ({"ema": -0.1}, "train.ema=-0.1"),
-        ({"stall_s": 0.0}, "train.stall_s=0.0"),
+        ({"stall_s": 0.0}, "train.hang_timeout_s=0.0"),
         ({"profile": [3]}, "train.profile=[3]"),
         ({"profile": [5, 2]}, "train.profile=[5, 2]"),
         ({"profile": [0, 2]}, "train.profile=[0, 2]"),

@@ -14,9 +14,9 @@ from physio_dist import storage
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import (
     SPLITS,
+    SampleTable,
     ShardInfo,
     ShardSet,
-    Sidecar,
     SignalInfo,
     fingerprint_of,
     key_table,
@@ -52,7 +52,7 @@ def build(
         shards.append(ShardInfo(name, size, len(data), hashlib.sha256(data).hexdigest()))
         start += size
     split = np.array([i % every == every - 1 for i in range(n)], dtype=np.uint8)
-    sidecar = Sidecar(
+    sidecar = SampleTable(
         offset={"ecg": np.array([place["ecg"][0] for place in places], dtype=np.int64)},
         check={"ecg": np.array([place["ecg"][1] for place in places], dtype=np.uint32)},
         valid={"ecg": np.array([[True, i % 3 > 0] + [True] * (channels - 2) for i in range(n)])},

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import SPLITS, ShardInfo, ShardSet, Sidecar, SignalInfo, fingerprint_of, publish
+from physio_dist.data.format.index import SPLITS, SampleTable, ShardInfo, ShardSet, SignalInfo, fingerprint_of, publish
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Feed, Source
+from physio_dist.data.loading.loader import PrefetchLoader, ShardDataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.signals.montage import ECG_12
 from tests.data.conftest import signal_of
@@ -94,11 +94,11 @@ def test_index_refuses_the_shard_and_makes_no_index(tmp_path: Path, cli: Cli, ki
 def test_training_refuses_what_the_index_does_not_vouch_for(make_set: Make, tmp_path: Path, kind: str) -> None:
     shards = make_set(str(tmp_path / "set"), sizes=(5, 3, 4))
     (tmp_path / "set" / "ecg-000001.tar").write_bytes(BAD[kind][0])
-    source = Source([(shards.url, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    source = ShardDataset([(shards.url, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     order = source.order("train", 4, 0)
     with (
         pytest.raises(DataError, match=r"ecg-000001\.tar"),
-        Feed(source, order, "train", 0, 1, 4, lambda made: made, 0, 100) as batches,
+        PrefetchLoader(source, order, "train", 0, 1, 4, lambda made: made, 0, 100) as batches,
     ):
         list(batches)
 
@@ -117,7 +117,7 @@ def publish_empty(folder: Path) -> str:
     nothing = np.zeros(0, np.uint64)
     leads, offset = {"ecg": np.zeros((0, len(ECG_12)), np.bool_)}, {"ecg": np.zeros(0, np.int64)}
     check = {"ecg": np.zeros(0, np.uint32)}
-    sidecar = Sidecar(offset, check, leads, np.zeros(0, np.uint8), nothing, nothing, np.zeros((0, 1), np.uint8))
+    sidecar = SampleTable(offset, check, leads, np.zeros(0, np.uint8), nothing, nothing, np.zeros((0, 1), np.uint8))
     shards = (ShardInfo("a.tar", 0, len(data), hashlib.sha256(data).hexdigest()),)
     signals = {"ecg": SignalInfo(ECG_12, 2000, 1.0)}
     digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
@@ -134,7 +134,7 @@ def empty_set(tmp_path: Path) -> str:
 
 def test_a_set_without_samples_is_no_fault_but_nothing_to_train_on(empty_set: str, tmp_path: Path, cli: Cli) -> None:
     check(cli("verify", empty_set), (0,), "0 samples in 1 shards")
-    source = Source([(empty_set, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    source = ShardDataset([(empty_set, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     with pytest.raises(UserError, match=r"/empty: split train holds 0 samples, fewer than the 4"):
         source.order("train", 4, 0)
 

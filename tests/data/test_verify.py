@@ -19,10 +19,10 @@ import pytest
 from physio_dist import storage
 from physio_dist.data import describe
 from physio_dist.data.format import tar
-from physio_dist.data.format.index import ShardInfo, ShardSet, fingerprint_of, open_set, publish, read_sidecar
+from physio_dist.data.format.index import ShardInfo, ShardSet, fingerprint_of, open_set, publish, read_sample_table
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Source
-from physio_dist.data.verify import IndexOptions, adopt, verify
+from physio_dist.data.loading.loader import ShardDataset
+from physio_dist.data.verify import IndexOptions, index_existing, verify
 from physio_dist.errors import DataError, UserError
 from physio_dist.signals.montage import ECG_12
 from tests.data.conftest import signal_of
@@ -39,7 +39,7 @@ def replaced(shards: ShardSet, number: int, data: bytes) -> None:
     infos = list(shards.shards)
     infos[number] = ShardInfo(name, infos[number].nsamples, len(data), hashlib.sha256(data).hexdigest())
     print_ = fingerprint_of(infos, shards.signals, shards.rate, shards.sidecar_sha256)
-    publish(dataclasses.replace(shards, shards=tuple(infos), fingerprint=print_), read_sidecar(shards))
+    publish(dataclasses.replace(shards, shards=tuple(infos), fingerprint=print_), read_sample_table(shards))
 
 
 def shard(edit: Callable[[int, dict[str, bytes]], object], first: int = 5, size: int = 3) -> bytes:
@@ -152,7 +152,7 @@ def test_a_sample_twice_in_a_tar_or_in_the_set_is_named(make_set: Make, tmp_path
         twice = [(info.name, file.extractfile(info).read()) for info in file]  # type: ignore[union-attr]
     replaced(shards, 1, packed(*twice, twice[0]))
     assert list(verify(str(tmp_path))) == ["ecg-000001.tar: member 's0-0005.ecg.npy' stands in it twice"]
-    sidecar = read_sidecar(open_set(str(tmp_path)))
+    sidecar = read_sample_table(open_set(str(tmp_path)))
     key = sidecar.key.copy()
     key[11] = key[0]
     altered = dataclasses.replace(sidecar, key=key)
@@ -184,10 +184,10 @@ def test_a_stock_webdataset_gets_an_index_and_is_read_like_our_own(tmp_path: Pat
     assert (done.returncode, done.stdout) == (0, f"10 samples of 4 people in 2 shards\n{folder}/index.json\n")
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert list(verify(str(folder))) == []
-    source = Source([(str(folder), 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    source = ShardDataset([(str(folder), 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     assert source.sets[0].rate == 100
     assert source.info.uv_per_bit == 2.5
-    batch = source.gather(0, np.zeros(10, int), np.arange(10), np.arange(10), 10)
+    batch = source.read_batch(0, np.zeros(10, int), np.arange(10), np.arange(10), 10)
     for row, key in enumerate(source.keys(batch.samples)):
         np.testing.assert_array_equal(batch.signal[row], signal_of(int(key[1:])))
     people = dict(zip(source.keys(batch.samples), source.sidecars[0].person.tolist(), strict=True))
@@ -203,13 +203,13 @@ def test_a_bare_index_of_wids_is_completed(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="lacks what training needs"):
         open_set(str(tmp_path))
-    assert adopt(str(tmp_path), IndexOptions(channels="I,II")).nsamples == 10
+    assert index_existing(str(tmp_path), IndexOptions(channels="I,II")).nsamples == 10
     assert list(verify(str(tmp_path))) == []
 
 
 def test_simulated_samples_stay_simulated(tmp_path: Path) -> None:
     stock(tmp_path, facts=lambda i: {"simulated": True})
-    assert adopt(str(tmp_path), IndexOptions(channels="I,II")).simulated
+    assert index_existing(str(tmp_path), IndexOptions(channels="I,II")).simulated
 
 
 def test_dead_leads_are_invalid_and_samples_without_person_are_people_of_their_own(tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_dead_leads_are_invalid_and_samples_without_person_are_people_of_their_o
     railed[0, :40] = 32767
     data = packed(("a.ecg.npy", npy(dead)), ("b.ecg.npy", npy(railed)), ("c.ecg.npy", npy(signal_of(2))))
     (tmp_path / "x.tar").write_bytes(data)
-    made = adopt(str(tmp_path), IndexOptions(channels="I,II"))
+    made = index_existing(str(tmp_path), IndexOptions(channels="I,II"))
     assert made.people == 3
-    assert read_sidecar(made).valid["ecg"].tolist() == [[True, False], [False, True], [True, True]]
+    assert read_sample_table(made).valid["ecg"].tolist() == [[True, False], [False, True], [True, True]]
     assert list(verify(str(tmp_path))) == [], "shards of others may do without json"
 
 
@@ -247,18 +247,18 @@ def test_what_cannot_be_adopted_is_refused_and_gets_no_index(
 ) -> None:
     (tmp_path / "x.tar").write_bytes(packed(*members))
     with pytest.raises(error) as caught:
-        adopt(str(tmp_path), IndexOptions(**{"channels": "I,II", **options}))
+        index_existing(str(tmp_path), IndexOptions(**{"channels": "I,II", **options}))
     assert told in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.tar"]
 
 
 def test_a_key_twice_or_no_tar_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no \.tar files; it has: nothing"):
-        adopt(str(tmp_path), IndexOptions(channels="I,II"))
+        index_existing(str(tmp_path), IndexOptions(channels="I,II"))
     for name in ("x.tar", "y.tar"):
         (tmp_path / name).write_bytes(packed(("a.ecg.npy", npy(signal_of(0)))))
     with pytest.raises(UserError, match="key 'a' stands in it more than once"):
-        adopt(str(tmp_path), IndexOptions(channels="I,II"))
+        index_existing(str(tmp_path), IndexOptions(channels="I,II"))
 
 
 def test_a_tar_cut_between_two_samples_is_not_adopted(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_tar_cut_between_two_samples_is_not_adopted(tmp_path: Path) -> None:
     tar.write([tar.Sample(key, {"ecg": signal_of(0)}, {}) for key in "ab"], file)
     (tmp_path / "x.tar").write_bytes(file.getvalue()[:2048])
     with pytest.raises(DataError, match=r"x\.tar: truncated: it has no end mark"):
-        adopt(str(tmp_path), IndexOptions(channels="I,II"))
+        index_existing(str(tmp_path), IndexOptions(channels="I,II"))
 
 
 def test_inspect_tells_what_a_set_holds(make_set: Make, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_inspect_of_a_damaged_set_names_the_shard_with_status_3(
 
 def test_odd_labels_of_adopted_sets_do_not_stop_inspect(tmp_path: Path) -> None:
     stock(tmp_path, samples=3, shards=1, facts=lambda i: {"labels": [{"a": 1}, [1, 2], {"x": [1, {"y": 2}]}][i]})
-    adopt(str(tmp_path), IndexOptions(channels="I,II"))
+    index_existing(str(tmp_path), IndexOptions(channels="I,II"))
     told = "\n".join(describe.describe(str(tmp_path)))
     assert "a: 1 x 1" in told
     assert '{"y": 2} x 1' in told
@@ -322,7 +322,7 @@ def test_odd_labels_of_adopted_sets_do_not_stop_inspect(tmp_path: Path) -> None:
 
 def test_a_sidecar_made_for_other_values_is_named(make_set: Make, tmp_path: Path) -> None:
     shards = make_set(str(tmp_path / "set"))
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
     sidecar.check["ecg"][5] ^= 1
     digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
     fingerprint = fingerprint_of(shards.shards, shards.signals, shards.rate, digest)
@@ -345,7 +345,7 @@ def test_twelve_unnamed_rows_are_the_standard_leads_if_their_identities_say_so(
     with (tmp_path / "a.tar").open("wb") as file:
         tar.write([tar.Sample(f"k{i}", {"ecg": edit(heart(i))}, {}) for i in range(3)], file)
     if told is None:
-        assert adopt(str(tmp_path), IndexOptions()).signals["ecg"].channels == ECG_12
+        assert index_existing(str(tmp_path), IndexOptions()).signals["ecg"].channels == ECG_12
     else:
         with pytest.raises(UserError, match=told):
-            adopt(str(tmp_path), IndexOptions())
+            index_existing(str(tmp_path), IndexOptions())

@@ -16,9 +16,9 @@ from physio_dist.config import TuneConfig
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import (
     SPLITS,
+    SampleTable,
     ShardInfo,
     ShardSet,
-    Sidecar,
     SignalInfo,
     fingerprint_of,
     key_table,
@@ -66,7 +66,7 @@ def publish_set(
         infos.append(ShardInfo(name, len(rows), len(data), hashlib.sha256(data).hexdigest()))
     codes = np.array(split if split is not None else [0] * n, dtype=np.uint8)
     people = np.array([pseudonym("built", str(one.get("person"))) for one in facts], dtype=np.uint64)
-    sidecar = Sidecar(
+    sidecar = SampleTable(
         offset={name: np.array([place[name][0] for place in places], dtype=np.int64) for name in signals},
         check={name: np.array([place[name][1] for place in places], dtype=np.uint32) for name in signals},
         valid={name: (valid or {}).get(name, np.ones((n, len(v[1])), dtype=bool)) for name, v in signals.items()},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from physio_dist.config.task import PROTOCOLS
-from physio_dist.evaluation.handcrafted import handmade
+from physio_dist.evaluation.handcrafted import handcrafted_features
 from physio_dist.evaluation.results import permuted_part
 from physio_dist.evaluation.splits import folds_of
 from physio_dist.evaluation.study import Study
@@ -64,7 +64,7 @@ def test_on_real_people(
     done = cli("shard", "edf", data_dir / "eegmat", "--out", tmp_path / "set", "signals=ecg,eeg", "leads=ECG")
     assert done.returncode == 0, done.stderr
     table = load_table(str(tmp_path / "set"), "eegmat", None)
-    measured = handmade(str(tmp_path / "set"), lambda _: None)
+    measured = handcrafted_features(str(tmp_path / "set"), lambda _: None)
     ecg, eeg = (np.nan_to_num(measured[name][table.sample]).astype(np.float32) for name in ("ecg", "eeg"))
     study = study_of(table, ecg, eeg)
     whole, leak = permuted_under(study, "grouped_kfold", 4)

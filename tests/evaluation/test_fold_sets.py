@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from physio_dist import config
-from physio_dist.data.format.index import open_set, read_sidecar, split_of
+from physio_dist.data.format.index import open_set, read_sample_table, split_of
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import urls_of
 from physio_dist.evaluation.fold_sets import FoldsConfig, check_folds, folds_for, make_views, split_for
@@ -43,11 +43,11 @@ def test_the_views_are_the_folds_of_the_sweep(data: str, tmp_path: Path, more: t
     views, written = make_views(given, str(tmp_path / "views"))
     shards, table, folds = folds_for(given)
     assert written == len(views) == len(folds) == (11 if given.tune.protocol == "loso" else 4)
-    whole = read_sidecar(shards)
+    whole = read_sample_table(shards)
     tested = []
     for view, fold in zip(views, folds, strict=True):
         assert view.url == f"{tmp_path}/views/{fold.name}" and view.made_by["view"]["fold"] == fold.name
-        sidecar = read_sidecar(open_set(view.url))
+        sidecar = read_sample_table(open_set(view.url))
         people = {code: set(sidecar.person[sidecar.split == code].tolist()) for code in range(3)}
         assert people[2] == set(table.person[fold.test].tolist())
         # Whole people, windows without the label among them.
@@ -99,7 +99,7 @@ def test_what_no_views_can_be_made_of_is_told_and_nothing_is_written(
 
 
 def test_who_is_held_out_does_not_depend_on_who_is_tested(data: str) -> None:
-    sidecar = read_sidecar(open_set(data))
+    sidecar = read_sample_table(open_set(data))
     people = np.unique(sidecar.person)
     plain = split_for(sidecar, people[:0], 0.4)
     assert {0, 1} == set(plain.tolist())

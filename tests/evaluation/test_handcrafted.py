@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.evaluation.handcrafted import BANDS, band_powers, handmade, heart_rate, logistic, r_peaks
+from physio_dist.evaluation.handcrafted import BANDS, band_powers, handcrafted_features, heart_rate, logistic, r_peaks
 from physio_dist.evaluation.splits import folds_of
 from physio_dist.evaluation.tasks import load_table
 from physio_dist.signals.readers import reader
@@ -91,7 +91,7 @@ def test_every_window_of_a_set_in_order_with_what_is_invalid_unknown(tmp_path: P
     signals = {"ecg": (ecg, ("I", "II"), 1.0), "eeg": (eeg, ("C3", "C4"), 0.5)}
     publish_set(str(tmp_path), facts, signals, valid=valid)
     said: list[str] = []
-    found = handmade(str(tmp_path), said.append)
+    found = handcrafted_features(str(tmp_path), said.append)
     assert found["ecg"].shape == (12, 4) and found["eeg"].shape == (12, 10) and len(said) == 1
     good = np.arange(12) != 4
     np.testing.assert_allclose(found["ecg"][good, 0], 60_000 / periods[good], rtol=0.02)
@@ -108,7 +108,7 @@ def test_without_lead_ii_the_lead_with_the_clearest_peaks_is_read(tmp_path: Path
         ecg[window, lead] = beats(np.full(14, period))
     eeg = np.random.default_rng(0).integers(-300, 300, (2, 1, 2000)).astype(np.int16)
     publish_set(str(tmp_path), facts, {"ecg": (ecg, ("V1", "V2", "V3"), 1.0), "eeg": (eeg, ("Cz",), 1.0)})
-    found = handmade(str(tmp_path), lambda _: None)["ecg"]
+    found = handcrafted_features(str(tmp_path), lambda _: None)["ecg"]
     np.testing.assert_allclose(found[:, 0], [80.0, 60_000 / 900], rtol=0.01)
 
 
@@ -120,7 +120,7 @@ def test_lead_ii_is_read_where_it_is_valid_even_if_another_is_clearer(tmp_path: 
     eeg = np.random.default_rng(0).integers(-300, 300, (2, 1, 2000)).astype(np.int16)
     valid = {"ecg": np.array([[True, True], [True, False]]), "eeg": np.ones((2, 1), bool)}
     publish_set(str(tmp_path), facts, {"ecg": (ecg, ("V1", "II"), 1.0), "eeg": (eeg, ("Cz",), 1.0)}, valid=valid)
-    found = handmade(str(tmp_path), lambda _: None)["ecg"]
+    found = handcrafted_features(str(tmp_path), lambda _: None)["ecg"]
     np.testing.assert_allclose(found[:, 0], [80.0, 60.0], rtol=0.01)
 
 
@@ -154,7 +154,9 @@ def test_real_recordings_reach_what_is_known_of_them(
     done = cli("shard", "edf", data_dir / "eegmat", "--out", tmp_path / "set", "signals=ecg,eeg", "leads=ECG")
     assert done.returncode == 0, done.stderr
     table = load_table(str(tmp_path / "set"), "eegmat", None)
-    measured = {name: x[table.sample] for name, x in handmade(str(tmp_path / "set"), lambda _: None).items()}
+    measured = {
+        name: x[table.sample] for name, x in handcrafted_features(str(tmp_path / "set"), lambda _: None).items()
+    }
     assert np.isnan(measured["ecg"]).any(axis=1).mean() < 0.02
     # Whoever calculates has a faster heart: 34 of the 36, says the data's description.
     rate, faster = measured["ecg"][:, 0], 0

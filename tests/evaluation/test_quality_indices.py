@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from physio_dist.evaluation.handcrafted import HEART
-from physio_dist.evaluation.quality_indices import INDICES, measures, quality_indices
+from physio_dist.evaluation.quality_indices import INDICES, quality_indices, quality_measures
 from tests.evaluation.study_samples import publish_set, waves
 
 
@@ -55,7 +55,7 @@ def test_each_window_has_a_row_in_storage_order_with_its_validity(
     facts = [{"person": f"p{i}", "record": f"r{i}"} for i in range(7)]
     shards = publish_set(str(tmp_path), facts, {signal: (values, names, 0.5)}, valid={signal: valid})
     said: list[str] = []
-    found = measures(shards, signal, said.append)
+    found = quality_measures(shards, signal, said.append)
     per = len(INDICES) if signal == "ecg" else 5
     assert said and found.shape == (7, 2 * per + 2 + (len(HEART) if signal == "ecg" else 0))
     assert np.array_equal(found[:, 2 * per : 2 * per + 2], valid)

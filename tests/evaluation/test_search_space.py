@@ -8,7 +8,7 @@ import pytest
 
 from physio_dist.config import SearchOptions, TuneConfig
 from physio_dist.errors import UserError
-from physio_dist.evaluation.search_space import STARTUP, candidates, need_optuna, plan, propose
+from physio_dist.evaluation.search_space import STARTUP, need_optuna, plan, sample_configs, suggest
 
 SEARCH = SearchOptions()
 
@@ -23,15 +23,15 @@ def past(search: SearchOptions = SEARCH, trials: int = 40) -> list[tuple[dict[st
     """Wide heads are good."""
     given = options(trials, "latin_hypercube")
     given.search = search
-    return [(config, 0.5 + config["width"] / 400 - config["depth"] / 50) for config in candidates(given)]
+    return [(config, 0.5 + config["width"] / 400 - config["depth"] / 50) for config in sample_configs(given)]
 
 
 def test_a_proposal_is_one_of_what_there_is_to_choose_from_and_depends_on_the_past_alone() -> None:
-    first = propose(SEARCH, "0/a", past())
-    assert first == propose(SEARCH, "0/a", past())
-    assert first != propose(SEARCH, "0/b", past())
-    assert first != propose(SEARCH, "0/a", [(config, 1 - value) for config, value in past()])
-    assert list(first) == list(candidates(options(1))[0])
+    first = suggest(SEARCH, "0/a", past())
+    assert first == suggest(SEARCH, "0/a", past())
+    assert first != suggest(SEARCH, "0/b", past())
+    assert first != suggest(SEARCH, "0/a", [(config, 1 - value) for config, value in past()])
+    assert list(first) == list(sample_configs(options(1))[0])
     for name, value in first.items():
         given = getattr(SEARCH, name)
         assert given[0] <= value <= given[1] if name in ("lr", "weight_decay") else value in given
@@ -40,13 +40,13 @@ def test_a_proposal_is_one_of_what_there_is_to_choose_from_and_depends_on_the_pa
 
 def test_what_came_later_to_choose_from_is_proposed_where_it_is_given() -> None:
     search = SearchOptions(head=["concat", "late"], class_weight=["balanced"], lr=[0.01, 0.01])
-    found = propose(search, "0/a", past(search))
+    found = suggest(search, "0/a", past(search))
     assert found["class_weight"] == "balanced" and found["head"] in ("concat", "late") and found["lr"] == 0.01
     assert "modality_dropout" not in found
 
 
 def test_proposals_go_where_it_was_good() -> None:
-    found = [propose(SEARCH, f"0/{number}", past()) for number in range(20)]
+    found = [suggest(SEARCH, f"0/{number}", past()) for number in range(20)]
     assert sum(one["width"] == 128 for one in found) >= 12
 
 

@@ -16,8 +16,8 @@ from physio_dist import storage
 from physio_dist.config import TuneConfig
 from physio_dist.errors import UserError
 from physio_dist.evaluation.features import open_features
-from physio_dist.evaluation.handcrafted import handmade
-from physio_dist.evaluation.results import bounds, permuted_part
+from physio_dist.evaluation.handcrafted import handcrafted_features
+from physio_dist.evaluation.results import oracle_rows, permuted_part
 from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, prepare, train
 from physio_dist.evaluation.tasks import load_table
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, preset
@@ -171,7 +171,7 @@ def test_bounds_are_bayes_rule_on_the_hidden_drives() -> None:
     shifts = {"ecg": 1.0, "eeg": 2.0}
     latent = {name: shift * table.label + rng.standard_normal(len(table.label)) for name, shift in shifts.items()}
     made = study_of(table, np.zeros((4000, 1), np.float32), np.zeros((4000, 1), np.float32))
-    rows = bounds(type(table)(**{**vars(table), "latent": latent}), made.folds)
+    rows = oracle_rows(type(table)(**{**vars(table), "latent": latent}), made.folds)
     assert [row.name for row in rows] == ["bound_ecg", "bound_eeg", "bound_fused"]
     tested = np.concatenate([fold.test for fold in made.folds])
     # Normal classes d apart have an area of Phi(d / sqrt 2); both drives together are sqrt(1 + 4) apart.
@@ -183,7 +183,7 @@ def test_bounds_are_bayes_rule_on_the_hidden_drives() -> None:
     for low, high in ((0.1, 0.3), (0.4, 0.6), (0.7, 0.9)):
         mine = (sure > low) & (sure < high)
         assert table.label[tested][mine].mean() == pytest.approx(sure[mine].mean(), abs=0.08)
-    assert bounds(table, made.folds) == []
+    assert oracle_rows(table, made.folds) == []
 
 
 def test_bounds_know_how_frequent_the_classes_are() -> None:
@@ -192,7 +192,7 @@ def test_bounds_know_how_frequent_the_classes_are() -> None:
     label = (table.recording % 4 == 0).astype(np.int64)
     latent = {name: np.random.default_rng(i).standard_normal(600) for i, name in enumerate(("ecg", "eeg"))}
     made = study_of(table, np.zeros((600, 1), np.float32), np.zeros((600, 1), np.float32))
-    for row in bounds(type(table)(**{**vars(table), "latent": latent, "label": label}), made.folds):
+    for row in oracle_rows(type(table)(**{**vars(table), "latent": latent, "label": label}), made.folds):
         assert np.concatenate(list(row.probability))[:, 1] == pytest.approx(0.25, abs=0.2)
 
 
@@ -259,7 +259,7 @@ def test_a_study_is_prepared_from_a_set_and_encoders(made: Path) -> None:
         assert x.dtype == np.float32
         wanted = pool(features.values[rows], features.valid[rows], kind).numpy()
         np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
-    measured = handmade(str(made / "set"), quiet)
+    measured = handcrafted_features(str(made / "set"), quiet)
     assert study.handmade["eeg"].shape == (23, 10) and study.handmade["ecg"].shape == (23, 4)
     assert all(np.array_equal(study.handmade[name], x[rows], equal_nan=True) for name, x in measured.items())
     notes = " ".join(study.notes)

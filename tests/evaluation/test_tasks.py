@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import open_set, read_sidecar
+from physio_dist.data.format.index import open_set, read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.tasks import load_table
 from tests.evaluation.study_samples import facts_of, paired, publish_set, waves
@@ -31,7 +31,7 @@ def test_eegmat_has_rest_before_arithmetic_and_numbers_recordings(tmp_path: Path
     assert table.recording.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert table.sample.tolist() == list(range(12))
     assert table.split.tolist() == [0] * 6 + [2] * 6
-    assert np.array_equal(table.person, read_sidecar(open_set(str(tmp_path))).person)
+    assert np.array_equal(table.person, read_sample_table(open_set(str(tmp_path))).person)
     assert table.keys == [f"k-{i:04d}" for i in range(12)]
     assert not table.simulated and table.latent == {}
 
@@ -42,7 +42,7 @@ def test_windows_without_the_label_are_left_out(tmp_path: Path) -> None:
     assert table.sample.tolist() == [0, 2, 4, 5, 6]
     assert table.keys == ["k-0000", "k-0002", "k-0004", "k-0005", "k-0006"]
     assert table.classes == ("a", "b") and table.label.tolist() == [1, 0, 1, 0, 0]
-    people = read_sidecar(open_set(str(tmp_path))).person
+    people = read_sample_table(open_set(str(tmp_path))).person
     assert np.array_equal(table.person, people[table.sample])
 
 
@@ -70,7 +70,8 @@ def test_a_window_that_tells_no_recording_is_one_of_its_own(tmp_path: Path) -> N
 def test_hidden_drives_come_from_simulated_sets_only(tmp_path: Path) -> None:
     facts = [
         {
-            "person": f"p{i}", "record": f"r{i}",
+            "person": f"p{i}",
+            "record": f"r{i}",
             "labels": {"arousal": i % 2, "x": i % 2, "drive_ecg": i / 2, "drive_eeg": -i},
         }
         for i in range(4)

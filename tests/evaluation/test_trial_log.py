@@ -35,11 +35,11 @@ def begun(url: str, attempt: int = 1) -> RunDir:
     return run
 
 
-def ledger(run: RunDir, said: list[str] | None = None) -> trial_log.Ledger:
-    return trial_log.Ledger(run, plan(options(), ["0", "1"]), EPOCHS, (said if said is not None else []).append)
+def ledger(run: RunDir, said: list[str] | None = None) -> trial_log.TrialLog:
+    return trial_log.TrialLog(run, plan(options(), ["0", "1"]), EPOCHS, (said if said is not None else []).append)
 
 
-def epochs(book: trial_log.Ledger, name: str, *aucs: float) -> None:
+def epochs(book: trial_log.TrialLog, name: str, *aucs: float) -> None:
     book.start(name)
     for epoch, auc in enumerate(aucs, 1):
         book.epoch(name, {"epoch": epoch, "val_auc": auc, "fold_0": auc, "fold_1": auc / 2})
@@ -266,7 +266,7 @@ def test_encoders_by_a_pattern_are_compared_fold_by_fold(run: RunDir, monkeypatc
 def test_only_the_same_sweep_is_gone_on_with(run: RunDir, inputs: dict[str, Any]) -> None:
     assert trial_log.finished(run, options()) is None
     storage.write_bytes(run.file(CONFIG), config.to_yaml(options()).encode())
-    moved = ("run.dir=/elsewhere", "tune.cpus=2", "tune.storage=/s", "tune.features=/f")
+    moved = ("run.dir=/elsewhere", "tune.cpus=2", "tune.ray_storage=/s", "tune.feature_cache=/f")
     assert trial_log.finished(run, options(*moved)) is None
     with pytest.raises(UserError, match=r"configuration \(run.seed: 0 there, 1 now; tune.trials: 2 there, 3 now\)"):
         trial_log.finished(run, options("tune.trials=3", "run.seed=1"))

@@ -13,7 +13,7 @@ import pytest
 from physio_dist.config import TuneConfig
 from physio_dist.errors import UserError
 from physio_dist.evaluation.head_training import Heads
-from physio_dist.evaluation.search_space import candidates
+from physio_dist.evaluation.search_space import sample_configs
 from physio_dist.evaluation.splits import Fold
 from physio_dist.evaluation.tasks import Table
 from physio_dist.evaluation.trials import SEARCHED, Choice, Study, TrialRecord, control, predict, select, train
@@ -165,7 +165,7 @@ def test_an_ensemble_is_the_best_configurations_each_at_its_best_epoch() -> None
         record("fused", {"0": [0.1, 0.2, 0.9], "1": [0.6, 0.7, 0.5], "2": [0.2, 0.2, 0.2]}, width=32, last={"0": 2}),
     ]
     study = known()
-    study.options.tune.ensemble = 2
+    study.options.tune.ensemble_size = 2
     for some in (records, records[::-1]):
         chosen = select(study, "fused", some)
         found = [[(one.config["width"], one.epoch, one.val_auc) for one in choice.members] for choice in chosen]
@@ -255,8 +255,8 @@ def test_the_control_does_not_depend_on_how_many_there_are() -> None:
 def test_candidates_spread_evenly_over_what_there_is_to_choose_from() -> None:
     options = TuneConfig()
     options.tune.trials = 24
-    found = candidates(options)
-    assert len(found) == 24 and found == candidates(options)
+    found = sample_configs(options)
+    assert len(found) == 24 and found == sample_configs(options)
     for name, times in (("pooling", 6), ("depth", 8), ("width", 8), ("dropout", 8), ("label_smoothing", 12)):
         values = [one[name] for one in found]
         counts = {value: values.count(value) for value in set(values)}
@@ -268,7 +268,7 @@ def test_candidates_spread_evenly_over_what_there_is_to_choose_from() -> None:
         # One in each of 24 equal parts of the logarithmic axis.
         assert (np.floor(place * 24 + 1e-2 * (np.arange(24) + 0.5 - place * 24)) == np.arange(24)).all()
     options.run.seed = 1
-    assert candidates(options) != found
+    assert sample_configs(options) != found
     assert any(a["pooling"] != b["pooling"] for a, b in pairwise(found))
 
 
@@ -276,10 +276,10 @@ def test_what_was_not_there_to_choose_once_stands_in_no_configuration_unless_it_
     """So the trials of a sweep that was begun before go on."""
     options = TuneConfig()
     options.tune.trials = 8
-    before = candidates(options)
+    before = sample_configs(options)
     assert not {"head", "modality_dropout", "class_weight"} & set(before[0])
     options.search.head, options.search.modality_dropout = ["concat", "late"], [0.5]
-    after = candidates(options)
+    after = sample_configs(options)
     assert [one.pop("head") for one in after].count("late") == 4
     assert {one.pop("modality_dropout") for one in after} == {0.5}
     assert after == before
@@ -290,4 +290,4 @@ def test_a_single_value_is_that_value() -> None:
     options.tune.trials = 3
     options.search.lr = [0.01, 0.01]
     options.search.depth = [2]
-    assert {(one["lr"], one["depth"]) for one in candidates(options)} == {(0.01, 2)}
+    assert {(one["lr"], one["depth"]) for one in sample_configs(options)} == {(0.01, 2)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from physio_dist.errors import UserError
 from physio_dist.objectives.baselines import predict_interpolation, predict_zero
-from physio_dist.objectives.dual_mask import MODES, DualMask, MaskConfig, draw_masks, dual_mask_loss
+from physio_dist.objectives.dual_mask import MODES, DualMask, MaskConfig, dual_mask_loss, sample_masks
 from physio_dist.signals.montage import lead_layouts, mask_groups
 
 TWELVE = [[0, 1, 2, 3, 4, 5], *([lead] for lead in range(6, 12))]
@@ -44,7 +44,7 @@ RATIOS = st.sampled_from([0.0, 0.05, 0.3, 0.5, 0.8, 0.99])
 
 
 def draw(config: MaskConfig, groups: list[list[int]], patches: int, count: int, seed: int = 7) -> DualMask:
-    return draw_masks(config, groups, patches, seed, "train", np.arange(count))
+    return sample_masks(config, groups, patches, seed, "train", np.arange(count))
 
 
 @settings(max_examples=120, deadline=None)
@@ -97,7 +97,7 @@ OPTIONS = st.builds(
     inter_ratio=st.sampled_from([0.1, 0.5, 0.9]),
     span=st.sampled_from([None, 0.0, 1.0, 2.0, 3.5, 40.0]),
     mode=st.sampled_from(MODES),
-    lead_drop=st.sampled_from([0.0, 0.5, 1.0]),
+    lead_dropout=st.sampled_from([0.0, 0.5, 1.0]),
 )
 
 
@@ -162,7 +162,7 @@ def test_scattered_patches_are_those_of_the_scattered_half() -> None:
 
 
 def test_leads_are_dropped_in_the_layouts_shares_and_the_rest_is_masked_as_ever() -> None:
-    config = MaskConfig(0.5, 0.3, lead_drop=0.6, layouts=lead_layouts(NAMES))
+    config = MaskConfig(0.5, 0.3, lead_dropout=0.6, layouts=lead_layouts(NAMES))
     mask, usual = draw(config, TWELVE, 10, 6000), draw(MaskConfig(0.5, 0.3), TWELVE, 10, 6000)
     counts = mask.shown.sum(1)
     for leads, share in ((12, 0.4), (8, 0.2), (2, 0.2), (1, 0.2)):
@@ -175,11 +175,11 @@ def test_leads_are_dropped_in_the_layouts_shares_and_the_rest_is_masked_as_ever(
 
 
 def test_a_sample_without_a_valid_lead_among_those_to_be_shown_is_shown_whole() -> None:
-    config = MaskConfig(0.5, 0.3, lead_drop=1.0, layouts=lead_layouts(NAMES))
+    config = MaskConfig(0.5, 0.3, lead_dropout=1.0, layouts=lead_layouts(NAMES))
     valid = np.ones((200, 12), dtype=bool)
     valid[:, :2] = False
     free = draw(config, TWELVE, 10, 200)
-    held = draw_masks(config, TWELVE, 10, 7, "train", np.arange(200), valid)
+    held = sample_masks(config, TWELVE, 10, 7, "train", np.arange(200), valid)
     blind = ~(free.shown & valid).any(1)
     assert blind.any() and held.shown[blind].all()
     assert np.array_equal(held.shown[~blind], free.shown[~blind])
@@ -191,9 +191,9 @@ def test_a_sample_without_a_valid_lead_among_those_to_be_shown_is_shown_whole() 
         ({"span": -1.0}, "mask.span"),
         ({"span": float("nan")}, "mask.span"),
         ({"mode": "either"}, "mask.mode"),
-        ({"lead_drop": 1.5}, "mask.lead_drop"),
+        ({"lead_dropout": 1.5}, "mask.lead_dropout"),
         ({"mode": "alternating", "inter_ratio": 0.0}, "mask.mode=alternating needs"),
-        ({"lead_drop": 0.5, "intra_ratio": 0.0}, "a lead alone can only be hidden in time"),
+        ({"lead_dropout": 0.5, "intra_ratio": 0.0}, "a lead alone can only be hidden in time"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(words: dict[str, Any], told: str) -> None:
@@ -203,16 +203,16 @@ def test_options_that_make_no_sense_are_refused(words: dict[str, Any], told: str
 
 @pytest.mark.parametrize(("names", "patches"), [(["I"], 10), (["Fz", "Cz"], 10), (NAMES, 1)])
 def test_lead_dropping_needs_leads_and_seconds(names: Sequence[str], patches: int) -> None:
-    config = MaskConfig(0.5, 0.3, lead_drop=0.5, layouts=lead_layouts(names))
-    with pytest.raises(UserError, match=r"mask\.lead_drop=0\.5: windows of"):
+    config = MaskConfig(0.5, 0.3, lead_dropout=0.5, layouts=lead_layouts(names))
+    with pytest.raises(UserError, match=r"mask\.lead_dropout=0\.5: windows of"):
         draw(config, mask_groups(names), patches, 4)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.integers(0, 2**40))
 def test_a_mask_depends_on_its_position_alone(others: list[int], position: int) -> None:
-    alone = draw_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 3, "train", np.array([position]))
-    batch = draw_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 3, "train", np.array([*others, position]))
+    alone = sample_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 3, "train", np.array([position]))
+    batch = sample_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 3, "train", np.array([*others, position]))
     assert np.array_equal(alone.intra[0], batch.intra[-1])
     assert np.array_equal(alone.inter[0], batch.inter[-1])
 
@@ -220,14 +220,14 @@ def test_a_mask_depends_on_its_position_alone(others: list[int], position: int) 
 def test_seed_and_purpose_and_position_each_change_the_masks() -> None:
     def hidden(seed: int, purpose: str, first: int) -> bytes:
         positions = np.arange(first, first + 50)
-        return draw_masks(MaskConfig(0.5, 0.5), TWELVE, 10, seed, purpose, positions).hidden.tobytes()
+        return sample_masks(MaskConfig(0.5, 0.5), TWELVE, 10, seed, purpose, positions).hidden.tobytes()
 
     assert len({hidden(1, "train", 0), hidden(2, "train", 0), hidden(1, "val", 0), hidden(1, "train", 50)}) == 4
 
 
 def test_masks_stay_the_same_for_ever() -> None:
     # Frozen: a change here breaks the resumption of every run under way.
-    mask = draw_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 1234, "train", np.array([0, 1, 10**12]))
+    mask = sample_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 1234, "train", np.array([0, 1, 10**12]))
     words = [int("".join(map(str, row.astype(int).ravel())), 2) for row in mask.hidden]
     assert [f"{word:030x}" for word in words] == FROZEN
 

@@ -1,4 +1,4 @@
-"""What a driver shows of its run, worked out from the board."""
+"""What a driver shows of its run, worked out from the coordinator."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import asyncio
 import pytest
 
 from physio_dist.config import TrainOptions
-from physio_dist.ray_backend.coordinator import Board, BoardActor
-from physio_dist.ray_backend.metrics_export import LINE, RUN, figures
+from physio_dist.ray_backend.coordinator import CoordinatorActor, RunState
+from physio_dist.ray_backend.metrics_export import LINE, RUN, run_metrics
 
 TRAIN = TrainOptions(steps=1000, global_batch=64, save_every=50)
 
 
 def test_before_the_first_step_ages_count_from_the_start() -> None:
-    board = Board(stepped=100.0, commits=[100.0])
-    assert figures(board, TRAIN, 130.0) == {
+    coordinator = RunState(stepped=100.0, commits=[100.0])
+    assert run_metrics(coordinator, TRAIN, 130.0) == {
         "steps": 1000.0, "ranks": 0.0, "restarts": 0.0, "nonfinite": 0.0, "step_age_s": 30.0, "checkpoint_age_s": 30.0,
     }  # fmt: skip
 
 
 def test_a_line_is_shown_but_for_what_it_does_not_know() -> None:
     line = {"step": 7, "loss": None, "lr": 1e-3, "samples_per_s": 128.0, "val_loss": 0.5}
-    board = Board(ranks={0, 1}, losses=["rank 0"], line=line, stepped=5.0, commits=[0.0, 4.0])
-    shown = figures(board, TRAIN, 6.0)
+    coordinator = RunState(ranks={0, 1}, losses=["rank 0"], line=line, stepped=5.0, commits=[0.0, 4.0])
+    shown = run_metrics(coordinator, TRAIN, 6.0)
     assert set(shown) <= set(LINE) | set(RUN)
     assert shown.items() >= {
         "step": 7.0, "lr": 1e-3, "val_loss": 0.5, "ranks": 2.0, "restarts": 1.0, "step_age_s": 1.0,
@@ -40,12 +40,12 @@ def test_two_checkpoints_of_the_same_ranks_make_an_interval(monkeypatch: pytest.
 
     async def play() -> list[float | None]:
         nonlocal now
-        actor, seen = BoardActor(), list[float | None]()
+        actor, seen = CoordinatorActor(), list[float | None]()
         await actor.tell({"samples_per_s": 320.0})
         for at in (30, 70, 130, 300, 350, 375):
             now, lost = float(at), at == 300
             await (actor.tell_loss("rank 1") if lost else actor.tell_commit())
-            shown = figures(await actor.read(), TRAIN, now + 1)
+            shown = run_metrics(await actor.read(), TRAIN, now + 1)
             assert shown["checkpoint_age_s"] == (171.0 if lost else 1.0)
             seen.append(shown.get("checkpoint_every_s"))
         return seen
@@ -55,5 +55,5 @@ def test_two_checkpoints_of_the_same_ranks_make_an_interval(monkeypatch: pytest.
 
 
 def test_a_clock_that_is_set_back_makes_no_negative_age() -> None:
-    shown = figures(Board(stepped=100.0, commits=[90.0]), TRAIN, 50.0)
+    shown = run_metrics(RunState(stepped=100.0, commits=[90.0]), TRAIN, 50.0)
     assert shown["step_age_s"] == shown["checkpoint_age_s"] == 0.0

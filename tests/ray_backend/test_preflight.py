@@ -9,13 +9,13 @@ import torch
 
 from physio_dist import __version__
 from physio_dist.ray_backend import preflight
-from physio_dist.ray_backend.preflight import Rank, verdict
+from physio_dist.ray_backend.preflight import RankEnv, check_env
 
-GOOD = Rank("10.0.0.1", "1.0", {"torch": "2.13.0+cu130", "deepspeed": "0.19.8"}, True, "0,1")
+GOOD = RankEnv("10.0.0.1", "1.0", {"torch": "2.13.0+cu130", "deepspeed": "0.19.8"}, True, "0,1")
 
 
 def test_this_process_answers_what_it_is() -> None:
-    mine = preflight.answer()
+    mine = preflight.collect_env()
     assert mine.version == __version__
     assert mine.versions["torch"] == torch.__version__
     assert mine.versions["deepspeed"]
@@ -35,10 +35,12 @@ def test_this_process_answers_what_it_is() -> None:
 )  # fmt: skip
 def test_one_rank_among_good_ones(change: dict[str, object], gpu: bool, told: str | None) -> None:
     odd = replace(GOOD, node="10.0.0.2", **change)  # type: ignore[arg-type]
-    said = verdict([GOOD, odd, GOOD], "1.0", gpu)
+    said = check_env([GOOD, odd, GOOD], "1.0", gpu)
     assert said is None if told is None else (said or "").startswith(told)
 
 
 def test_what_no_node_has_is_told_too() -> None:
     none = replace(GOOD, versions={"torch": "2.13.0", "deepspeed": ""})
-    assert verdict([none, none], "1.0", True) == "node 10.0.0.1 has no deepspeed: install on it what physio-dist needs"
+    assert (
+        check_env([none, none], "1.0", True) == "node 10.0.0.1 has no deepspeed: install on it what physio-dist needs"
+    )

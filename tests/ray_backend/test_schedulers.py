@@ -14,9 +14,9 @@ from ray.tune.search import Searcher
 
 from physio_dist.config import TuneConfig
 from physio_dist.evaluation.search_space import STARTUP, plan
-from physio_dist.evaluation.trial_log import Ledger
+from physio_dist.evaluation.trial_log import TrialLog
 from physio_dist.evaluation.trials import TrialRecord
-from physio_dist.ray_backend.schedulers import FoldwiseAsha, FoldwiseOptuna
+from physio_dist.ray_backend.schedulers import FoldwiseASHA, FoldwiseOptuna
 from physio_dist.runs.run_dir import RunDir
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
@@ -33,7 +33,7 @@ def line(epoch: int, **folds: float) -> dict[str, Any]:
     return {"line": {"epoch": epoch, "val_auc": 0.5, **{f"fold_{name}": auc for name, auc in folds.items()}}}
 
 
-def through(asha: FoldwiseAsha, name: str, row: str = "fused", upto: int = EPOCHS, **folds: float) -> int:
+def run_epochs(asha: FoldwiseASHA, name: str, row: str = "fused", upto: int = EPOCHS, **folds: float) -> int:
     """Run a trial whose AUCs do not change; the epoch after which it is stopped, or has been told all."""
     trial = Trial(name, row)
     for epoch in range(1, upto + 1):
@@ -43,19 +43,19 @@ def through(asha: FoldwiseAsha, name: str, row: str = "fused", upto: int = EPOCH
 
 
 def test_one_fold_stops_and_the_other_goes_on() -> None:
-    asha = FoldwiseAsha(EPOCHS, [])
-    assert through(asha, "first", a=0.7, b=0.7) == EPOCHS
+    asha = FoldwiseASHA(EPOCHS, [])
+    assert run_epochs(asha, "first", a=0.7, b=0.7) == EPOCHS
     # Behind in fold a alone: out of it at the first look, and in fold b to the end.
-    assert through(asha, "second", a=0.6, b=0.8) == EPOCHS
+    assert run_epochs(asha, "second", a=0.6, b=0.8) == EPOCHS
     assert asha.last == {"first": {}, "second": {"a": 3}}
     # Behind in both.
-    assert through(asha, "third", a=0.1, b=0.1) == 3
+    assert run_epochs(asha, "third", a=0.1, b=0.1) == 3
     assert asha.last["third"] == {"a": 3, "b": 3}
 
 
 def test_a_fold_that_is_out_is_not_asked_again() -> None:
-    asha = FoldwiseAsha(EPOCHS, [])
-    through(asha, "first", a=0.7, b=0.7)
+    asha = FoldwiseASHA(EPOCHS, [])
+    run_epochs(asha, "first", a=0.7, b=0.7)
     second = Trial("second")
     for epoch in (1, 2, 3):
         assert asha.on_trial_result(None, second, line(epoch, a=0.6, b=0.8)) == CONTINUE
@@ -63,21 +63,21 @@ def test_a_fold_that_is_out_is_not_asked_again() -> None:
         assert asha.on_trial_result(None, second, line(epoch, a=0.99, b=0.8)) == CONTINUE
     assert asha.last["second"] == {"a": 3}
     # The 0.99 has raised nobody's bar.
-    through(asha, "third", a=0.71, b=0.81)
+    run_epochs(asha, "third", a=0.71, b=0.81)
     assert asha.last["third"] == {}
 
 
 def test_the_last_epoch_ends_a_trial_and_stops_no_fold() -> None:
-    asha = FoldwiseAsha(4, [])
-    assert through(asha, "only", upto=9, a=0.5) == 4
+    asha = FoldwiseASHA(4, [])
+    assert run_epochs(asha, "only", upto=9, a=0.5) == 4
     assert asha.last == {"only": {}}
 
 
 def test_rows_do_not_compete() -> None:
-    asha = FoldwiseAsha(EPOCHS, [])
-    through(asha, "fused-0", "fused", a=0.9)
-    assert through(asha, "ecg-0", "ecg", a=0.5) == EPOCHS
-    assert through(asha, "ecg-1", "ecg", a=0.4) == 3
+    asha = FoldwiseASHA(EPOCHS, [])
+    run_epochs(asha, "fused-0", "fused", a=0.9)
+    assert run_epochs(asha, "ecg-0", "ecg", a=0.5) == EPOCHS
+    assert run_epochs(asha, "ecg-1", "ecg", a=0.4) == 3
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -87,7 +87,7 @@ def test_no_fold_has_a_say_in_another(seed: int) -> None:
     a = draw.uniform(0.4, 0.9, (12, EPOCHS))
     survivors = []
     for _ in range(2):
-        asha, b = FoldwiseAsha(EPOCHS, []), draw.uniform(0.4, 0.9, (12, EPOCHS))
+        asha, b = FoldwiseASHA(EPOCHS, []), draw.uniform(0.4, 0.9, (12, EPOCHS))
         for number in range(12):
             trial = Trial(str(number))
             for epoch in range(1, EPOCHS + 1):
@@ -100,13 +100,13 @@ def test_no_fold_has_a_say_in_another(seed: int) -> None:
 
 
 @pytest.fixture()
-def book(tmp_path: Path) -> Callable[[str], Ledger]:
+def book(tmp_path: Path) -> Callable[[str], TrialLog]:
     """Ledgers of sweeps of one row's worth of trials that Optuna searches."""
 
-    def make(name: str) -> Ledger:
+    def make(name: str) -> TrialLog:
         run = RunDir(str(tmp_path / name), 0)
         run.begin(1)
-        return Ledger(run, plan(optuna(), ["a", "b"]), EPOCHS, lambda _: None)
+        return TrialLog(run, plan(optuna(), ["a", "b"]), EPOCHS, lambda _: None)
 
     return make
 
@@ -117,7 +117,7 @@ def optuna() -> TuneConfig:
     return given
 
 
-def ends(ledger: Ledger, given: Any, **folds: float) -> None:
+def ends(ledger: TrialLog, given: Any, **folds: float) -> None:
     """A trial that was suggested ends with these AUCs."""
     name, fold = given["trial"]["name"], given["trial"]["fold"]
     ledger.start(name)
@@ -125,7 +125,7 @@ def ends(ledger: Ledger, given: Any, **folds: float) -> None:
     ledger.end(name, {})
 
 
-def searched(ledger: Ledger, a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+def searched(ledger: TrialLog, a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     """What a search proposes whose n-th trial of a row finds these AUCs; name -> configuration."""
     search, found = FoldwiseOptuna(optuna(), ledger), {name: one.config for name, one in ledger.ended.items()}
     while isinstance(given := search.suggest("id"), dict):
@@ -137,7 +137,7 @@ def searched(ledger: Ledger, a: Sequence[float], b: Sequence[float]) -> dict[str
     return found
 
 
-def test_no_fold_has_a_say_in_what_is_proposed_for_another(book: Callable[[str], Ledger]) -> None:
+def test_no_fold_has_a_say_in_what_is_proposed_for_another(book: Callable[[str], TrialLog]) -> None:
     draw = np.random.default_rng(0)
     a, b, other = draw.uniform(0.4, 0.9, (3, STARTUP + 3)).tolist()
     first, second = searched(book("first"), a, b), searched(book("second"), a, other)
@@ -145,7 +145,7 @@ def test_no_fold_has_a_say_in_what_is_proposed_for_another(book: Callable[[str],
     assert apart and all(name.endswith("-b") for name in apart)
 
 
-def test_a_search_waits_for_what_it_rests_on_and_goes_on_from_the_ledger(book: Callable[[str], Ledger]) -> None:
+def test_a_search_waits_for_what_it_rests_on_and_goes_on_from_the_ledger(book: Callable[[str], TrialLog]) -> None:
     draw = np.random.default_rng(0)
     a, b = draw.uniform(0.4, 0.9, (2, STARTUP + 3)).tolist()
     whole = searched(book("whole"), a, b)
@@ -170,11 +170,11 @@ def test_a_search_waits_for_what_it_rests_on_and_goes_on_from_the_ledger(book: C
 
 
 def test_an_undefined_auc_stops_nothing_and_says_nothing() -> None:
-    asha = FoldwiseAsha(EPOCHS, [])
-    through(asha, "first", a=0.7, b=0.7)
-    assert through(asha, "second", a=math.nan, b=0.1) == EPOCHS
+    asha = FoldwiseASHA(EPOCHS, [])
+    run_epochs(asha, "first", a=0.7, b=0.7)
+    assert run_epochs(asha, "second", a=math.nan, b=0.1) == EPOCHS
     assert asha.last["second"] == {"b": 3}
-    assert through(asha, "third", a=0.6, b=0.1) == 3
+    assert run_epochs(asha, "third", a=0.6, b=0.1) == 3
     # It is asked as soon as there is something to ask about.
     fourth = Trial("fourth")
     for epoch in (1, 2, 3):
@@ -184,18 +184,18 @@ def test_an_undefined_auc_stops_nothing_and_says_nothing() -> None:
 
 
 def test_a_trial_that_starts_again_is_not_judged_twice() -> None:
-    asha = FoldwiseAsha(EPOCHS, [])
-    through(asha, "first", a=0.7)
-    through(asha, "second", upto=4, a=0.8)
-    assert through(asha, "second", a=0.8) == EPOCHS
+    asha = FoldwiseASHA(EPOCHS, [])
+    run_epochs(asha, "first", a=0.7)
+    run_epochs(asha, "second", upto=4, a=0.8)
+    assert run_epochs(asha, "second", a=0.8) == EPOCHS
     assert asha.last["second"] == {}
     # What Ray tells twice at a trial's own end.
     assert asha.on_trial_result(None, Trial("second"), line(EPOCHS, a=0.8)) == CONTINUE
 
 
 def test_what_ray_flattens_is_understood() -> None:
-    asha = FoldwiseAsha(EPOCHS, [])
-    through(asha, "first", a=0.7)
+    asha = FoldwiseASHA(EPOCHS, [])
+    run_epochs(asha, "first", a=0.7)
     trial = Trial("second")
     for epoch in (1, 2, 3):
         flat = {"line/epoch": epoch, "line/val_auc": 0.5, "line/fold_a": 0.1, "done": False}
@@ -206,11 +206,11 @@ def test_what_ray_flattens_is_understood() -> None:
 
 def test_trials_of_an_earlier_attempt_are_competitors() -> None:
     histories = {"first": {"a": 0.7, "b": 0.7}, "second": {"a": 0.6, "b": 0.8}}
-    whole, past = FoldwiseAsha(EPOCHS, []), []
+    whole, past = FoldwiseASHA(EPOCHS, []), []
     for name, folds in histories.items():
-        through(whole, name, **folds)
+        run_epochs(whole, name, **folds)
         lines = [line(epoch, **folds)["line"] for epoch in range(1, EPOCHS + 1)]
         past.append(TrialRecord(name, "fused", {}, lines))
-    again = FoldwiseAsha(EPOCHS, past)
+    again = FoldwiseASHA(EPOCHS, past)
     assert again.last == whole.last
-    assert through(whole, "third", a=0.65, b=0.75) == through(again, "third", a=0.65, b=0.75) == 3
+    assert run_epochs(whole, "third", a=0.65, b=0.75) == run_epochs(again, "third", a=0.65, b=0.75) == 3

@@ -166,9 +166,7 @@ def trial_lines(count: int = 20, rows: Iterable[str] = SEARCHED, seed: int = 0) 
             good += float(rng.normal(0, 0.012)) - (0.03 if config["pooling"] == "mean" else 0.0)
             stopped = good < roof - 0.02
             epochs = int(rng.integers(4, 12)) if stopped else 40
-            history = [
-                [e, good - 0.3 * math.exp(-e / 4) + float(rng.normal(0, 0.006))] for e in range(1, epochs + 1)
-            ]
+            history = [[e, good - 0.3 * math.exp(-e / 4) + float(rng.normal(0, 0.006))] for e in range(1, epochs + 1)]
             best = max(value for _, value in history)
             lines.append(
                 {

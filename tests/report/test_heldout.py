@@ -17,9 +17,11 @@ from tests.report.sweep_samples import auc_of, predictions_file, predictions_of
 def held(classes=("a", "b"), **options) -> tuple[HeldOut, dict[str, np.ndarray]]:
     tensors = predictions_of(classes=classes, **options)
     # Ties, as coarse probabilities have them.
-    tensors["probability.ecg"] = np.round(tensors["probability.ecg"][:, :1] * 8) / 8 * [[1, -1]] + [[0, 1]] if len(
-        classes
-    ) == 2 else tensors["probability.ecg"]
+    tensors["probability.ecg"] = (
+        np.round(tensors["probability.ecg"][:, :1] * 8) / 8 * [[1, -1]] + [[0, 1]]
+        if len(classes) == 2
+        else tensors["probability.ecg"]
+    )
     found, _ = parse_predictions(predictions_file(tensors, classes, 4))
     return HeldOut.of(found), tensors
 
@@ -40,7 +42,7 @@ def test_the_area_of_known_distributions():
     probability = np.stack([1 - score, score], axis=1)
     person = np.repeat(np.arange(20, dtype=np.uint64), n // 20)
     expected = 0.5 * (1 + math.erf(d / 2))
-    assert auc.pooled_auc(auc.all_pairs(label, person, probability)) == pytest.approx(expected, abs=0.01)
+    assert auc.pooled_auc(auc.compare_all_pairs(label, person, probability)) == pytest.approx(expected, abs=0.01)
 
 
 def test_with_more_classes_it_is_the_mean_over_them():

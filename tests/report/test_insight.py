@@ -164,9 +164,10 @@ def test_one_person_and_one_channel_are_drawn(tmp_path):
     page = page_of(write_sweep(tmp_path, results=results_with(leaned=leaned)))
     assert "without the EEG +0.213." in page.text
     leaned["signals"] = [one | {"auc_drop": None, "moved": None} for one in leaned["signals"]]
-    assert "does not tell what the fused heads lean on" in page_of(
-        write_sweep(tmp_path, results=results_with(leaned=leaned))
-    ).text
+    assert (
+        "does not tell what the fused heads lean on"
+        in page_of(write_sweep(tmp_path, results=results_with(leaned=leaned))).text
+    )
 
 
 @pytest.mark.parametrize(

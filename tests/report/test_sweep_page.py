@@ -139,8 +139,11 @@ def test_the_headline_tells_what_and_how_well(tmp_path):
 @pytest.mark.parametrize(
     ("protocol", "words"),
     [
-        ("loso", "leave one person out, 4 folds"), ("holdout", "one fixed group of people"), ("other", "other"),
-        ("clip_disjoint", "the same people train and are tested"), ("person_and_clip", "neither of which trains"),
+        ("loso", "leave one person out, 4 folds"),
+        ("holdout", "one fixed group of people"),
+        ("other", "other"),
+        ("clip_disjoint", "the same people train and are tested"),
+        ("person_and_clip", "neither of which trains"),
     ],
 )
 def test_protocols_in_plain_words(tmp_path, protocol, words):

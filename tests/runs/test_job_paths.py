@@ -16,21 +16,21 @@ from physio_dist.storage import StorageError
 def test_outside_a_job_relative_paths_hold_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert not job_paths.inside_job()
-    assert job_paths.durable("runs", "run.dir") == f"{tmp_path}/runs"
-    assert job_paths.durable("s3://bucket/runs/", "run.dir") == "s3://bucket/runs"
+    assert not job_paths.inside_ray_job()
+    assert job_paths.resolve_durable("runs", "run.dir") == f"{tmp_path}/runs"
+    assert job_paths.resolve_durable("s3://bucket/runs/", "run.dir") == "s3://bucket/runs"
 
 
 def test_inside_a_job_relative_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert job_paths.inside_job()
+    assert job_paths.inside_ray_job()
     for url in ("runs", "./runs", "file://runs"):
         with pytest.raises(UserError, match=f"run.dir={url} is relative.*absolute path.*s3://"):
-            job_paths.durable(url, "run.dir")
-    assert job_paths.durable(f"{tmp_path}/runs", "run.dir") == f"{tmp_path}/runs"
-    assert job_paths.durable(f"file://{tmp_path}/runs", "run.dir") == f"{tmp_path}/runs"
-    assert job_paths.durable("~/runs", "run.dir") == str(Path.home() / "runs")
-    assert job_paths.durable("s3://bucket/runs", "run.dir") == "s3://bucket/runs"
+            job_paths.resolve_durable(url, "run.dir")
+    assert job_paths.resolve_durable(f"{tmp_path}/runs", "run.dir") == f"{tmp_path}/runs"
+    assert job_paths.resolve_durable(f"file://{tmp_path}/runs", "run.dir") == f"{tmp_path}/runs"
+    assert job_paths.resolve_durable("~/runs", "run.dir") == str(Path.home() / "runs")
+    assert job_paths.resolve_durable("s3://bucket/runs", "run.dir") == "s3://bucket/runs"
 
 
 @pytest.mark.parametrize(
@@ -52,5 +52,5 @@ def test_what_verbs_write_outlasts_a_job(
 
 def test_credentials_in_a_url_are_refused_before_they_are_told() -> None:
     with pytest.raises(StorageError, match="s3://bucket/runs: the URL carries") as raised:
-        job_paths.durable("s3://name:word@bucket/runs", "run.dir")
+        job_paths.resolve_durable("s3://name:word@bucket/runs", "run.dir")
     assert "word@" not in str(raised.value)

@@ -64,11 +64,11 @@ def test_a_run_of_a_version_that_knew_fewer_options_goes_on_with_their_defaults(
     run = RunDir(str(tmp_path), 0)
     write_config(run, options())
     text = (tmp_path / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(text.replace("  lead_drop: 0.0\n", ""))
+    (tmp_path / "config.yaml").write_text(text.replace("  lead_dropout: 0.0\n", ""))
     compare_config(run, options())
     other = options()
-    other.mask.lead_drop = 0.5
-    with pytest.raises(UserError, match=r"mask\.lead_drop: 0\.0 there, 0\.5 now"):
+    other.mask.lead_dropout = 0.5
+    with pytest.raises(UserError, match=r"mask\.lead_dropout: 0\.0 there, 0\.5 now"):
         compare_config(run, other)
 
 

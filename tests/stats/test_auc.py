@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from physio_dist.stats.auc import all_pairs, compared, difference, p_of_no_difference
+from physio_dist.stats.auc import compare_all_pairs, compared, difference, p_of_no_difference
 from physio_dist.stats.scores import auc
 
 
@@ -45,7 +45,7 @@ def test_a_better_row_is_told_and_an_equal_one_is_not(classes: int):
     label, person, one, other = rows_of(20, (2.0, 0.5), classes=classes)
     assert p_of_no_difference(label, person, one, other) < 0.001
     assert p_of_no_difference(label, person, one, one) == 1.0
-    found = difference(all_pairs(label, person, one), all_pairs(label, person, other))
+    found = difference(compare_all_pairs(label, person, one), compare_all_pairs(label, person, other))
     assert found.low > 0
 
 

@@ -252,6 +252,7 @@ def with_node(ray_nodes: Cluster) -> Iterator[Callable[..., None]]:
 @pytest.fixture()
 def ray_run(ray_nodes: Cluster, simulated: str, tmp_path: Path) -> Make:
     """Makes runs to be launched on the cluster."""
+
     def make(*options: str, name: str = "run") -> RayRun:
         return RayRun(tmp_path, name, simulated, options, cluster=ray_nodes)
 

@@ -58,7 +58,7 @@ def new_run(simulated: str, tmp_path: Path) -> Callable[..., Run]:
 def real_words(data_dir: Path) -> list[str]:
     """A conversion of real recordings in 30 parts and three shards."""
     folder = data_dir / "cinc2011-set-a"
-    words = ["quality=label", f"labels={folder / 'labels.csv'}", "samples_per_shard=400"]
+    words = ["unusable=keep", f"labels={folder / 'labels.csv'}", "samples_per_shard=400"]
     return ["shard", "wfdb", str(folder), *words]
 
 

@@ -22,7 +22,7 @@ CONFIG = str(ROOT / "configs" / "pretrain" / "quickstart.yaml")
 # Small and quick, with every part of a run in it.
 SMALL = (
     "train.steps=16", "train.global_batch=16", "train.warmup_steps=3", "train.log_every=1", "train.val_every=8",
-    "train.val_samples=16", "train.save_every=5", "train.trace=true", "train.threads=1",
+    "train.val_samples=16", "train.save_every=5", "train.log_sample_keys=true", "train.threads=1",
 )  # fmt: skip
 EXACT = ("loss", "loss_intra", "loss_inter", "val_loss", "grad_norm", "lr")
 
@@ -61,9 +61,7 @@ class Run:
         cache = f"data.cache_dir={self.folder / 'cache'}"
         return [where, f"run.name={self.name}", f"data.index={self.index}", cache, *SMALL, *self.options]
 
-    def start(
-        self, ranks: int = 2, launcher: str = "ranks", extra: tuple[str, ...] = ()
-    ) -> subprocess.Popen[bytes]:
+    def start(self, ranks: int = 2, launcher: str = "ranks", extra: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         """Start the launcher in a session of its own, as a shell would start it in a terminal."""
         script = [str(ROOT / "physio_dist" / "pretrain.py"), "--config", CONFIG, *self.words(), *extra]
         command = {

@@ -21,7 +21,7 @@ from tests.conftest import S3
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # 100 records in four parts and five shards.
-WORDS = ["shard", "simulate", "people=100,windows=2,seed=6", "quality=label", "samples_per_shard=40", "workers=2"]
+WORDS = ["shard", "simulate", "people=100,windows=2,seed=6", "unusable=keep", "samples_per_shard=40", "workers=2"]
 
 
 def start(

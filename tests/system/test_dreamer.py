@@ -143,7 +143,7 @@ def no_eeg(place: Place, folder: Path) -> list[str]:
         for cell in person["EEG"]["stimuli"]:
             cell[:] = 4200.0
     raw = write_v5(folder / "DREAMER.mat", people, compressed=False)
-    done = physio("shard", "dreamer", str(raw), "--out", str(folder / "flat"), *WORDS, "quality=label")
+    done = physio("shard", "dreamer", str(raw), "--out", str(folder / "flat"), *WORDS, "unusable=keep")
     assert done.returncode == 0, done.stderr
     return [f"tune.data={folder / 'flat'}", "tune.baseline=none"]
 

@@ -77,9 +77,7 @@ def test_kill_9_of_a_rank_costs_only_time(undisturbed: Make, new_run: Make, stag
     agree(run, reference)
 
 
-def test_ends_of_launchers_and_ranks_take_the_others_along_and_cost_only_time(
-    undisturbed: Make, new_run: Make
-) -> None:
+def test_ends_of_launchers_and_ranks_take_the_others_along_and_cost_only_time(undisturbed: Make, new_run: Make) -> None:
     """One run that is disturbed in one way after the other, each time some steps on."""
     run, reference = new_run("train.steps=40"), undisturbed("train.steps=40")
     # With no checkpoint near, what is gone on from is the step that the rank was in.

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import SPLITS, ShardSet, open_set, read_sidecar
+from physio_dist.data.format.index import SPLITS, ShardSet, open_set, read_sample_table
 from tests.conftest import Proxied
 from tests.system.launching import Run, end_session, physio
 from tests.system.test_bad_input import told
@@ -60,7 +60,7 @@ def same(run: Run, reference: Run) -> None:
 
 def trained_shards(shards: ShardSet) -> list[int]:
     """Shards with nothing but samples to train on."""
-    ours = np.split(read_sidecar(shards).split, shards.shard_starts()[1:-1])
+    ours = np.split(read_sample_table(shards).split, shards.shard_starts()[1:-1])
     return [number for number, split in enumerate(ours) if (split == SPLITS.index("train")).all()]
 
 
@@ -138,7 +138,7 @@ def test_cached_shards_damaged_under_a_running_job_are_fetched_again(
         os.truncate(files[cut], 1000)
         with files[flipped].open("r+b") as file:
             for sample in range(*pairs.shard_starts()[flipped : flipped + 2]):
-                place = int(read_sidecar(pairs).offset["ecg"][sample]) + 2001
+                place = int(read_sample_table(pairs).offset["ecg"][sample]) + 2001
                 file.seek(place)
                 (byte,) = file.read(1)
                 file.seek(place)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import open_set, read_sidecar
+from physio_dist.data.format.index import open_set, read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import open_backbone, refuse_overlap
 from tests.evaluation.study_samples import facts_of, paired
@@ -26,7 +26,7 @@ def test_an_encoder_of_a_fold_has_never_seen_its_test_people(tmp_path: Path) -> 
     assert planned.returncode == 0, planned.stderr
     run = Run(tmp_path, "eeg-1", view, options)
     assert run(ranks=1, launcher="python") == 0, run.said()
-    sidecar = read_sidecar(open_set(view))
+    sidecar = read_sample_table(open_set(view))
     keys = dict(zip(sidecar.keys(np.arange(len(sidecar.person))), sidecar.person.tolist(), strict=True))
     seen = {keys[key] for batch in run.trace().values() for key in batch}
     of_split = [set(sidecar.person[sidecar.split == code].tolist()) for code in range(3)]
@@ -38,6 +38,6 @@ def test_an_encoder_of_a_fold_has_never_seen_its_test_people(tmp_path: Path) -> 
     backbone = open_backbone(encoder, "eeg")
     assert backbone.people == of_split[0]
     refuse_overlap(backbone, of_split[2], "1")
-    other = read_sidecar(open_set(f"{tmp_path}/views/0"))
+    other = read_sample_table(open_set(f"{tmp_path}/views/0"))
     with pytest.raises(UserError, match=r"of fold 0: .*`physio-dist folds` makes a view"):
         refuse_overlap(backbone, np.unique(other.person[other.split == 2]).tolist(), "0")

@@ -88,9 +88,7 @@ class Fault:
             apart = float(np.abs(np.subtract(*losses)).max())
             gap = float(np.diff([line["time"] for line in ours.values()]).max())
             with Path(table).open("a") as file:
-                file.write(
-                    f"| {self._title} | {noticed} | {gap:.0f} s | {sum(run.repeated())} | 0 | {apart:.0e} |\n"
-                )
+                file.write(f"| {self._title} | {noticed} | {gap:.0f} s | {sum(run.repeated())} | 0 | {apart:.0e} |\n")
 
 
 Make = Callable[..., Fault]
@@ -279,9 +277,7 @@ def test_a_run_grows_with_the_cluster_and_shrinks_with_it(faulty: Make, cluster:
     assert all(start > 0 for start in fault.run.starts()[1:])
 
 
-def test_a_node_that_does_not_answer_is_named_and_waited_for(
-    network: Network, store: HostedS3, tmp_path: Path
-) -> None:
+def test_a_node_that_does_not_answer_is_named_and_waited_for(network: Network, store: HostedS3, tmp_path: Path) -> None:
     """Where Ray has begun to place something on it, others are not to blame."""
     cluster, log = HostCluster(network, store, 1, misses=100), tmp_path / "log"
     (node,) = cluster.nodes

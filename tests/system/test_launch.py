@@ -158,7 +158,7 @@ def test_ctrl_c_saves_and_ends_with_75_and_any_launcher_goes_on(
 
 def test_a_signal_before_training_ends_with_75_at_once(ray_run: Make) -> None:
     """While it waits for room, and while Ray starts the workers."""
-    run = ray_run("cluster.wait_s=600")
+    run = ray_run("cluster.placement_timeout_s=600")
     for ranks, said in ((3, "waiting up to "), (2, "2 rank(s) of 1 CPU(s), up to ")):
         process = run.start(ranks)
         try:
@@ -317,7 +317,7 @@ def test_too_few_resources_are_told_with_what_is_there(ray_run: Make) -> None:
         "wrong input or configuration: asked for 3 worker(s) of 1 CPU(s); the cluster has 2 CPU(s) and 0 GPU(s) on 2 "
         "node(s), 2 CPU(s)"
     )
-    assert run(extra=("cluster.gpu=true", "cluster.wait_s=3")) == 2
+    assert run(extra=("cluster.gpu=true", "cluster.placement_timeout_s=3")) == 2
     assert any(line.startswith("waiting up to 2 s for room: asked for 2 worker(s)") for line in run.told())
     assert "Waited 3 s in vain" in run.told()[-1]
 
@@ -329,9 +329,7 @@ def test_more_ranks_than_samples_are_refused(ray_run: Make) -> None:
 
 
 @pytest.mark.parametrize("option", ["run.dir=runs", "data.index=set", "data.cache_dir=cache", "resume=runs/old"])
-def test_what_would_vanish_with_a_job_is_refused(
-    tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_would_vanish_with_a_job_is_refused(tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A submitted job meets it in test_convert_ray.py."""
     monkeypatch.setenv(job_paths._JOB, "{}")
     absolute = (f"run.dir={tmp_path}", f"data.index={tmp_path}", f"data.cache_dir={tmp_path}")

@@ -52,6 +52,6 @@ def test_restarts_are_counted_while_the_run_goes_on(ray_run: Make, ray_nodes: Cl
 
 
 def test_a_loss_that_is_no_number_is_shown_at_the_end(ray_run: Make, ray_nodes: Cluster) -> None:
-    run = ray_run("train.lr=1e30", "train.min_lr=1e30", "train.warmup_steps=1", "train.clip=1e30")
+    run = ray_run("train.lr=1e30", "train.min_lr=1e30", "train.warmup_steps=1", "train.max_grad_norm=1e30")
     assert run() == 1, run.said()
     assert ray_nodes.figures(run.url)["nonfinite"] == 1

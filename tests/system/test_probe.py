@@ -16,7 +16,7 @@ from tests.system.launching import ROOT, Run
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 CONFIG = ROOT / "configs" / "probe" / "quality.yaml"
 SPLITS = ("workers=1", "split.val=0.2", "split.test=0.3")
-STEPS = ("train.steps=3", "train.save_every=3", "train.val_every=3", "mask.lead_drop=0.5", "mask.span=2")
+STEPS = ("train.steps=3", "train.save_every=3", "train.val_every=3", "mask.lead_dropout=0.5", "mask.span=2")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def place(cli: Cli, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
             name = f"{line.split(',')[0]}.{ending}"
             shutil.copyfile(raw / name, folder / "raw" / name)
     (folder / "labels.csv").write_text("\n".join([table[0], *bad, *good]) + "\n")
-    for out, words in (("fit", ()), ("all", (f"labels={folder / 'labels.csv'}", "quality=label"))):
+    for out, words in (("fit", ()), ("all", (f"labels={folder / 'labels.csv'}", "unusable=keep"))):
         done = cli("shard", "wfdb", folder / "raw", "--out", folder / out, *SPLITS, *words)
         assert done.returncode == 0, done.stderr
     run = Run(folder, "run", str(folder / "fit"), STEPS)

@@ -13,7 +13,7 @@ from tests.conftest import S3
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
-WORDS = ["shard", "simulate", "people=40,windows=2,seed=9", "quality=label", "workers=2", "samples_per_shard=20"]
+WORDS = ["shard", "simulate", "people=40,windows=2,seed=9", "unusable=keep", "workers=2", "samples_per_shard=20"]
 
 
 def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:

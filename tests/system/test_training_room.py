@@ -99,7 +99,7 @@ def test_spikes_are_left_out_and_a_resumed_run_leaves_out_the_same(undisturbed: 
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends_well(new_run: Make) -> None:
-    run = new_run("train.stall_s=4", "train.steps=30")
+    run = new_run("train.hang_timeout_s=4", "train.steps=30")
     process = run.start()
     try:
         run.wait_for_step(process, 5)
@@ -112,7 +112,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends_well(new_run: Make) -> None
     finally:
         end_session(process)
     assert "without progress, waiting for" in said
-    assert 'in train' in said and "Current thread" in said, "the stacks of its threads"
+    assert "in train" in said and "Current thread" in said, "the stacks of its threads"
     assert list(run.metrics()) == list(range(1, 31))
 
 

@@ -21,9 +21,9 @@ from safetensors.numpy import load
 
 from physio_dist import config
 from physio_dist.data.convert import converter
-from physio_dist.data.format.index import open_set, read_sidecar
+from physio_dist.data.format.index import open_set, read_sample_table
 from physio_dist.errors import UserError
-from physio_dist.evaluation.search_space import propose
+from physio_dist.evaluation.search_space import suggest
 from physio_dist.evaluation.serving.classifier import FusionClassifier
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, preset
 from physio_dist.models.export import save_encoder
@@ -71,7 +71,7 @@ class Place:
     eeg: str
 
     def words(self, *more: str) -> list[str]:
-        features = f"tune.features={self.folder / 'features'}"
+        features = f"tune.feature_cache={self.folder / 'features'}"
         encoders = (f"tune.ecg_encoder={self.ecg}", f"tune.eeg_encoder={self.eeg}")
         return [f"tune.data={self.data}", *encoders, features, *more]
 
@@ -177,9 +177,7 @@ def tensorboard(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
         port = free_port()
         words = ["--logdir", str(folder), "--port", str(port), "--host", "127.0.0.1", "--reload_interval", "1"]
         with (tmp_path / "tensorboard.log").open("wb") as log:
-            running.append(
-                subprocess.Popen([sys.executable, "-m", "tensorboard.main", *words], stdout=log, stderr=log)
-            )
+            running.append(subprocess.Popen([sys.executable, "-m", "tensorboard.main", *words], stdout=log, stderr=log))
         return f"http://127.0.0.1:{port}"
 
     yield start
@@ -403,18 +401,20 @@ def test_optuna_sees_one_fold_at_a_time_and_goes_on_after_a_killed_driver(sweep:
         assert list(after[name]["folds"]) == [tag]
         earlier = [one for one in trials if one["row"] == row and tag in one["folds"]]
         past = [(one["config"], max(one["folds"][tag])) for one in earlier[: int(number)]]
-        assert after[name]["config"] == propose(search, f"0/{name}", past)
+        assert after[name]["config"] == suggest(search, f"0/{name}", past)
     results = run.results()
     assert any(note.startswith("Search: 10 configurations drawn for all folds, then 2") for note in results["notes"])
     tried = [one["config"] for one in trials]
     assert all(fold["config"] in tried for fold in results["rows"][-1]["per_fold"])
-    assert np.isfinite(FusionClassifier.load(str(run.path)).predict_recording(
-        read_file(str(run.place.raw / "Subject00_1.edf"))
-    ).probability).all()
+    assert np.isfinite(
+        FusionClassifier.load(str(run.path))
+        .predict_recording(read_file(str(run.place.raw / "Subject00_1.edf")))
+        .probability
+    ).all()
 
 
 def test_a_sweep_whose_artefacts_are_all_in_a_bucket(sweep: Make, ray_nodes: Cluster, s3: S3) -> None:
-    options = (*SMALL[:2], "tune.trials=2", "tune.max_epochs=3", f"tune.features={s3.bucket}/features")
+    options = (*SMALL[:2], "tune.trials=2", "tune.max_epochs=3", f"tune.feature_cache={s3.bucket}/features")
     run = sweep("cloud", options=options, run_dir=f"{s3.bucket}/runs")
     run.env.update(s3.env)
     assert run() == 0, run.said()
@@ -431,9 +431,7 @@ def test_a_sweep_whose_artefacts_are_all_in_a_bucket(sweep: Make, ray_nodes: Clu
     assert f"while they run: {fresh} tensorboard --logdir {run.run_dir}/cloud/tensorboard" in run.told()
 
 
-def test_a_trial_that_fails_ends_the_sweep_and_is_told_once(
-    sweep: Make, ray_nodes: Cluster, tmp_path: Path
-) -> None:
+def test_a_trial_that_fails_ends_the_sweep_and_is_told_once(sweep: Make, ray_nodes: Cluster, tmp_path: Path) -> None:
     """The code that a job brings along is broken."""
     broken = tmp_path / "broken"
     shutil.copytree(ROOT / "physio_dist", broken / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
@@ -466,8 +464,11 @@ def test_more_than_the_cluster_has_is_asked_for(
     (last,) = [line for line in run.told() if line.startswith("wrong input")]
     assert "asked for 1 worker(s) of 3 CPU(s)" in last
     assert "2 CPU(s)" in last
-    assert run(extra=("tune.cpus=3", "tune.wait_s=2")) == 2
-    assert "Waited 2 s in vain. Ask for less or add nodes; tune.wait_s=SECONDS waits for them" in run.told()[-1]
+    assert run(extra=("tune.cpus=3", "tune.placement_timeout_s=2")) == 2
+    assert (
+        "Waited 2 s in vain. Ask for less or add nodes; tune.placement_timeout_s=SECONDS waits for them"
+        in run.told()[-1]
+    )
     assert not (run.path / "config.yaml").exists()
 
 
@@ -483,9 +484,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-def test_a_node_with_another_physio_dist_or_none(
-    sweep: Make, with_node: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_node_with_another_physio_dist_or_none(sweep: Make, with_node: Callable[..., None], tmp_path: Path) -> None:
     older, absent = tmp_path / "older", tmp_path / "absent"
     shutil.copytree(ROOT / "physio_dist", older / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
     (older / "physio_dist" / "__init__.py").write_text('"""Older."""\n\n__version__ = "0.0.1"\n')
@@ -518,7 +517,7 @@ def test_a_sweep_that_lives_is_told_before_features_are_computed(
     run = sweep("alive")
     held = Lease(str(run.path), lambda why: None, print)
     try:
-        assert run(extra=(f"tune.features={tmp_path / 'features'}",)) == 2
+        assert run(extra=(f"tune.feature_cache={tmp_path / 'features'}",)) == 2
     finally:
         held.release()
     assert f"the run at {run.path} is live: process {os.getpid()} on " in run.told()[-1]
@@ -549,7 +548,7 @@ def no_eeg(place: Place, folder: Path) -> list[str]:
 
 def knows_test_people(place: Place, folder: Path) -> list[str]:
     shards = open_set(place.data)
-    person = int(read_sidecar(shards).person[0])
+    person = int(read_sample_table(shards).person[0])
     return [f"tune.eeg_encoder={exported(folder / 'knows', 'eeg', list(shards.signals['eeg'].channels), [person])}"]
 
 
@@ -562,7 +561,7 @@ def wrong_signal(place: Place, _: Path) -> list[str]:
 
 
 def credentials(place: Place, _: Path) -> list[str]:
-    return ["tune.storage=s3://key:secret@bucket/state"]
+    return ["tune.ray_storage=s3://key:secret@bucket/state"]
 
 
 @pytest.mark.parametrize(
@@ -598,7 +597,7 @@ def test_bad_input_is_refused_before_anything_is_started(
 @pytest.mark.parametrize(
     ("option", "absolute"),
     [
-        ("run.dir=runs", ""), ("tune.storage=state", ""), ("tune.features=kept", ""), ("tune.data=set", ""),
+        ("run.dir=runs", ""), ("tune.ray_storage=state", ""), ("tune.feature_cache=kept", ""), ("tune.data=set", ""),
         ("tune.ecg_encoder=ecg", ""), ("tune.eeg_encoder={0: /e, 1: eeg}", ""),
     ],
     ids=lambda value: value.partition("=")[0],

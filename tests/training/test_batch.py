@@ -15,7 +15,7 @@ from physio_dist.data.loading.loader import Batch
 from physio_dist.data.loading.order import rank_slice
 from physio_dist.objectives.dual_mask import MaskConfig
 from physio_dist.runtime.distributed import split_share
-from physio_dist.training.batch import learning_rate, prepare, seed_dropout, to_device
+from physio_dist.training.batch import learning_rate, prepare_batch, seed_dropout, to_device
 
 
 @given(st.integers(1, 3000), st.integers(1, 64), st.integers(1, 256))
@@ -50,14 +50,14 @@ def batch_of(signal: np.ndarray, valid: np.ndarray, scale: float) -> Batch:
 def test_int16_becomes_patches_in_units_of_100_uv_on_the_device() -> None:
     signal = np.arange(2 * 3 * 400, dtype=np.int16).reshape(2, 3, 400)
     valid = np.ones((2, 3), dtype=bool)
-    prepared = prepare(batch_of(signal, valid, 0.5), MaskConfig(0.5, 0.3), [[0], [1], [2]], 0, "train")
+    prepared = prepare_batch(batch_of(signal, valid, 0.5), MaskConfig(0.5, 0.3), [[0], [1], [2]], 0, "train")
     assert prepared.signal.dtype == torch.int16
     micro = to_device(prepared, slice(1, 2), torch.device("cpu"))
     assert micro.valid is None
     np.testing.assert_allclose(micro.x[0, 2, 1].numpy(), signal[1, 2, 200:] * 0.005)
     valid[1, 2] = False
     micro = to_device(
-        prepare(batch_of(signal, valid, 0.5), MaskConfig(0.5, 0.3), [[0], [1], [2]], 0, "train"),
+        prepare_batch(batch_of(signal, valid, 0.5), MaskConfig(0.5, 0.3), [[0], [1], [2]], 0, "train"),
         slice(1, 2), torch.device("cpu"),
     )  # fmt: skip
     assert micro.valid is not None
@@ -67,8 +67,8 @@ def test_int16_becomes_patches_in_units_of_100_uv_on_the_device() -> None:
 def test_dropped_leads_are_not_valid_and_nothing_of_them_is_asked() -> None:
     signal, valid = np.ones((64, 3, 2000), np.int16), np.ones((64, 3), dtype=bool)
     valid[:, 2] = False
-    mask = MaskConfig(0.5, 0.3, lead_drop=0.5, layouts=(((0,), (1,), (2,)),))
-    prepared = prepare(batch_of(signal, valid, 1), mask, [[0], [1], [2]], 0, "train")
+    mask = MaskConfig(0.5, 0.3, lead_dropout=0.5, layouts=(((0,), (1,), (2,)),))
+    prepared = prepare_batch(batch_of(signal, valid, 1), mask, [[0], [1], [2]], 0, "train")
     alone = prepared.valid.sum(1) == 1
     assert 0.2 < alone.double().mean() < 0.5 and not prepared.all_valid
     assert (prepared.valid.sum(1) >= 1).all(), "no sample is shown with an invalid lead alone"
@@ -79,13 +79,13 @@ def test_dropped_leads_are_not_valid_and_nothing_of_them_is_asked() -> None:
 
 def test_masks_depend_on_the_position_and_not_on_the_batch() -> None:
     signal, valid = np.zeros((6, 3, 2000), np.int16), np.ones((6, 3), dtype=bool)
-    whole = prepare(batch_of(signal, valid, 1), MaskConfig(0.5, 0.3), [[0], [1], [2]], 5, "train")
+    whole = prepare_batch(batch_of(signal, valid, 1), MaskConfig(0.5, 0.3), [[0], [1], [2]], 5, "train")
     part = batch_of(signal[:2], valid[:2], 1)
     moved = Batch(0, part.signal, part.scale, part.valid, part.weight, np.array([4, 2]), part.samples)
-    drawn = prepare(moved, MaskConfig(0.5, 0.3), [[0], [1], [2]], 5, "train")
+    drawn = prepare_batch(moved, MaskConfig(0.5, 0.3), [[0], [1], [2]], 5, "train")
     assert torch.equal(drawn.intra, whole.intra[[4, 2]])
     assert torch.equal(drawn.inter, whole.inter[[4, 2]])
-    other = prepare(moved, MaskConfig(0.5, 0.3), [[0], [1], [2]], 5, "val")
+    other = prepare_batch(moved, MaskConfig(0.5, 0.3), [[0], [1], [2]], 5, "val")
     assert not torch.equal(drawn.intra, other.intra)
 
 

@@ -24,9 +24,7 @@ def write(run: Path, step: int) -> Path:
     return Path(checkpoint.commit(draft(run, step, tensors, moments)))
 
 
-def draft(
-    run: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]
-) -> checkpoint.Draft:
+def draft(run: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> checkpoint.Draft:
     files = {"model.safetensors": model, "optimizer.safetensors": optimizer}
     return checkpoint.write(str(run), progress(step), files)
 

@@ -9,37 +9,37 @@ from typing import Any
 import pytest
 
 from physio_dist.config import TrainOptions
-from physio_dist.training.step_guard import FIRST_SCALE, WINDOW, Judge, Verdict
+from physio_dist.training.step_guard import FIRST_SCALE, WINDOW, StepAction, StepGuard
 
 NAN = math.nan
 
 
-def judge(state: dict[str, Any] | None = None, **options: Any) -> Judge:
-    return Judge(TrainOptions(**{"precision": "fp32", **options}), state or {})
+def judge(state: dict[str, Any] | None = None, **options: Any) -> StepGuard:
+    return StepGuard(TrainOptions(**{"precision": "fp32", **options}), state or {})
 
 
-def calm(judge: Judge, steps: int = WINDOW, level: float = 1.0) -> list[Verdict]:
+def calm(judge: StepGuard, steps: int = WINDOW, level: float = 1.0) -> list[StepAction]:
     return [judge(level + 0.01 * (i % 3), level + 0.02 * (i % 2)) for i in range(steps)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_no_number_is_broken(precision: str) -> None:
-    assert judge(precision=precision)(NAN, 1.0) is Verdict.BROKEN
-    assert judge(precision=precision)(math.inf, 1.0) is Verdict.BROKEN
-    assert judge(precision=precision)(1.0, NAN) is Verdict.BROKEN
+    assert judge(precision=precision)(NAN, 1.0) is StepAction.NONFINITE
+    assert judge(precision=precision)(math.inf, 1.0) is StepAction.NONFINITE
+    assert judge(precision=precision)(1.0, NAN) is StepAction.NONFINITE
     assert judge(precision=precision).scale == 1.0
 
 
 def test_a_spike_is_one_against_the_runs_own_median() -> None:
     for loss, norm in ((50.0, 1.0), (1.0, 50.0)):
         told, left_out = judge(spike_factor=10.0), judge(spike_factor=10.0, skip_spikes=True)
-        assert set(calm(told) + calm(left_out)) == {Verdict.TAKE}
-        assert told(loss, norm) is Verdict.SPIKE
-        assert left_out(loss, norm) is Verdict.SKIP
-        assert left_out(1.0, 1.0) is Verdict.TAKE
+        assert set(calm(told) + calm(left_out)) == {StepAction.APPLY}
+        assert told(loss, norm) is StepAction.SPIKE
+        assert left_out(loss, norm) is StepAction.SKIP
+        assert left_out(1.0, 1.0) is StepAction.APPLY
     off = judge(spike_factor=0.0)
     calm(off)
-    assert off(1e9, 1e9) is Verdict.TAKE
+    assert off(1e9, 1e9) is StepAction.APPLY
 
 
 def test_a_norm_that_clipping_leaves_alone_is_no_spike() -> None:
@@ -47,33 +47,33 @@ def test_a_norm_that_clipping_leaves_alone_is_no_spike() -> None:
     for one in (clipped, free):
         for _ in range(WINDOW):
             one(1.0, 0.01)
-    assert clipped(1.0, 1.5) is Verdict.SPIKE
-    assert free(1.0, 1.5) is Verdict.TAKE
+    assert clipped(1.0, 1.5) is StepAction.SPIKE
+    assert free(1.0, 1.5) is StepAction.APPLY
 
 
 def test_the_first_steps_are_no_spikes_and_a_level_that_stays_is_none() -> None:
-    assert judge(spike_factor=2.0)(1e6, 1e6) is Verdict.TAKE
+    assert judge(spike_factor=2.0)(1e6, 1e6) is StepAction.APPLY
     risen = judge(spike_factor=2.0, skip_spikes=True)
     calm(risen)
     verdicts = calm(risen, level=10.0)
-    assert verdicts[0] is Verdict.SKIP
-    assert verdicts[-1] is Verdict.TAKE
-    assert verdicts.count(Verdict.SKIP) <= WINDOW // 2 + 1
+    assert verdicts[0] is StepAction.SKIP
+    assert verdicts[-1] is StepAction.APPLY
+    assert verdicts.count(StepAction.SKIP) <= WINDOW // 2 + 1
 
 
 def test_the_scale_of_fp16_halves_at_an_overflow_and_grows_again() -> None:
     half = judge(precision="fp16")
     assert half.scale == FIRST_SCALE
-    assert half(1.0, NAN) is Verdict.OVERFLOW
+    assert half(1.0, NAN) is StepAction.OVERFLOW
     assert half.scale == FIRST_SCALE / 2
     for _ in range(999):
-        assert half(1.0, 1.0) is Verdict.TAKE
+        assert half(1.0, 1.0) is StepAction.APPLY
     assert half.scale == FIRST_SCALE / 2
     half(1.0, 1.0)
     assert half.scale == FIRST_SCALE
-    assert half(NAN, NAN) is Verdict.BROKEN
+    assert half(NAN, NAN) is StepAction.NONFINITE
     verdicts = [half(1.0, NAN) for _ in range(11)]
-    assert verdicts == [Verdict.OVERFLOW] * 10 + [Verdict.BROKEN]
+    assert verdicts == [StepAction.OVERFLOW] * 10 + [StepAction.NONFINITE]
     assert half.scale == 1.0
 
 
@@ -81,7 +81,7 @@ def test_the_scale_of_fp16_halves_at_an_overflow_and_grows_again() -> None:
 def test_a_judge_goes_on_from_its_state_as_if_never_stopped(steps: int) -> None:
     options: dict[str, Any] = {"precision": "fp16", "spike_factor": 1.5, "skip_spikes": True}
 
-    def step(which: Judge, i: int) -> Verdict:
+    def step(which: StepGuard, i: int) -> StepAction:
         return which(1.0 + (i * 7919 % 13) / 10, math.nan if i % 97 == 50 else 1.0 + (i * 104729 % 11) / 10)
 
     whole, first = judge(**options), judge(**options)

@@ -34,7 +34,7 @@ from peers.serve import hashes
 from s3server import s3_server
 
 from physio_dist.data.format import tar
-from physio_dist.data.verify import IndexOptions, adopt
+from physio_dist.data.verify import IndexOptions, index_existing
 from physio_dist.signals.montage import ECG_12
 
 PEERS = {
@@ -75,7 +75,7 @@ def make_data(folder: Path, samples: int) -> None:
         with (bucket / f"ecg-{number:06d}.tar").open("wb", buffering=1 << 22) as out:
             tar.write(made, out)
     array.flush()
-    adopt(str(bucket), IndexOptions(channels=",".join(ECG_12), val=0, test=0))
+    index_existing(str(bucket), IndexOptions(channels=",".join(ECG_12), val=0, test=0))
     done.touch()
 
 

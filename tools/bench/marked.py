@@ -62,7 +62,7 @@ def rank_of(given: dict[str, Any]) -> None:
     from physio_dist.training import trainer
 
     note("rank's imports")
-    source, loop, log = trainer.Source, trainer.train, trainer._Rank._log
+    source, loop, log = trainer.Source, trainer.train, trainer.Trainer._log
 
     def opened(*words: Any) -> Any:
         found = source(*words)
@@ -78,7 +78,7 @@ def rank_of(given: dict[str, Any]) -> None:
         if line["step"] == 1:
             note("first step done")
 
-    trainer.Source, trainer.train, trainer._Rank._log = opened, train, logged
+    trainer.Source, trainer.train, trainer.Trainer._log = opened, train, logged
     train_driver.train_one_rank(given)
 
 

@@ -28,10 +28,10 @@ from physio_dist.models.encoders.criss_cross import PRESETS, MaskedModel, count_
 from physio_dist.models.export import cbramod_name
 from physio_dist.objectives.dual_mask import MaskConfig, dual_mask_loss
 from physio_dist.runtime import processes
-from physio_dist.runtime.distributed import choose_accelerator, join_ranks
-from physio_dist.runtime.preemption import StopFlag
+from physio_dist.runtime.distributed import choose_accelerator, init_dist_env
+from physio_dist.runtime.preemption import PreemptionHandler
 from physio_dist.signals.montage import ECG_12, mask_groups
-from physio_dist.training.batch import Prepared, prepare, to_device
+from physio_dist.training.batch import MaskedBatch, prepare_batch, to_device
 from physio_dist.training.throughput import device_peak, training_flops
 
 PEER = "plain fp32"
@@ -48,7 +48,7 @@ Step = Callable[[], Tensor]
 """A whole training step, repeated on one batch; its loss."""
 
 
-def draw(windows: int) -> Prepared:
+def draw(windows: int) -> MaskedBatch:
     """Windows of noise with masks from a feed's ``prepare``; all leads valid."""
     rng = np.random.default_rng(0)
     signal = (100 * rng.standard_normal((windows, CHANNELS, PATCHES * 200))).astype(np.int16)
@@ -58,7 +58,7 @@ def draw(windows: int) -> Prepared:
         samples=(np.zeros(windows, np.int64), np.arange(windows)),
     )  # fmt: skip
     options = PretrainConfig().mask
-    return prepare(batch, MaskConfig(options.intra_ratio, options.inter_ratio), mask_groups(ECG_12), 0, "bench")
+    return prepare_batch(batch, MaskConfig(options.intra_ratio, options.inter_ratio), mask_groups(ECG_12), 0, "bench")
 
 
 def as_plain(model: MaskedModel) -> PlainModel:
@@ -68,7 +68,7 @@ def as_plain(model: MaskedModel) -> PlainModel:
     return plain
 
 
-def bare(model: nn.Module, prepared: Prepared, device: torch.device, low: bool) -> Step:
+def bare(model: nn.Module, prepared: MaskedBatch, device: torch.device, low: bool) -> Step:
     """Forward pass, loss, backward pass, clipping and AdamW, and nothing around them.
 
     Args:
@@ -124,26 +124,26 @@ class Unsaved:
 class Loop:
     """The real loop over a DeepSpeed engine (ZeRO stage 1, one rank, bf16), fed one prepared batch again and again."""
 
-    def __init__(self, model: MaskedModel, prepared: Prepared) -> None:
+    def __init__(self, model: MaskedModel, prepared: MaskedBatch) -> None:
         # Imported late: DeepSpeed takes seconds, and must know the device first.
         import deepspeed
 
-        from physio_dist.runtime.distributed import Share
+        from physio_dist.runtime.distributed import BatchShare
         from physio_dist.training.backends.deepspeed_engine import Engine, quiet
-        from physio_dist.training.step_guard import Judge
+        from physio_dist.training.step_guard import StepGuard
 
-        join_ranks()
+        init_dist_env()
         quiet()
         deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
         windows = len(prepared.signal)
         options = PretrainConfig()
         train = replace(options.train, global_batch=windows, precision="bf16", save_every=10**9, val_every=10**9)
         self._options = replace(options, train=train)
-        self._prepared, self._done, self._judge = prepared, 0, Judge(train, {})
+        self._prepared, self._done, self._judge = prepared, 0, StepGuard(train, {})
         self._engine = Engine(copy.deepcopy(model), self._options, windows, 1)
         micro = to_device(prepared, slice(None), self._engine.device)
         self._engine.prepare((micro.x, micro.hidden, micro.valid))
-        self._share = Share(0, 1, windows, 1, count_flops(model.config, CHANNELS, PATCHES))
+        self._share = BatchShare(0, 1, windows, 1, count_flops(model.config, CHANNELS, PATCHES))
 
     def __call__(self, steps: int) -> float:
         """Train for some steps; the loss of the last."""
@@ -157,8 +157,8 @@ class Loop:
         no: Any = SimpleNamespace(total=0)
         feed: Any = itertools.repeat(self._prepared)
         train(
-            self._engine, no, feed, no, options, self._share, self._done, StopFlag(), self._judge, cast(Any, Unsaved()),
-            hooks, lambda _: 0,
+            self._engine, no, feed, no, options, self._share, self._done, PreemptionHandler(), self._judge,
+            cast(Any, Unsaved()), hooks, lambda _: 0,
         )  # fmt: skip
         self._done += steps
         return float(lines[-1]["loss"])

@@ -30,7 +30,7 @@ from physio_dist.data.format.index import open_set
 from physio_dist.evaluation import study
 from physio_dist.evaluation.backbones import open_backbone
 from physio_dist.evaluation.features import embed, open_features
-from physio_dist.evaluation.search_space import candidates
+from physio_dist.evaluation.search_space import sample_configs
 from physio_dist.evaluation.splits import folds_of
 from physio_dist.evaluation.tasks import Table
 from physio_dist.evaluation.trials import MODALITIES, SEARCHED, Study, reductions_of
@@ -94,7 +94,7 @@ class Sweeps:
         words = [
             f"tune.data={data}", f"tune.task={given.task}", f"tune.label={given.label}", f"run.dir={folder / 'runs'}",
             *(f"tune.{signal}_encoder={url}" for signal, url in self._encoders.items()),
-            f"tune.folds={given.folds}", "tune.protocol=grouped_kfold", f"tune.features={self._features}",
+            f"tune.folds={given.folds}", "tune.protocol=grouped_kfold", f"tune.feature_cache={self._features}",
             f"tune.trials={self._configurations}", f"tune.scheduler={given.scheduler}",
         ]  # fmt: skip
         self._words = words
@@ -110,7 +110,7 @@ class Sweeps:
 
     def peer(self) -> float:
         """Trials a minute where each computes the features that its row needs, on all cores, and nothing else."""
-        row, config = "fused", candidates(self._options)[next(self._number) % self._configurations]
+        row, config = "fused", sample_configs(self._options)[next(self._number) % self._configurations]
         began = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=self._folder) as features:
             inputs = {}

@@ -19,7 +19,7 @@ from physio_dist.data.format.index import ShardInfo
 
 
 @dataclass(frozen=True)
-class Kept:
+class WindowRef:
     """A window that goes into a shard: where its samples are spooled, and its facts."""
 
     part: int
@@ -28,7 +28,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Made:
+class ShardResult:
     """A published shard; of each of its samples where the signals stand and, for each, which channels count."""
 
     info: ShardInfo
@@ -41,24 +41,24 @@ def part_url(spool: str, number: int) -> str:
     return storage.join(spool, f"part-{number:06d}.safetensors")
 
 
-def note_url(spool: str, name: str, digest: str) -> str:
+def receipt_url(spool: str, name: str, digest: str) -> str:
     """Where it stands that a shard is made."""
     return storage.join(spool, f"{name}-{digest[:8]}.json")
 
 
-def read_note(url: str) -> Made:
+def read_receipt(url: str) -> ShardResult:
     """The shard that a note tells of.
 
     Raises:
         StorageError: there is none, or it cannot be read.
     """
     told = storage.read_json(url)
-    return Made(ShardInfo(**told["info"]), told["places"], told["valid"])
+    return ShardResult(ShardInfo(**told["info"]), told["places"], told["valid"])
 
 
 def make_shard(
-    source: str, group: Sequence[Kept], spool: str, out: str, name: str, digest: str, tell: bool = False
-) -> Made | None:
+    source: str, group: Sequence[WindowRef], spool: str, out: str, name: str, digest: str, tell: bool = False
+) -> ShardResult | None:
     """Write one shard from spooled parts and publish it; a shard that an earlier try published is not sent again.
 
     Args:
@@ -73,10 +73,10 @@ def make_shard(
     Raises:
         StorageError: a part cannot be read, the shard not be written.
     """
-    note, url = note_url(spool, name, digest), storage.join(out, name)
+    note, url = receipt_url(spool, name, digest), storage.join(out, name)
     # What another version noted may say less.
     with contextlib.suppress(storage.NotFoundError, KeyError, TypeError):
-        made = read_note(note)
+        made = read_receipt(note)
         if storage.size(url) == made.info.filesize:
             return made if tell else None
     local = storage.local_path(spool) if storage.is_local(spool) else Path(tempfile.gettempdir())
@@ -90,14 +90,14 @@ def make_shard(
             info = ShardInfo(name, len(group), whole.stat().st_size, storage.sha256_of(whole))
             storage.put_file(whole, url)
     except OSError as error:
-        raise storage.explain(str(local / name), "write", error) from error
-    made = Made(info, places, valid)
+        raise storage.to_storage_error(str(local / name), "write", error) from error
+    made = ShardResult(info, places, valid)
     storage.write_json(note, asdict(made))
     return made if tell else None
 
 
 def _samples(
-    source: str, group: Sequence[Kept], spool: str, valid: list[dict[str, list[bool]]]
+    source: str, group: Sequence[WindowRef], spool: str, valid: list[dict[str, list[bool]]]
 ) -> Iterator[tar.Sample]:
     """The samples of a shard; which of their channels count is put into ``valid``."""
     for part, items in itertools.groupby(group, key=lambda item: item.part):

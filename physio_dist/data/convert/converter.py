@@ -23,22 +23,22 @@ from filelock import FileLock, Timeout
 
 from physio_dist import __version__, storage
 from physio_dist.config import ShardConfig, flatten
-from physio_dist.data.convert.assemble import Kept, Made, make_shard, note_url, part_url, read_note
+from physio_dist.data.convert.assemble import ShardResult, WindowRef, make_shard, part_url, read_receipt, receipt_url
 from physio_dist.data.convert.channels import spec_of, with_found, words
 from physio_dist.data.convert.labels import read_labels
 from physio_dist.data.convert.parts import Job, Part, make_part, part_of, record_keys, spooled
-from physio_dist.data.convert.process_pool import Pool, on_sight, worker_pool
+from physio_dist.data.convert.process_pool import TaskPool, retry_on_storage_errors, worker_pool
 from physio_dist.data.format.index import (  # fmt: skip
     INDEX,
     SPLITS,
+    SampleTable,
     ShardSet,
-    Sidecar,
     SignalInfo,
     fingerprint_of,
     key_table,
     open_set,
     publish,
-    read_sidecar,
+    read_sample_table,
     split_of,
 )
 from physio_dist.errors import DataError, UserError
@@ -89,7 +89,7 @@ def plan_job(reader: str, source: str, options: ShardConfig) -> Job:
     )  # fmt: skip
 
 
-def convert(reader: str, source: str, out: str, options: ShardConfig, pool: Pool | None = None) -> Summary:
+def convert(reader: str, source: str, out: str, options: ShardConfig, pool: TaskPool | None = None) -> Summary:
     """Convert recordings to a shard set at ``out``.
 
     Killed at any moment and started again with the same options it goes on, and ends with the same bytes, whichever
@@ -107,13 +107,13 @@ def convert(reader: str, source: str, out: str, options: ShardConfig, pool: Pool
     """
     out = storage.absolute(out)
     job = plan_job(reader, source, options)
-    known = [open_set(url) for url in words(options.known)]
+    known = [open_set(url) for url in words(options.exclude)]
     decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in known]]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     beside, private = _spools(out, f"{job.digest()} {job.input}")
     # The first contact with the target comes before hours of work. What was begun beside the shards goes on there.
     begun = beside.rsplit("/", 1)[-1] in storage.names(out)
-    spool = beside if begun or (pool is not None and pool.elsewhere) else private
+    spool = beside if begun or (pool is not None and pool.is_remote) else private
     if there := _claim(out, digest):
         if MARKER in storage.names(out):  # killed between its last write and this
             _tidy(out, beside, private)
@@ -121,7 +121,7 @@ def convert(reader: str, source: str, out: str, options: ShardConfig, pool: Pool
     with _alone(storage.local_path(private), out):
         with contextlib.nullcontext(pool) if pool is not None else worker_pool(options.workers) as workers:
             parts, speed = _make_parts(job, spool, workers)
-            kept, rejects = _choose(parts, options.quality, _hashes(known))
+            kept, rejects = _choose(parts, options.unusable, _hashes(known))
             if not kept:
                 _tidy(out, beside, private)
                 raise UserError(_nothing_kept(source, len(job.records), rejects))
@@ -146,7 +146,7 @@ def _alone(folder: Path, out: str) -> Iterator[None]:
     except Timeout:
         raise UserError(f"another conversion is writing {out} right now; wait for it to end") from None
     except OSError as error:
-        raise storage.explain(str(folder), "write", error) from error
+        raise storage.to_storage_error(str(folder), "write", error) from error
     try:
         yield
     finally:
@@ -170,17 +170,17 @@ def _tidy(out: str, beside: str, private: str) -> None:
 
 
 def _hashes(known: Sequence[ShardSet]) -> dict[str, set[int]]:
-    found = {other.url: set(read_sidecar(other).waveform.tolist()) - {0} for other in known}
+    found = {other.url: set(read_sample_table(other).waveform.tolist()) - {0} for other in known}
     for url, hashes in found.items():
         if not hashes:
-            raise UserError(f"known={url}: it was made by `physio-dist index` and has no waveform hashes to compare")
+            raise UserError(f"exclude={url}: it was made by `physio-dist index` and has no waveform hashes to compare")
     return found
 
 
 def _of_bytes(options: ShardConfig) -> dict[str, Any]:
     """The options that decide the shards' bytes beside the job and the content of the ``known`` sets."""
     flat = flatten(options)
-    return {name: flat[name] for name in ("quality", "split.val", "split.test", "samples_per_shard")}
+    return {name: flat[name] for name in ("unusable", "split.val", "split.test", "samples_per_shard")}
 
 
 def _claim(out: str, digest: str) -> ShardSet | None:
@@ -241,18 +241,20 @@ def _seen(job: Job, spool: str) -> dict[str, str]:
     return seen
 
 
-def _make_parts(job: Job, spool: str, pool: Pool) -> tuple[list[Part], float | None]:
+def _make_parts(job: Job, spool: str, pool: TaskPool) -> tuple[list[Part], float | None]:
     """The parts, and the records read for it a second."""
     parts: dict[int, Part] = {}
     there = set(storage.names(spool))
     urls = [part_url(spool, number) for number in range(job.parts())]
-    tasks = [(job.part(i), url, url.rsplit("/", 1)[-1] in there, pool.elsewhere) for i, url in enumerate(urls)]
+    tasks = [(job.part(i), url, url.rsplit("/", 1)[-1] in there, pool.is_remote) for i, url in enumerate(urls)]
     work: Callable[..., tuple[int, str | None]] = make_part
-    if pool.elsewhere:
-        work = functools.update_wrapper(functools.partial(on_sight, _seen(job, spool), make_part), make_part)
+    if pool.is_remote:
+        work = functools.update_wrapper(
+            functools.partial(retry_on_storage_errors, _seen(job, spool), make_part), make_part
+        )
     began, records = time.monotonic(), 0
     with Progress(len(job.records), "records", "reading") as bar:
-        for number, (read, told) in pool.as_they_come(work, tasks):
+        for number, (read, told) in pool.imap_unordered(work, tasks):
             facts = told or spooled(urls[number])
             if facts is None:
                 raise DataError(f"the spooled part {urls[number]} cannot be read back")
@@ -263,9 +265,11 @@ def _make_parts(job: Job, spool: str, pool: Pool) -> tuple[list[Part], float | N
     return [parts[number] for number in range(job.parts())], speed
 
 
-def _choose(parts: Sequence[Part], quality: str, known: dict[str, set[int]]) -> tuple[list[Kept], list[dict[str, Any]]]:
+def _choose(
+    parts: Sequence[Part], unusable: str, known: dict[str, set[int]]
+) -> tuple[list[WindowRef], list[dict[str, Any]]]:
     """Which windows are kept: repeats are left out (the first record in order stays), then unfit ones if asked."""
-    kept: list[Kept] = []
+    kept: list[WindowRef] = []
     rejects: list[dict[str, Any]] = []
     first: dict[int, str] = {}
     for number, part in enumerate(parts):
@@ -279,11 +283,11 @@ def _choose(parts: Sequence[Part], quality: str, known: dict[str, set[int]]) -> 
                     repeats.add(window.record)
                     where = f"in {elsewhere}" if elsewhere else f"record {original}"
                     rejects.append({"record": window.record, "reason": f"repeat: the same waveform as {where}"})
-            elif quality == "reject" and not window.fit:
+            elif unusable == "drop" and not window.fit:
                 reason = "unfit: " + "; ".join(window.reasons)
                 rejects.append({"record": window.record, "start_s": window.start_s, "reason": reason})
             else:
-                kept.append(Kept(number, row, window))
+                kept.append(WindowRef(number, row, window))
     return kept, rejects
 
 
@@ -299,25 +303,25 @@ def _nothing_kept(source: str, records: int, rejects: Sequence[dict[str, Any]]) 
 
 
 def _make_shards(
-    job: Job, kept: Sequence[Kept], spool: str, out: str, digest: str, per_shard: int, pool: Pool
-) -> list[Made]:
+    job: Job, kept: Sequence[WindowRef], spool: str, out: str, digest: str, per_shard: int, pool: TaskPool
+) -> list[ShardResult]:
     prefix = "-".join(sorted(job.spec.signals))
     groups = [kept[i : i + per_shard] for i in range(0, len(kept), per_shard)]
     names = [f"{prefix}-{n:06d}.tar" for n in range(len(groups))]
     tasks = [
-        (job.source, group, spool, out, name, digest, pool.elsewhere)
+        (job.source, group, spool, out, name, digest, pool.is_remote)
         for name, group in zip(names, groups, strict=True)
     ]  # fmt: skip
-    made: dict[int, Made] = {}
+    made: dict[int, ShardResult] = {}
     with Progress(len(groups), "shards", "writing") as bar:
-        for n, result in pool.as_they_come(make_shard, tasks):
-            made[n] = result or read_note(note_url(spool, names[n], digest))
+        for n, result in pool.imap_unordered(make_shard, tasks):
+            made[n] = result or read_receipt(receipt_url(spool, names[n], digest))
             bar.update()
     return [made[n] for n in range(len(groups))]
 
 
 def _finish(
-    job: Job, out: str, digest: str, options: ShardConfig, kept: Sequence[Kept], made: Sequence[Made],
+    job: Job, out: str, digest: str, options: ShardConfig, kept: Sequence[WindowRef], made: Sequence[ShardResult],
     rejects: list[dict[str, Any]],
 ) -> ShardSet:  # fmt: skip
     signals, infos = sorted(job.spec.signals), [one.info for one in made]
@@ -325,7 +329,7 @@ def _finish(
     valid = [flags for one in made for flags in one.valid]
     split = [split_of(item.facts.person, options.split.val, options.split.test) for item in kept]
     person = np.array([item.facts.person for item in kept], dtype=np.uint64)
-    sidecar = Sidecar(
+    sidecar = SampleTable(
         offset={name: np.array([place[name][0] for place in places], dtype=np.int64) for name in signals},
         check={name: np.array([place[name][1] for place in places], dtype=np.uint32) for name in signals},
         valid={name: np.array([flags[name] for flags in valid], dtype=np.bool_) for name in signals},
@@ -367,7 +371,7 @@ def tell(summary: Summary, say: Callable[[str], None]) -> None:
         f"{made.nsamples} windows of {made.people} people from {summary.records} records in {len(made.shards)} shards "
         f"({', '.join(splits)})" + (" - SIMULATED signals" if made.simulated else "")
     )
-    if not made.simulated and made.people == len(np.unique(read_sidecar(made).waveform)) > 1:
+    if not made.simulated and made.people == len(np.unique(read_sample_table(made).waveform)) > 1:
         say("  each record counts as a person: where they share people, tell them apart (docs/data.md) before a split")
     if summary.records_per_s is not None:
         say(f"  {summary.records_per_s:.1f} records/s")

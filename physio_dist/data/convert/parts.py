@@ -138,7 +138,7 @@ def make_part(job: Job, url: str, there: bool = False, tell: bool = False) -> tu
             cut = windows_of(recording, job.spec)
         except Exception as error:
             if storage.is_transient(error):
-                raise storage.explain(storage.join(job.input, record), "read", error) from error
+                raise storage.to_storage_error(storage.join(job.input, record), "read", error) from error
             if isinstance(error, PhysioError | MemoryError):
                 raise
             # One record in a million over which a library trips must not stop the others. What it says stays out: it

@@ -25,14 +25,14 @@ _HELD = (signal.SIGINT, signal.SIGTERM)
 R = TypeVar("R")
 
 
-class Pool(Protocol):
+class TaskPool(Protocol):
     """Processes that do the tasks of a conversion, each of which may be done more than once."""
 
     @property
-    def elsewhere(self) -> bool:
+    def is_remote(self) -> bool:
         """Whether some of them are on other machines, and see of this one's disks only what all share."""
 
-    def as_they_come(
+    def imap_unordered(
         self, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
     ) -> Iterator[tuple[int, R]]:  # fmt: skip
         """(number of the task, result) in the order in which they are done.
@@ -42,22 +42,22 @@ class Pool(Protocol):
         """
 
 
-class Here:
+class LocalTaskPool:
     """Processes of this machine.
 
     What tasks give back has to be short (4 kB): where a process is killed while it sends more, the receiver waits for
     the rest of it for ever.
     """
 
-    elsewhere = False
+    is_remote = False
 
     def __init__(self, processes: ProcessPoolExecutor) -> None:
         self._processes = processes
 
-    def as_they_come(
+    def imap_unordered(
         self, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
     ) -> Iterator[tuple[int, R]]:  # fmt: skip
-        """As :class:`Pool` has it; no loss is borne."""
+        """As :class:`TaskPool` has it; no loss is borne."""
         try:
             with _undisturbed():
                 futures = {self._processes.submit(work, *task): number for number, task in enumerate(tasks)}
@@ -71,7 +71,7 @@ class Here:
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int) -> Iterator[Here]:
+def worker_pool(workers: int) -> Iterator[LocalTaskPool]:
     """Processes that end with this one; where the block ends badly they are killed, for all they do is resumable.
 
     Args:
@@ -85,10 +85,10 @@ def worker_pool(workers: int) -> Iterator[Here]:
         workers or processes.cores(),
         multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(storage.contacted,),
+        initargs=(storage.reachable_hosts,),
     )
     try:
-        yield Here(pool)
+        yield LocalTaskPool(pool)
     except BaseException:
         for worker in set(multiprocessing.active_children()) - before:
             worker.kill()
@@ -101,7 +101,7 @@ def worker_pool(workers: int) -> Iterator[Here]:
         pool.shutdown(cancel_futures=True)
 
 
-def on_sight(seen: dict[str, str], work: Callable[..., R], *task: Any) -> R:
+def retry_on_storage_errors(seen: dict[str, str], work: Callable[..., R], *task: Any) -> R:
     """Do the task, if this process sees the files that show that it shares file systems with who gave it.
 
     Args:
@@ -146,7 +146,7 @@ def _undisturbed() -> Iterator[None]:
 
 def _start(contacted: set[str]) -> None:
     # An endpoint that has answered the parent is out for a while if it does not answer here.
-    storage.contacted.update(contacted)
+    storage.reachable_hosts.update(contacted)
     # Ctrl-C and a job's end reach the whole process group; the parent alone decides what they mean.
     for signum in _HELD:
         signal.signal(signum, signal.SIG_IGN)

@@ -55,7 +55,7 @@ class SignalInfo:
 
 
 @dataclass(frozen=True)
-class Sidecar:
+class SampleTable:
     """Facts of every sample, in storage order (shard after shard).
 
     Attributes:
@@ -94,7 +94,7 @@ class Sidecar:
         return save_safetensors({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
 
     @staticmethod
-    def from_bytes(data: bytes | bytearray, name: str) -> Sidecar:
+    def from_bytes(data: bytes | bytearray, name: str) -> SampleTable:
         """Parse a sidecar file.
 
         Raises:
@@ -102,7 +102,7 @@ class Sidecar:
         """
         try:
             tensors = load_safetensors(bytes(data))
-            return Sidecar(
+            return SampleTable(
                 offset={k.removeprefix("offset."): v for k, v in tensors.items() if k.startswith("offset.")},
                 check={k.removeprefix("check."): v for k, v in tensors.items() if k.startswith("check.")},
                 valid={k.removeprefix("valid."): v for k, v in tensors.items() if k.startswith("valid.")},
@@ -135,8 +135,8 @@ class ShardSet:
         sidecar_sha256: hash of the sidecar.
         fingerprint: one hash over all of it (shards, signals, sidecar).
         made_by: what made it.
-        of: where its tars lie, if that is the folder of another set: then this one is a view of it, with an index and a
-            sidecar of its own.
+        base_url: where its tars lie, if that is the folder of another set: then this one is a view of it, with an index
+            and a sidecar of its own.
     """
 
     url: str
@@ -150,12 +150,12 @@ class ShardSet:
     sidecar_sha256: str
     fingerprint: str
     made_by: dict[str, Any]
-    of: str = ""
+    base_url: str = ""
 
     @property
-    def home(self) -> str:
+    def data_url(self) -> str:
         """The folder of its tars."""
-        return self.of or self.url
+        return self.base_url or self.url
 
     @property
     def nsamples(self) -> int:
@@ -164,7 +164,7 @@ class ShardSet:
 
     def shard_url(self, shard: int) -> str:
         """Where a tar lies."""
-        return storage.join(self.home, self.shards[shard].url)
+        return storage.join(self.data_url, self.shards[shard].url)
 
     def shard_starts(self) -> npt.NDArray[np.int64]:
         """int64 ``[shard + 1]``: the first sample of every shard, and the number of samples."""
@@ -172,7 +172,7 @@ class ShardSet:
 
     def to_json(self) -> dict[str, Any]:
         """The index document. A view's names each shard as it is found from the view, as ``wids`` reads it."""
-        pointer = storage.pointer(self.of, self.url) if self.of else ""
+        pointer = storage.pointer(self.base_url, self.url) if self.base_url else ""
         return {
             "__kind__": "wids-shard-index-v1",
             "wids_version": 1,
@@ -215,19 +215,19 @@ def fingerprint_of(shards: Sequence[ShardInfo], signals: dict[str, SignalInfo], 
 
 
 def open_set(url: str) -> ShardSet:
-    """Read ``index.json`` of a shard set (the sidecar is read by :func:`read_sidecar`), and of the set it is a view of.
+    """Read ``index.json`` of a shard set, and of the set it is a view of.
 
     Raises:
         UserError: there is no index, it is not one of ours, or a later version wrote it; or a view's set is not there.
         DataError: it contradicts itself, or the set that it is a view of.
     """
     opened = _open(url)
-    if opened.of:
-        _check_view(opened)
+    if opened.base_url:
+        _check_resplit(opened)
     return opened
 
 
-def _check_view(view: ShardSet) -> None:
+def _check_resplit(view: ShardSet) -> None:
     """A view may name no file but those that a shard set lists as its own, else an index could have any file read.
 
     Raises:
@@ -235,17 +235,18 @@ def _check_view(view: ShardSet) -> None:
         DataError: there is one, with other shards.
     """
     try:
-        home = _open(view.of)
+        home = _open(view.base_url)
     except storage.StorageError:
         raise
     except UserError:
         raise UserError(
-            f"{view.url} is a view of the shards in {view.of}, where there is no finished shard set; move both "
+            f"{view.url} is a view of the shards in {view.base_url}, where there is no finished shard set; move both "
             "together, or make the view again (`physio-dist folds`)"
         ) from None
-    if home.of or (home.shards, home.signals, home.rate) != (view.shards, view.signals, view.rate):
+    if home.base_url or (home.shards, home.signals, home.rate) != (view.shards, view.signals, view.rate):
         raise DataError(
-            f"{view.url} is a view of {view.of}, which holds other shards than the view was made of; make it again"
+            f"{view.url} is a view of {view.base_url}, which holds other shards than the view was made of; make it "
+            "again"
         )
 
 
@@ -263,9 +264,7 @@ def _open(url: str) -> ShardSet:
         raise UserError(f"{where} is not a wids-shard-index-v1 document")
     ours = document.get("physio_dist")
     if not isinstance(ours, dict):
-        raise UserError(
-            f"{where} lacks what training needs; `physio-dist index {url}` adds it"
-        )
+        raise UserError(f"{where} lacks what training needs; `physio-dist index {url}` adds it")
     if (theirs := ours.get("format")) != FORMAT:
         older = isinstance(theirs, int) and theirs < FORMAT
         todo = "convert the recordings again, into a new folder" if older else "upgrade physio-dist"
@@ -289,7 +288,7 @@ def _open(url: str) -> ShardSet:
             url=url, shards=shards, signals=signals, rate=float(ours["rate"]), splits=dict(ours["splits"]),
             people=int(ours["people"]), simulated=bool(ours["simulated"]), sources=tuple(ours["sources"]),
             sidecar_sha256=str(ours["sidecar"]["sha256"]), fingerprint=str(ours["fingerprint"]),
-            made_by=dict(ours["made_by"]), of=of,
+            made_by=dict(ours["made_by"]), base_url=of,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where} is damaged: {type(error).__name__} {error}") from None
@@ -301,7 +300,7 @@ def _open(url: str) -> ShardSet:
     return opened
 
 
-def read_sidecar(shards: ShardSet, read: Callable[[str], bytes | bytearray] = storage.read_bytes) -> Sidecar:
+def read_sample_table(shards: ShardSet, read: Callable[[str], bytes | bytearray] = storage.read_bytes) -> SampleTable:
     """Read and check the sidecar of a set.
 
     Args:
@@ -318,13 +317,13 @@ def read_sidecar(shards: ShardSet, read: Callable[[str], bytes | bytearray] = st
         raise DataError(f"{where} is missing; make the set again or fetch it again") from None
     if hashlib.sha256(data).hexdigest() != shards.sidecar_sha256:
         raise DataError(f"{where} disagrees with the index (sha256); make the set again or fetch it again")
-    sidecar = Sidecar.from_bytes(data, where)
+    sidecar = SampleTable.from_bytes(data, where)
     if wrong := _contradictions(shards, sidecar):
         raise DataError(f"{where} contradicts the index: {', '.join(wrong)}")
     return sidecar
 
 
-def _contradictions(shards: ShardSet, sidecar: Sidecar) -> list[str]:
+def _contradictions(shards: ShardSet, sidecar: SampleTable) -> list[str]:
     """What of a sidecar does not fit its index: the hash vouches for the bytes, not for whoever wrote both."""
     n, ends = shards.nsamples, np.repeat([s.filesize for s in shards.shards], [s.nsamples for s in shards.shards])
     wanted: dict[str, tuple[npt.NDArray[Any] | None, str, tuple[int, ...]]] = {
@@ -360,7 +359,7 @@ def _contradictions(shards: ShardSet, sidecar: Sidecar) -> list[str]:
     return wrong
 
 
-def publish(shards: ShardSet, sidecar: Sidecar) -> None:
+def publish(shards: ShardSet, sidecar: SampleTable) -> None:
     """Write the sidecar, then the index: a set without an index is not there yet."""
     storage.write_bytes(storage.join(shards.url, SIDECAR), sidecar.to_bytes())
     storage.write_json(storage.join(shards.url, INDEX), shards.to_json())

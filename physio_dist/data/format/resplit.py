@@ -10,16 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist import storage
-from physio_dist.data.format.index import INDEX, SIDECAR, SPLITS, ShardSet, Sidecar, fingerprint_of, publish
+from physio_dist.data.format.index import INDEX, SIDECAR, SPLITS, SampleTable, ShardSet, fingerprint_of, publish
 from physio_dist.errors import UserError
 
 # What a conversion goes by when it is started again; a view is not what that made.
 _JOB = "job"
 
 
-def view_of(
-    shards: ShardSet, sidecar: Sidecar, split: npt.NDArray[np.uint8], url: str, about: dict[str, Any]
-) -> tuple[ShardSet, Sidecar]:
+def with_splits(
+    shards: ShardSet, sidecar: SampleTable, split: npt.NDArray[np.uint8], url: str, about: dict[str, Any]
+) -> tuple[ShardSet, SampleTable]:
     """A view, not yet published.
 
     Args:
@@ -31,15 +31,15 @@ def view_of(
     Raises:
         UserError: an index at ``url`` could not name the shards.
     """
-    if storage.pointed(storage.pointer(shards.home, url), url) is None:
+    if storage.pointed(storage.pointer(shards.data_url, url), url) is None:
         raise UserError(
-            f"a view at {url} could not name the shards in {shards.home}, for who reads the one may not reach the "
+            f"a view at {url} could not name the shards in {shards.data_url}, for who reads the one may not reach the "
             "other; give a place beside the shards, or a local folder"
         )
     other = replace(sidecar, split=split)
     digest = hashlib.sha256(other.to_bytes()).hexdigest()
     made = replace(
-        shards, url=url, of=shards.home, sidecar_sha256=digest,
+        shards, url=url, base_url=shards.data_url, sidecar_sha256=digest,
         splits={name: int((split == code).sum()) for code, name in enumerate(SPLITS)},
         fingerprint=fingerprint_of(shards.shards, shards.signals, shards.rate, digest),
         made_by={**{name: value for name, value in shards.made_by.items() if name != _JOB}, "view": about},
@@ -47,7 +47,7 @@ def view_of(
     return made, other
 
 
-def publish_views(views: list[tuple[ShardSet, Sidecar]], out: str) -> int:
+def publish_resplits(views: list[tuple[ShardSet, SampleTable]], out: str) -> int:
     """Write the views that are not there yet; all of them lie right below ``out``.
 
     Returns:

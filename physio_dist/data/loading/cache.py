@@ -110,7 +110,7 @@ class ShardCache:
     def held(self, shards: ShardSet, shard: int) -> bool:
         """Whether :meth:`open` would find the shard without fetching it."""
         info = shards.shards[shard]
-        return info.sha256 in self._opened or storage.is_local(shards.home) or self._path(info).exists()
+        return info.sha256 in self._opened or storage.is_local(shards.data_url) or self._path(info).exists()
 
     def open(self, shards: ShardSet, shard: int, ahead: bool = False) -> Opened | None:
         """A shard, fetched and verified first where needed; None where the cache has no room for it.
@@ -248,7 +248,7 @@ class ShardCache:
         except _NoRoomError:
             return None
         except OSError as error:
-            raise storage.explain(str(path), "use the cached shard", error) from error
+            raise storage.to_storage_error(str(path), "use the cached shard", error) from error
         raise DataError(f"shard {url} disagrees with its index (sha256), also when fetched again")
 
     def _fetch(self, url: str, path: Path, info: ShardInfo) -> Opened | None:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist import storage
-from physio_dist.data.format.index import ShardSet, Sidecar, SignalInfo, read_sidecar
+from physio_dist.data.format.index import SampleTable, ShardSet, SignalInfo, read_sample_table
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.loading.mixture import members, open_sets, order_of
 from physio_dist.data.loading.order import Ints, Mixture, node_slice, permutation, rank_slice
@@ -55,7 +55,7 @@ class Batch:
         valid: bool ``[sample, channel]``.
         weight: float32 ``[sample]``: 1, or 0 for padding, whose signal is all zero.
         positions: int64 ``[sample]``, place in the run's whole sequence of samples.
-        samples: ``(set, sample)`` of each sample that is not padding; see :meth:`Source.keys`.
+        samples: ``(set, sample)`` of each sample that is not padding; see :meth:`ShardDataset.keys`.
     """
 
     step: int
@@ -68,7 +68,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Visit:
+class _ShardRead:
     """Samples of a batch that lie in the same shard; of equal length, ``shards`` all the same."""
 
     set: int
@@ -96,7 +96,7 @@ class _Buffers:
             return fresh
 
 
-class Source:
+class ShardDataset:
     """One or several opened shard sets with the same channels, rate and length.
 
     Args:
@@ -114,7 +114,7 @@ class Source:
         self.cache = cache
         self.sets = open_sets([url for url, _ in parts], signal)
         self.weights = [weight for _, weight in parts]
-        self.sidecars: list[Sidecar] = [_sidecar(shards, cache) for shards in self.sets]
+        self.sidecars: list[SampleTable] = [_sidecar(shards, cache) for shards in self.sets]
         self._starts = [shards.shard_starts() for shards in self.sets]
         self._buffers = _Buffers()
 
@@ -145,7 +145,7 @@ class Source:
                 keys[place] = key
         return keys
 
-    def gather(
+    def read_batch(
         self, step: int, sources: Ints, ids: Ints, positions: Ints, size: int, fetching: bool = True
     ) -> Batch:  # fmt: skip
         """Read samples into a batch of ``size``, padded at its end.
@@ -166,7 +166,7 @@ class Source:
         signal[count:] = 0
         scale = np.ones(size, dtype=np.float32)
         valid = np.ones((size, len(info.channels)), dtype=np.bool_)
-        visits: list[_Visit] = []
+        visits: list[_ShardRead] = []
         out = signal.reshape(size, -1).view(np.uint8)
         for i, sidecar in enumerate(self.sidecars):
             rows = np.flatnonzero(sources == i)
@@ -181,7 +181,7 @@ class Source:
             borders = [0, *(np.flatnonzero(np.diff(shard[by_shard])) + 1).tolist(), len(mine)]
             offset = sidecar.offset[self.signal][mine]
             wanted = [column[by_shard].tolist() for column in (shard, rows, mine, offset)]
-            visits += [_Visit(i, *(column[a:b] for column in wanted)) for a, b in itertools.pairwise(borders)]
+            visits += [_ShardRead(i, *(column[a:b] for column in wanted)) for a, b in itertools.pairwise(borders)]
         singles = [
             (visit.set, visit.shards[0], row, sample)
             for visit in visits if not self._read(visit, out, fetching)
@@ -195,7 +195,7 @@ class Source:
         weight[:count] = 1
         return Batch(step, signal, scale, valid, weight, _padded(positions, size), (sources, ids))
 
-    def _read(self, visit: _Visit, out: npt.NDArray[np.uint8], fetching: bool) -> bool:
+    def _read(self, visit: _ShardRead, out: npt.NDArray[np.uint8], fetching: bool) -> bool:
         """Read samples of a shard into rows of a batch; False where they have to be read one by one."""
         shards, shard = self.sets[visit.set], visit.shards[0]
         if not fetching and not self.cache.held(shards, shard):
@@ -223,18 +223,16 @@ class Source:
                 return
             if attempt == 0:
                 log.warning("shard %s disagrees with its index; reading sample %s again", url, self._key(i, sample))
-        raise DataError(
-            f"shard {url} disagrees with its index in sample {self._key(i, sample)}, also when read again"
-        )
+        raise DataError(f"shard {url} disagrees with its index in sample {self._key(i, sample)}, also when read again")
 
     def _key(self, i: int, sample: int) -> str:
         return self.sidecars[i].keys(np.array([sample]))[0]
 
 
-def _sidecar(shards: ShardSet, cache: ShardCache) -> Sidecar:
+def _sidecar(shards: ShardSet, cache: ShardCache) -> SampleTable:
     if storage.is_local(shards.url):
-        return read_sidecar(shards)
-    return read_sidecar(shards, lambda _: cache.sidecar(shards))
+        return read_sample_table(shards)
+    return read_sample_table(shards, lambda _: cache.sidecar(shards))
 
 
 def _padded(positions: Ints, size: int) -> Ints:
@@ -242,7 +240,7 @@ def _padded(positions: Ints, size: int) -> Ints:
 
 
 def rank_batch(
-    source: Source, order: Mixture, members: Sequence[Ints], step: int, rank: int, world: int
+    source: ShardDataset, order: Mixture, members: Sequence[Ints], step: int, rank: int, world: int
 ) -> tuple[Ints, Ints, Ints]:
     """What a rank trains on in global batch ``step``: (set, sample, position in the run) of each sample."""
     low, high = rank_slice(order.batch, rank, world)
@@ -261,7 +259,7 @@ class _Ahead:
     """Has shards opened before they are needed, in the order of need, as far ahead as the cache has room."""
 
     def __init__(
-        self, source: Source, schedule: Schedule, steps: range, budget: float, pool: ThreadPoolExecutor
+        self, source: ShardDataset, schedule: Schedule, steps: range, budget: float, pool: ThreadPoolExecutor
     ) -> None:  # fmt: skip
         self._source, self._budget, self._pool = source, budget, pool
         self._stop = steps.stop
@@ -278,7 +276,7 @@ class _Ahead:
         taken = sum(size for _, size in self._asked.values())
         while (use := self._next).first < self._stop and len(self._under_way) < _ASKED_AHEAD:
             shards, key = self._source.sets[use.set], (use.set, use.shard)
-            size, local = shards.shards[use.shard].filesize, storage.is_local(shards.home)
+            size, local = shards.shards[use.shard].filesize, storage.is_local(shards.data_url)
             if use.first > step + _STEPS_AHEAD if local else taken + size > self._budget:
                 break
             last, _ = self._asked.get(key, (-1, 0))
@@ -290,7 +288,7 @@ class _Ahead:
             self._next = next(self._coming)
 
 
-class Feed(Generic[T]):
+class PrefetchLoader(Generic[T]):
     """Iterates over a rank's batches from a step on, made ahead in a thread.
 
     Args:
@@ -306,7 +304,7 @@ class Feed(Generic[T]):
     """
 
     def __init__(
-        self, source: Source, order: Mixture, split: str, rank: int, world: int, size: int,
+        self, source: ShardDataset, order: Mixture, split: str, rank: int, world: int, size: int,
         prepare: Callable[[Batch], T], start: int, stop: int, node: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         self._source, self._order, self._members = source, order, source.members(split)
@@ -323,7 +321,7 @@ class Feed(Generic[T]):
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="feed", daemon=True)
 
-    def __enter__(self) -> Feed[T]:
+    def __enter__(self) -> PrefetchLoader[T]:
         self._thread.start()
         return self
 
@@ -356,10 +354,8 @@ class Feed(Generic[T]):
                 for step in self._range:
                     self._step = step
                     ahead.look(step)
-                    sets, ids, positions = rank_batch(
-                        source, self._order, self._members, step, self._rank, self._world
-                    )
-                    self._put(self._prepare(source.gather(step, sets, ids, positions, self._size)))
+                    sets, ids, positions = rank_batch(source, self._order, self._members, step, self._rank, self._world)
+                    self._put(self._prepare(source.read_batch(step, sets, ids, positions, self._size)))
                     if self._closed.is_set():
                         break
             except BaseException as error:

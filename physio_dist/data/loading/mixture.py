@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from physio_dist.data.format.index import SPLITS, ShardSet, Sidecar, open_set
+from physio_dist.data.format.index import SPLITS, SampleTable, ShardSet, open_set
 from physio_dist.data.loading.order import Ints, Mixture, mixture
 from physio_dist.errors import UserError
 
@@ -26,13 +26,13 @@ def open_sets(urls: Sequence[str], signal: str) -> list[ShardSet]:
     return sets
 
 
-def members(sidecar: Sidecar, split: str) -> Ints:
+def members(sidecar: SampleTable, split: str) -> Ints:
     """The samples of a split, in storage order."""
     return np.flatnonzero(sidecar.split == SPLITS.index(split)).astype(np.int64)
 
 
 def order_of(
-    sets: Sequence[ShardSet], sidecars: Sequence[Sidecar], weights: Sequence[float], split: str, global_batch: int,
+    sets: Sequence[ShardSet], sidecars: Sequence[SampleTable], weights: Sequence[float], split: str, global_batch: int,
     seed: int,
 ) -> Mixture:  # fmt: skip
     """The order in which a run visits a split.

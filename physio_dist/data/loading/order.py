@@ -29,7 +29,7 @@ LANES = 128
 WINDOW = 524_288
 
 
-def number_of(*purpose: object) -> int:
+def seed_of(*purpose: object) -> int:
     """64 bits that are a function of ``purpose`` alone, as a seed or for a draw."""
     return int.from_bytes(hashlib.blake2b("/".join(map(str, purpose)).encode(), digest_size=8).digest(), "big")
 

@@ -107,9 +107,7 @@ def neighbours(
     }  # fmt: skip
 
 
-def _share(
-    distance: Floats, hit: npt.NDArray[np.bool_], allowed: npt.NDArray[np.bool_], k: int
-) -> tuple[float, float]:
+def _share(distance: Floats, hit: npt.NDArray[np.bool_], allowed: npt.NDArray[np.bool_], k: int) -> tuple[float, float]:
     """Share of hits among the nearest allowed ones, and among all of these."""
     count = allowed.sum(axis=1)
     if not count.min():

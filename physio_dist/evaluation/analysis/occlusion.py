@@ -25,7 +25,7 @@ from physio_dist.evaluation.trials import Choice, Study
 from physio_dist.models.encoders.criss_cross import PATCH
 from physio_dist.models.fusion.base import Head
 from physio_dist.models.fusion.heads import input_kind
-from physio_dist.stats.auc import all_pairs, difference, pooled_auc
+from physio_dist.stats.auc import compare_all_pairs, difference, pooled_auc
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -39,7 +39,7 @@ _MOST_WINDOWS = 4096
 _WINDOWS = 256
 
 
-def leaned(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Sequence[Head]]]) -> dict[str, Any]:
+def occlusion(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Sequence[Head]]]) -> dict[str, Any]:
     """``leaned`` in ``results.json``.
 
     Args:
@@ -74,11 +74,11 @@ def leaned(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Seq
     label, person = table.label[where], table.person[where]
     whole = {item: np.concatenate(parts) for item, parts in answers.items()}
     base = whole.pop(_NOTHING)
-    ours = all_pairs(label, person, base.astype(np.float64))
+    ours = compare_all_pairs(label, person, base.astype(np.float64))
     found: dict[str, list[dict[str, Any]]] = {"signals": [], "channels": [], "patches": []}
     shards = open_set(study.options.tune.data)
     for (signal, what, number), probability in whole.items():
-        lost = difference(ours, all_pairs(label, person, probability.astype(np.float64)))
+        lost = difference(ours, compare_all_pairs(label, person, probability.astype(np.float64)))
         entry: dict[str, Any] = {"signal": signal}
         if what == "channels":
             entry["channel"] = shards.signals[signal].channels[number]
@@ -190,11 +190,11 @@ def _of_fold(
     kind = input_kind(choice.config)
     keys = study.keys_of("fused", kind, number)
     inputs = {signal: study.inputs[key][rows] for signal, key in keys.items()}
-    there = {signal: known[rows] for signal, key in keys.items() if (known := study.there(key)) is not None}
+    there = {signal: known[rows] for signal, key in keys.items() if (known := study.available(key)) is not None}
     yield _NOTHING, _answer(heads, inputs, there)
     for signal, one in opened.items():
         mine = inputs[signal]
-        known = study.there(keys[signal])
+        known = study.available(keys[signal])
         kept = study.inputs[keys[signal]][train]
         if known is not None and not (here := known[train].any(axis=1)).all():
             kept = kept[here]

@@ -24,7 +24,7 @@ from physio_dist.evaluation.head_training import one_thread
 from physio_dist.evaluation.serving.classifier_files import CONFIG, EVERYBODY, FOLDER, FORMATS, KIND, hash_of, needed
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder
 from physio_dist.models.export import load_encoder, read_export_config
-from physio_dist.models.fusion.base import Head, tokens
+from physio_dist.models.fusion.base import Head, make_tokens
 from physio_dist.models.fusion.heads import build, input_kind
 from physio_dist.signals.montage import select
 from physio_dist.signals.recording import MICROVOLTS, RecordError, Recording, Signal
@@ -274,7 +274,7 @@ class FusionClassifier:
             if kind not in given:
                 given[kind] = _given(head, kind, features, len(cut))
                 for signal, (values, valid) in still.items():
-                    mean = tokens(values, valid, kind)[0].double().mean(dim=0)
+                    mean = make_tokens(values, valid, kind)[0].double().mean(dim=0)
                     given[kind][0][signal] = (given[kind][0][signal] - mean).float()
             with one_thread(), torch.inference_mode():
                 # A head that has diverged knows nothing.
@@ -303,7 +303,7 @@ def _given(
     inputs, there = {}, {}
     for signal, size in head.features.items():
         if signal in features:
-            inputs[signal], there[signal] = tokens(*features[signal], kind)
+            inputs[signal], there[signal] = make_tokens(*features[signal], kind)
         else:
             inputs[signal] = torch.zeros(windows, head.tokens[signal], size)
             there[signal] = torch.zeros(windows, 1, dtype=torch.bool)

@@ -28,10 +28,10 @@ from physio_dist.evaluation.trials import (
     Study,
     TrialRecord,
     best_choice,
-    kept_heads,
     reductions_of,
     select,
     train,
+    trained_heads,
 )
 from physio_dist.models.fusion.base import Head
 from physio_dist.models.fusion.heads import input_kind
@@ -64,7 +64,7 @@ _REST = {
 }
 
 
-def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[str], None]) -> None:
+def save_classifier(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[str], None]) -> None:
     """Write the classifier of a finished study.
 
     Args:
@@ -87,7 +87,7 @@ def keep(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[
     ensembles: dict[str, dict[str, Any]] = {}
     choices = select(study, _ROW, records)
     for number, (fold, choice, heads) in enumerate(
-        zip(study.folds, choices, kept_heads(study, _ROW, choices), strict=True)
+        zip(study.folds, choices, trained_heads(study, _ROW, choices), strict=True)
     ):
         of = {signal: folders[number] for signal, folders in encoders.items()}
         ensembles[fold.name] = _ensemble(fold.name, choice, heads, of, files)
@@ -159,7 +159,7 @@ def _of_everybody(
     # Too few people to take turns: one head of all of them.
     fold = Fold(EVERYBODY, rows[:0], turns or ((rows, rows),))
     # What Optuna proposed was tried in one fold only and has no mean over folds.
-    again, several = options.tune.search == "optuna", options.tune.ensemble
+    again, several = options.tune.search == "optuna", options.tune.ensemble_size
     chosen = choices if again else [best_of_all(records, several)]
     members = [member for choice in chosen for member in choice.members]
     kinds = dict.fromkeys(input_kind(member.config) for member in members)
@@ -172,7 +172,7 @@ def _of_everybody(
         tried = {json.dumps(member.config, sort_keys=True): member.config for member in members}
         records = [TrialRecord(text, _ROW, one, list(train(everybody, _ROW, one))) for text, one in tried.items()]
     choice = best_of_all(records, several)
-    return choice, kept_heads(everybody, _ROW, [choice])[0]
+    return choice, trained_heads(everybody, _ROW, [choice])[0]
 
 
 def _ensemble(

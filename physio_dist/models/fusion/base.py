@@ -51,7 +51,7 @@ def pool(values: Tensor | npt.NDArray[Any], valid: Tensor | npt.NDArray[Any], ki
     return pooled.sum(dim=1) / mask.sum(dim=1).clamp_min(1)
 
 
-def tokens(
+def make_tokens(
     values: Tensor | npt.NDArray[Any], valid: Tensor | npt.NDArray[Any], kind: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a head is given of a modality: one vector of each window, or several that it weighs itself.
@@ -139,7 +139,7 @@ class Layers(Protocol):
     out: nn.Linear
 
 
-def grow(module: Layers, inputs: int, classes: int, depth: int, width: int) -> None:
+def build_mlp(module: Layers, inputs: int, classes: int, depth: int, width: int) -> None:
     """Give a module the layers of a classifier: ``depth`` times linear, layer norm, GELU, dropout; then linear."""
     sizes = [inputs, *[width] * depth]
     module.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
@@ -280,7 +280,7 @@ class Head(nn.Module):
                 found.append(part.flatten(-2))
         return found
 
-    def through(self, layers: Layers, x: Tensor, keep: Sequence[Tensor] | None) -> Tensor:
+    def forward_mlp(self, layers: Layers, x: Tensor, keep: Sequence[Tensor] | None) -> Tensor:
         """``x`` through the layers of :func:`grow`; ``keep`` as in :meth:`classify`."""
         for i, (linear, norm) in enumerate(zip(layers.hidden, layers.norms, strict=True)):
             x = F.gelu(norm(linear(x)))
@@ -299,7 +299,7 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
-    def opinions(self, x: Tensor, keep: Sequence[Tensor] | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def branch_logits(self, x: Tensor, keep: Sequence[Tensor] | None, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What is trained: logits ``[row, opinion, class]``, and bool ``[row, opinion]``: which rest on anything."""
         return self.classify(x, keep, mask).unsqueeze(-2), mask.any(dim=-1, keepdim=True)
 
@@ -320,8 +320,8 @@ class ConcatHead(Head):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        grow(self, sum(self.sizes.values()), self.classes, self.depth, self.width)
+        build_mlp(self, sum(self.sizes.values()), self.classes, self.depth, self.width)
 
     def classify(self, x: Tensor, keep: Sequence[Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
         """See :meth:`Head.classify`."""
-        return self.through(self, torch.cat(self.pooled(x, mask), dim=-1) if len(self.attend) else x, keep)
+        return self.forward_mlp(self, torch.cat(self.pooled(x, mask), dim=-1) if len(self.attend) else x, keep)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from physio_dist.models.fusion.base import ConcatHead, Head, grow, masked_softmax
+from physio_dist.models.fusion.base import ConcatHead, Head, build_mlp, masked_softmax
 
 # Of a token in cross-attention: its products are by far the dearest part of any head.
 _TOKEN_WIDTH = 32
@@ -36,7 +36,7 @@ class GatedHead(Head):
         self.gate = nn.Linear(sum(self.sizes.values()), len(self.sizes))
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
-        grow(self, self.width, self.classes, self.depth, self.width)
+        build_mlp(self, self.width, self.classes, self.depth, self.width)
 
     def gates(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Weight of each modality, ``[row, modality]``, of what :meth:`concatenate` returns."""
@@ -47,7 +47,7 @@ class GatedHead(Head):
         """See :meth:`Head.classify`."""
         each = [project(part) for project, part in zip(self.project, self.pooled(x, mask), strict=True)]
         weight = self.gates(x, mask).unsqueeze(-1)
-        return self.through(self, (torch.stack(each, dim=-2) * weight).sum(dim=-2), keep)
+        return self.forward_mlp(self, (torch.stack(each, dim=-2) * weight).sum(dim=-2), keep)
 
 
 class CrossAttentionHead(Head):
@@ -70,7 +70,7 @@ class CrossAttentionHead(Head):
         self.project = nn.ModuleList(nn.Linear(size, width) for size in self.sizes.values())
         self.query, self.key = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.value = nn.Linear(width, width)
-        grow(self, width, self.classes, self.depth, self.width)
+        build_mlp(self, width, self.classes, self.depth, self.width)
         owner = torch.arange(len(self.tokens)).repeat_interleave(torch.tensor(list(self.tokens.values())))
         # Which tokens are of another modality, ``[token, token]``.
         self.foreign = owner[:, None] != owner[None, :]
@@ -89,7 +89,7 @@ class CrossAttentionHead(Head):
             for part, shown in zip(y.split_with_sizes(list(self.tokens.values()), dim=-2), counted, strict=True)
         ]
         there = self.present(mask).to(y.dtype).sum(dim=-1, keepdim=True).clamp_min(1)
-        return self.through(self, torch.stack(means).sum(dim=0) / there, keep)
+        return self.forward_mlp(self, torch.stack(means).sum(dim=0) / there, keep)
 
 
 class _Part(nn.Module):
@@ -101,7 +101,7 @@ class _Part(nn.Module):
 
     def __init__(self, inputs: int, classes: int, depth: int, width: int) -> None:
         super().__init__()
-        grow(self, inputs, classes, depth, width)
+        build_mlp(self, inputs, classes, depth, width)
 
 
 class LateHead(Head):
@@ -111,23 +111,21 @@ class LateHead(Head):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.each = nn.ModuleList(
-            _Part(size, self.classes, self.depth, self.width) for size in self.sizes.values()
-        )
+        self.each = nn.ModuleList(_Part(size, self.classes, self.depth, self.width) for size in self.sizes.values())
         self.layers = self.depth * len(self.sizes)
 
-    def opinions(self, x: Tensor, keep: Sequence[Tensor] | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits of each modality; see :meth:`Head.opinions`."""
+    def branch_logits(self, x: Tensor, keep: Sequence[Tensor] | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits of each modality; see :meth:`Head.branch_logits`."""
         found = []
         for i, (part, mine) in enumerate(zip(self.each, self.pooled(x, mask), strict=True)):
             kept = None if keep is None else keep[i * self.depth : (i + 1) * self.depth]
-            found.append(self.through(part, mine, kept))  # type: ignore[arg-type]
+            found.append(self.forward_mlp(part, mine, kept))  # type: ignore[arg-type]
         logits = torch.stack(found, dim=-2)
         return logits, logits.new_ones(logits.shape[:-1]).bool() if mask is None else self.present(mask)
 
     def classify(self, x: Tensor, keep: Sequence[Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
         """The logarithm of the mean probability; see :meth:`Head.classify`."""
-        logits, there = self.opinions(x, keep, mask)
+        logits, there = self.branch_logits(x, keep, mask)
         # Where none is there each says what it says of nothing.
         counts = (there | ~there.any(dim=-1, keepdim=True)).unsqueeze(-1)
         return logits.log_softmax(-1).masked_fill(~counts, -torch.inf).logsumexp(dim=-2) - counts.sum(dim=-2).log()

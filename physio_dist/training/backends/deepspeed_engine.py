@@ -81,7 +81,7 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": micro_steps,
             # Without ZeRO DeepSpeed would work out the norm a second time; step() clips there.
-            "gradient_clipping": train.clip if options.zero.stage else 0.0,
+            "gradient_clipping": train.max_grad_norm if options.zero.stage else 0.0,
             "zero_optimization": {"stage": options.zero.stage},
             "steps_per_print": 10**12,
         }
@@ -99,7 +99,7 @@ class Engine:
         _import_muon()
         self.deepspeed = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.stage = options.zero.stage
-        self.clip, self.ema = train.clip, train.ema
+        self.clip, self.ema = train.max_grad_norm, train.ema
         self._base: torch.optim.Optimizer = optimizer
 
     @property

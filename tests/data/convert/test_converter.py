@@ -13,9 +13,9 @@ import pytest
 
 from physio_dist import config
 from physio_dist.data.convert.converter import Summary, convert, tell
-from physio_dist.data.format.index import open_set, pseudonym, read_sidecar
+from physio_dist.data.format.index import open_set, pseudonym, read_sample_table
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.data.verify import verify
 from physio_dist.errors import UserError
 
@@ -80,12 +80,12 @@ def test_stock_readers_open_the_shards_and_agree_with_what_training_reads(tmp_pa
     import wids
 
     out = tmp_path / "out"
-    made("simulate", "people=6,windows=3,seed=4", out, "quality=label", "samples_per_shard=7")
-    shards, sidecar = open_set(str(out)), read_sidecar(open_set(str(out)))
-    source = Source([(str(out), 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    made("simulate", "people=6,windows=3,seed=4", out, "unusable=keep", "samples_per_shard=7")
+    shards, sidecar = open_set(str(out)), read_sample_table(open_set(str(out)))
+    source = ShardDataset([(str(out), 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     n = shards.nsamples
     ids = np.arange(n)
-    batch = source.gather(0, ids * 0, ids, ids, n)
+    batch = source.read_batch(0, ids * 0, ids, ids, n)
     urls = [str(out / shard.url) for shard in shards.shards]
     stock = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert [sample["__key__"] for sample in stock] == sidecar.keys(ids)
@@ -120,7 +120,7 @@ def test_a_second_run_says_that_all_is_there_and_changes_nothing(tmp_path: Path)
 @pytest.mark.parametrize(
     ("source", "options"),
     [
-        ("people=3,windows=1", ["quality=label"]),
+        ("people=3,windows=1", ["unusable=keep"]),
         ("people=3,windows=1", ["split.val=0.3"]),
         ("people=3,windows=1", ["samples_per_shard=2"]),
         ("people=3,windows=1", ["leads=I,II"]),
@@ -161,15 +161,15 @@ def test_labels_and_people_come_from_a_table(tmp_path: Path, write_wfdb: Callabl
     people = {key: fact["person"] for key, fact in facts.items()}
     assert len(set(people.values())) == summary.shard_set.people == 3
     assert people["rec4-00000"] == people["rec7-00000"] == f"{pseudonym('in', 'PID-1'):016x}"
-    sidecar = read_sidecar(open_set(str(out)))
+    sidecar = read_sample_table(open_set(str(out)))
     for person in np.unique(sidecar.person):
         assert len(set(sidecar.split[sidecar.person == person].tolist())) == 1
 
 
 def test_splits_never_share_a_person(tmp_path: Path) -> None:
-    made("simulate", "people=40,windows=2,seed=8", tmp_path, "split.val=0.3", "split.test=0.3", "quality=label")
+    made("simulate", "people=40,windows=2,seed=8", tmp_path, "split.val=0.3", "split.test=0.3", "unusable=keep")
     shards = open_set(str(tmp_path))
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
     groups = [set(sidecar.person[sidecar.split == code].tolist()) for code in range(3)]
     assert all(groups)
     assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
@@ -210,7 +210,7 @@ def test_repeats_in_a_set_and_of_a_known_set_are_left_out(tmp_path: Path, write_
     assert sorted(facts_of(tmp_path / "out1")) == ["a-00000", "b-00000"]
     assert rejects_of(tmp_path / "out1") == [{"record": "b2", "reason": "repeat: the same waveform as record b"}]
     assert first.rejected == {"repeat": 1}
-    made("wfdb", tmp_path / "two", tmp_path / "out2", f"known={tmp_path / 'out1'}")
+    made("wfdb", tmp_path / "two", tmp_path / "out2", f"exclude={tmp_path / 'out1'}")
     assert sorted(facts_of(tmp_path / "out2")) == ["d-00000"]
     assert rejects_of(tmp_path / "out2") == [
         {"record": "c", "reason": f"repeat: the same waveform as in {tmp_path / 'out1'}"}
@@ -219,7 +219,7 @@ def test_repeats_in_a_set_and_of_a_known_set_are_left_out(tmp_path: Path, write_
 
 def test_a_known_set_that_does_not_exist_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no index"):
-        made("simulate", "people=2", tmp_path / "out", f"known={tmp_path / 'none'}")
+        made("simulate", "people=2", tmp_path / "out", f"exclude={tmp_path / 'none'}")
     assert not (tmp_path / "out").exists()
 
 
@@ -234,7 +234,7 @@ def test_unfit_windows_are_dropped_or_labelled_each_with_its_reason(
     assert (reject["record"], reject["start_s"]) == ("poor", 0.0)
     assert reject["reason"].startswith("unfit: flat: V1, V2, V3, V4")
     assert dropped.rejected == {"unfit": 1}
-    made("wfdb", tmp_path / "in", tmp_path / "label", "quality=label")
+    made("wfdb", tmp_path / "in", tmp_path / "label", "unusable=keep")
     facts = facts_of(tmp_path / "label")
     assert facts["good-00000"]["quality"] == {"fit": True, "reasons": []}
     assert facts["poor-00000"]["quality"]["fit"] is False
@@ -251,15 +251,15 @@ def test_leads_are_chosen_ordered_and_masked_where_they_are_missing(
     only = made("wfdb", tmp_path / "in", tmp_path / "a", "leads=V5,II")
     assert only.shard_set.signals["ecg"].channels == ("V5", "II")
     assert [reject["record"] for reject in rejects_of(tmp_path / "a")] == ["part"]
-    masked = made("wfdb", tmp_path / "in", tmp_path / "b", "leads=V5,II", "missing=mask", "quality=label")
+    masked = made("wfdb", tmp_path / "in", tmp_path / "b", "leads=V5,II", "missing_channels=mask", "unusable=keep")
     assert masked.shard_set.nsamples == 2
     facts = facts_of(tmp_path / "b")
     assert facts["part-00000"]["valid"]["ecg"] == [False, True]
     assert facts["whole-00000"]["valid"]["ecg"] == [True, True]
     shards = open_set(str(tmp_path / "b"))
-    source = Source([(str(tmp_path / "b"), 1.0)], "ecg", ShardCache(str(tmp_path / "c"), 1e9))
-    batch = source.gather(0, np.zeros(2, int), np.arange(2), np.arange(2), 2)
-    row = read_sidecar(shards).keys(np.arange(2)).index("whole-00000")
+    source = ShardDataset([(str(tmp_path / "b"), 1.0)], "ecg", ShardCache(str(tmp_path / "c"), 1e9))
+    batch = source.read_batch(0, np.zeros(2, int), np.arange(2), np.arange(2), 2)
+    row = read_sample_table(shards).keys(np.arange(2)).index("whole-00000")
     wave = heart(0)[[10, 1]].astype(float)
     for lead in (0, 1):
         assert np.corrcoef(batch.signal[row, lead, ::2], wave[lead, ::5])[0, 1] > 0.8
@@ -296,7 +296,7 @@ def test_what_a_kill_after_the_last_write_leaves_is_tidied_by_the_next_run(tmp_p
 def test_code15_real_exams_are_converted_with_their_labels_and_people(data_dir: Path, tmp_path: Path) -> None:
     import csv
 
-    done = made("code15", data_dir / "code15-sample", tmp_path, "quality=label", "window.seconds=5")
+    done = made("code15", data_dir / "code15-sample", tmp_path, "unusable=keep", "window.seconds=5")
     table = {row["exam_id"]: row for row in csv.DictReader((data_dir / "code15-sample" / "exams.csv").open())}
     facts = facts_of(tmp_path)
     assert {key.split("-")[0] for key in facts} | {reject["record"] for reject in rejects_of(tmp_path)} == set(table)
@@ -309,7 +309,7 @@ def test_code15_real_exams_are_converted_with_their_labels_and_people(data_dir: 
 
 
 def test_real_records_of_three_sources_are_converted(data_dir: Path, tmp_path: Path) -> None:
-    done = made("wfdb", data_dir / "cinc2021", tmp_path, "quality=label", "samples_per_shard=20")
+    done = made("wfdb", data_dir / "cinc2021", tmp_path, "unusable=keep", "samples_per_shard=20")
     facts = facts_of(tmp_path)
     assert done.shard_set.nsamples + len(rejects_of(tmp_path)) >= 50
     assert all(code.isdigit() for fact in facts.values() for code in fact["labels"]["dx"])

@@ -18,9 +18,9 @@ from physio_dist import config
 from physio_dist.data.convert.channels import spec_of
 from physio_dist.data.convert.converter import Summary, convert, plan_job
 from physio_dist.data.convert.parts import make_part, part_of, spooled
-from physio_dist.data.format.index import open_set, pseudonym, read_sidecar, split_of
+from physio_dist.data.format.index import open_set, pseudonym, read_sample_table, split_of
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.data.verify import verify
 from physio_dist.errors import UserError
 from physio_dist.signals.montage import EEG_19
@@ -66,7 +66,7 @@ def test_every_window_of_eegmat_is_a_fit_pair(data_dir: Path, tmp_path: Path) ->
     described = {name: (info.channels, info.samples, info.uv_per_bit) for name, info in shards.signals.items()}
     assert described == {"ecg": (("ECG",), 2000, 1.0), "eeg": (EEG_19, 2000, 0.1)}
     assert list(verify(str(out))) == []
-    sidecar = read_sidecar(open_set(str(out)))
+    sidecar = read_sample_table(open_set(str(out)))
     assert sidecar.valid["ecg"].all()
     assert sidecar.valid["eeg"].all()
     assert (np.bincount(sidecar.split) > 0).all()
@@ -75,14 +75,16 @@ def test_every_window_of_eegmat_is_a_fit_pair(data_dir: Path, tmp_path: Path) ->
     urls = [str(out / shard.url) for shard in shards.shards]
     stock = webdataset.WebDataset(urls, shardshuffle=False).decode()
     listed = wids.ShardListDataset(str(out / "index.json"), keep=True)
-    sources = {name: Source([(str(out), 1.0)], name, ShardCache(str(tmp_path / "c"), 1e9)) for name in shards.signals}
+    sources = {
+        name: ShardDataset([(str(out), 1.0)], name, ShardCache(str(tmp_path / "c"), 1e9)) for name in shards.signals
+    }
     tasks = set()
     for i, sample in enumerate(stock):
         if i % 50:
             continue
         at = np.array([i])
         for name, source in sources.items():
-            ours = source.gather(0, at * 0, at, at, 1).signal[0]
+            ours = source.read_batch(0, at * 0, at, at, 1).signal[0]
             np.testing.assert_array_equal(sample[f"{name}.npy"], ours)
             np.testing.assert_array_equal(listed[i][f".{name}.npy"], ours)
         tasks.add(sample["json"]["labels"]["task"])
@@ -179,12 +181,12 @@ def test_senseless_options_are_refused(options: list[str], told: str) -> None:
 
 def test_simulated_pairs_have_one_lead_if_asked_and_say_the_state(tmp_path: Path) -> None:
     source, out = "people=12,trials=4,windows=2,seed=5", tmp_path / "out"
-    shards = made(source, out, "signals=ecg,eeg", "leads=II", "quality=label", reader="simulate").shard_set
+    shards = made(source, out, "signals=ecg,eeg", "leads=II", "unusable=keep", reader="simulate").shard_set
     assert (shards.nsamples, shards.people, shards.simulated) == (96, 12, True)
     described = {name: (info.channels, info.samples) for name, info in shards.signals.items()}
     assert described == {"ecg": (("II",), 2000), "eeg": (EEG_19, 2000)}
     assert list(verify(str(out))) == []
-    sidecar = read_sidecar(open_set(str(out)))
+    sidecar = read_sample_table(open_set(str(out)))
     assert sidecar.valid["eeg"].all()
     records: dict[str, dict[str, Any]] = {}
     for shard in shards.shards:

@@ -21,7 +21,7 @@ from physio_dist.data.format.index import (
     open_set,
     pseudonym,
     publish,
-    read_sidecar,
+    read_sample_table,
     split_of,
 )
 from physio_dist.errors import DataError, UserError
@@ -44,7 +44,7 @@ def test_a_published_set_opens_as_it_was(make_set: Callable[..., ShardSet], tmp_
     for name in (str(tmp_path), f"{tmp_path}/", f"{tmp_path}/index.json", f"file://{tmp_path}"):
         again = open_set(name)
         assert dataclasses.replace(again, url=made.url) == made
-    sidecar = read_sidecar(made)
+    sidecar = read_sample_table(made)
     assert sidecar.keys(np.array([11, 0])) == ["s0-0011", "s0-0000"]
     assert sidecar.split.tolist() == [0, 0, 0, 1] * 3
 
@@ -115,10 +115,10 @@ def test_an_altered_or_lost_sidecar_is_refused(
     where = tmp_path / "samples.safetensors"
     flip_bit(where, where.stat().st_size - 3)
     with pytest.raises(DataError, match=r"samples.safetensors disagrees with the index \(sha256\)"):
-        read_sidecar(made)
+        read_sample_table(made)
     where.unlink()
     with pytest.raises(DataError, match=r"samples.safetensors is missing"):
-        read_sidecar(made)
+        read_sample_table(made)
 
 
 @pytest.mark.parametrize(
@@ -141,12 +141,12 @@ def test_a_sidecar_that_contradicts_its_own_index_is_refused(
     make_set: Callable[..., ShardSet], tmp_path: Path, name: str, change: Callable[[Any], Any]
 ) -> None:
     made = make_set(str(tmp_path))
-    sidecar = change(read_sidecar(made))
+    sidecar = change(read_sample_table(made))
     digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
     print_ = fingerprint_of(made.shards, made.signals, made.rate, digest)
     publish(dataclasses.replace(made, sidecar_sha256=digest, fingerprint=print_), sidecar)
     with pytest.raises(DataError, match=rf"contradicts the index: .*{name}"):
-        read_sidecar(open_set(str(tmp_path)))
+        read_sample_table(open_set(str(tmp_path)))
 
 
 def test_a_damaged_sidecar_with_a_fitting_hash_is_refused(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_damaged_sidecar_with_a_fitting_hash_is_refused(make_set: Callable[...
     (tmp_path / "samples.safetensors").write_bytes(b"\x80\x04nothing")
     altered = dataclasses.replace(made, sidecar_sha256=hashlib.sha256(b"\x80\x04nothing").hexdigest())
     with pytest.raises(DataError, match="is damaged"):
-        read_sidecar(altered)
+        read_sample_table(altered)
 
 
 def test_the_fingerprint_tells_content_and_not_place(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:

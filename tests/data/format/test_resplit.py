@@ -13,10 +13,10 @@ import pytest
 
 from physio_dist import storage
 from physio_dist.data.describe import describe
-from physio_dist.data.format.index import ShardSet, open_set, read_sidecar
-from physio_dist.data.format.resplit import publish_views, view_of
+from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
+from physio_dist.data.format.resplit import publish_resplits, with_splits
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Source
+from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.data.verify import verify
 from physio_dist.errors import DataError, UserError
 from tests.conftest import S3
@@ -26,13 +26,13 @@ Make = Callable[..., ShardSet]
 
 def publish(shards: ShardSet, out: str, number: int = 2) -> list[ShardSet]:
     """Views in which the samples take turns as test samples."""
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
     turns = np.arange(shards.nsamples) % number
     views = [
-        view_of(shards, sidecar, np.where(turns == i, 2, 0).astype(np.uint8), f"{out}/{i}", {"fold": str(i)})
+        with_splits(shards, sidecar, np.where(turns == i, 2, 0).astype(np.uint8), f"{out}/{i}", {"fold": str(i)})
         for i in range(number)
     ]
-    publish_views(views, out)
+    publish_resplits(views, out)
     return [made for made, _ in views]
 
 
@@ -49,14 +49,14 @@ def test_a_view_has_splits_of_its_own_and_the_shards_of_its_set(make_set: Make, 
         opened = open_set(made.url)
         assert opened == made and opened.splits == {"train": 6, "val": 0, "test": 6}
         assert [opened.shard_url(n) for n in range(3)] == [shards.shard_url(n) for n in range(3)]
-        assert (read_sidecar(opened).split == 2).tolist() == [n % 2 == i for n in range(12)]
+        assert (read_sample_table(opened).split == 2).tolist() == [n % 2 == i for n in range(12)]
         assert list(verify(made.url)) == []
         assert f"  a view of {tmp_path / 'data'}: fold {i}" in describe(made.url)
     listed = wids.ShardListDataset(f"{tmp_path}/out/views/1/index.json", keep=True)
     assert [listed[n]["__key__"] for n in (0, 11)] == ["s0-0000", "s0-0011"]
     # A view of a view is one of the set.
     (again, _) = publish(open_set(views[0].url), str(tmp_path / "more"))
-    assert again.of == str(tmp_path / "data") and again.fingerprint == views[0].fingerprint
+    assert again.base_url == str(tmp_path / "data") and again.fingerprint == views[0].fingerprint
     # What is wrong with a shard is told of the view too.
     (tmp_path / "data" / "ecg-000001.tar").unlink()
     assert list(verify(views[0].url)) == ["ecg-000001.tar: missing"]
@@ -69,7 +69,7 @@ def test_a_set_and_its_views_may_be_moved_together_and_not_apart(make_set: Make,
     (tmp_path / "a" / "out").symlink_to(tmp_path / "real")
     shards = make_set(str(tmp_path / "a" / "data"))
     (view, _) = publish(shards, str(tmp_path / "a" / "out" / "views"))
-    assert open_set(view.url).of == str(tmp_path / "a" / "data") == open_set(f"{tmp_path}/real/views/0").of
+    assert open_set(view.url).base_url == str(tmp_path / "a" / "data") == open_set(f"{tmp_path}/real/views/0").of
     publish(shards, str(tmp_path / "a" / "near"))
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert open_set(f"{tmp_path}/b/near/1").home == str(tmp_path / "b" / "data")
@@ -150,12 +150,12 @@ def test_what_a_pointer_may_not_lead_to(pointer: str, start: str, leads: str | N
 
 def test_views_are_written_once_and_over_nothing_else(make_set: Make, tmp_path: Path) -> None:
     shards, out = make_set(str(tmp_path / "data")), tmp_path / "views"
-    sidecar = read_sidecar(shards)
+    sidecar = read_sample_table(shards)
 
     def again(number: int, code: int = 2) -> int:
         split = [np.full(shards.nsamples, code * (i % 2), dtype=np.uint8) for i in range(number)]
-        views = [view_of(shards, sidecar, split[i], f"{out}/{i}", {"fold": str(i)}) for i in range(number)]
-        return publish_views(views, str(out))
+        views = [with_splits(shards, sidecar, split[i], f"{out}/{i}", {"fold": str(i)}) for i in range(number)]
+        return publish_resplits(views, str(out))
 
     assert again(3) == 3 and again(3) == 0
     first = {path: path.read_bytes() for path in out.rglob("*.*")}
@@ -184,18 +184,18 @@ def test_views_in_a_bucket_share_the_shards_of_the_cache(make_set: Make, tmp_pat
     assert document["physio_dist"]["of"] == "../../../data"
     assert document["shardlist"][2]["url"] == "../../../data/ecg-000002.tar"
     local = publish(shards, str(tmp_path / "views"))
-    assert open_set(local[1].url).home == f"{bucket}/data" and list(verify(local[1].url)) == []
+    assert open_set(local[1].url).data_url == f"{bucket}/data" and list(verify(local[1].url)) == []
     assert list(verify(views[1].url)) == []
     cache = ShardCache(str(tmp_path / "cache"), 1e9)
     every = np.arange(12)
     zeros = np.zeros(12, dtype=np.int64)
-    wanted = Source([(shards.url, 1.0)], "ecg", cache).gather(0, zeros, every, every, 12).signal.copy()
+    wanted = ShardDataset([(shards.url, 1.0)], "ecg", cache).read_batch(0, zeros, every, every, 12).signal.copy()
     fetched = {path.name for path in (tmp_path / "cache").rglob("*.tar")}
     assert len(fetched) == 3
     for url in (views[0].url, views[1].url, local[0].url):
-        source = Source([(url, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+        source = ShardDataset([(url, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
         assert all(source.cache.held(source.sets[0], n) for n in range(3))
-        assert np.array_equal(source.gather(0, zeros, every, every, 12).signal, wanted)
+        assert np.array_equal(source.read_batch(0, zeros, every, every, 12).signal, wanted)
         assert {path.name for path in (tmp_path / "cache").rglob("*.tar")} == fetched
     # A view of local shards in a bucket would name what others cannot reach.
     with pytest.raises(UserError, match="could not name the shards in"):

@@ -174,9 +174,7 @@ def test_a_limit_smaller_than_a_shard_says_so_once_and_caches_nothing(
     assert hashlib.sha256(cache.content(shards, 1)).hexdigest() == shards.shards[1].sha256
 
 
-def test_what_is_needed_last_goes_first_and_what_is_in_use_stays(
-    make_set: Make, s3_here: S3, tmp_path: Path
-) -> None:
+def test_what_is_needed_last_goes_first_and_what_is_in_use_stays(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
     shards = make_set(s3_here.bucket, sizes=(3,) * 6)
     hashes = [info.sha256 for info in shards.shards]
     cache = ShardCache(str(tmp_path), 3.5 * shards.shards[0].filesize)

@@ -15,7 +15,7 @@ from physio_dist import storage
 from physio_dist.data.format.index import ShardSet
 from physio_dist.data.loading import loader, order
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Batch, Feed, Source, rank_batch
+from physio_dist.data.loading.loader import Batch, PrefetchLoader, ShardDataset, rank_batch
 from physio_dist.errors import DataError, UserError
 from tests.conftest import S3
 from tests.data.conftest import signal_of
@@ -23,17 +23,17 @@ from tests.data.conftest import signal_of
 Make = Callable[..., ShardSet]
 
 
-def source_of(tmp_path: Path, *urls: str, weights: tuple[float, ...] = ()) -> Source:
+def source_of(tmp_path: Path, *urls: str, weights: tuple[float, ...] = ()) -> ShardDataset:
     parts = list(zip(urls, weights or (1.0,) * len(urls), strict=True))
-    return Source(parts, "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    return ShardDataset(parts, "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
 
 
 def feed(
-    source: Source, batch: int, start: int, stop: int, rank: int = 0, world: int = 1, seed: int = 0
-) -> Feed[Batch]:
+    source: ShardDataset, batch: int, start: int, stop: int, rank: int = 0, world: int = 1, seed: int = 0
+) -> PrefetchLoader[Batch]:
     size = -(-batch // world)
     order = source.order("train", batch, seed)
-    return Feed(source, order, "train", rank, world, size, lambda made: made, start, stop)
+    return PrefetchLoader(source, order, "train", rank, world, size, lambda made: made, start, stop)
 
 
 def threads() -> set[str]:
@@ -45,7 +45,7 @@ def test_gather_reads_what_the_tars_hold(make_set: Make, tmp_path: Path) -> None
     make_set(str(tmp_path / "b"), sizes=(4,), seed=1)
     source = source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
     sets, ids = np.array([0, 1, 0, 0, 1]), np.array([11, 2, 0, 6, 0])
-    batch = source.gather(3, sets, ids, ids + 100, 7)
+    batch = source.read_batch(3, sets, ids, ids + 100, 7)
     for row, (which, sample) in enumerate(zip(sets, ids, strict=True)):
         np.testing.assert_array_equal(batch.signal[row], signal_of(int(sample), seed=int(which)))
     assert batch.signal.shape == (7, 2, 64)
@@ -156,7 +156,7 @@ def test_an_error_in_preparing_a_batch_is_raised(make_set: Make, tmp_path: Path)
     seen = []
     with (
         pytest.raises(ZeroDivisionError, match="in step 2"),
-        Feed(source, source.order("train", 4, 0), "train", 0, 1, 4, prepare, 0, 9) as batches,
+        PrefetchLoader(source, source.order("train", 4, 0), "train", 0, 1, 4, prepare, 0, 9) as batches,
     ):
         for batch in batches:
             seen.append(batch.step)
@@ -185,7 +185,7 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return told
 
 
-def contents(source: Source, batch: int, steps: int) -> list[np.ndarray]:
+def contents(source: ShardDataset, batch: int, steps: int) -> list[np.ndarray]:
     with feed(source, batch, 0, steps) as batches:
         return [batch.signal for batch in batches]
 
@@ -209,7 +209,7 @@ def test_a_shard_that_had_to_go_is_fetched_once_an_epoch(
     whole = contents(source_of(tmp_path, shards.url), 1, 3 * 96)
     cache = ShardCache(str(tmp_path / "small"), 4.5 * shards.shards[0].filesize)
     told = fetches(monkeypatch)
-    again = contents(Source([(shards.url, 1.0)], "ecg", cache), 1, 3 * 96)
+    again = contents(ShardDataset([(shards.url, 1.0)], "ecg", cache), 1, 3 * 96)
     for ours, theirs in zip(again, whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     counts = [sum(shard == f"{n:02d}" for shard, _ in told) for n in range(12)]
@@ -224,7 +224,7 @@ def test_samples_are_read_one_by_one_where_the_cache_has_no_room(
     whole = contents(source_of(tmp_path, shards.url), 5, 20)
     cache = ShardCache(str(tmp_path / "small"), 2.5 * shards.shards[0].filesize)
     told = fetches(monkeypatch)
-    again = contents(Source([(shards.url, 1.0)], "ecg", cache), 5, 20)
+    again = contents(ShardDataset([(shards.url, 1.0)], "ecg", cache), 5, 20)
     for ours, theirs in zip(again, whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     # All shards are in use all the time, so none takes the place of another.
@@ -238,15 +238,15 @@ def test_a_sample_that_disagrees_with_its_check_is_named(
 ) -> None:  # fmt: skip
     shards = make_set(s3_here.bucket, sizes=(8,))
     cache = ShardCache(str(tmp_path / "small"), size * shards.shards[0].filesize)
-    source = Source([(shards.url, 1.0)], "ecg", cache)
+    source = ShardDataset([(shards.url, 1.0)], "ecg", cache)
     nothing, third = np.zeros(1, np.int64), np.array([3])
     flip_bit(s3_here.folder / "ecg-000000.tar", int(source.sidecars[0].offset["ecg"][3]) + 9)
     disagrees = pytest.raises(DataError, match=r"ecg-000000\.tar disagrees .*s0-0003")
     with caplog.at_level("WARNING", "physio_dist"), disagrees:
-        source.gather(0, nothing, third, third, 1, fetching=size < 1)
+        source.read_batch(0, nothing, third, third, 1, fetching=size < 1)
     assert "reading sample s0-0003 again" in caplog.text
     np.testing.assert_array_equal(
-        source.gather(0, nothing, third - 1, third, 1, fetching=size < 1).signal[0], signal_of(2)
+        source.read_batch(0, nothing, third - 1, third, 1, fetching=size < 1).signal[0], signal_of(2)
     )
     assert not cache.held(shards, 0)
 
@@ -270,7 +270,7 @@ def test_sets_that_do_not_fit_are_not_mixed(make_set: Make, tmp_path: Path, othe
 def test_a_signal_that_a_set_lacks_is_named(make_set: Make, tmp_path: Path) -> None:
     make_set(str(tmp_path / "a"))
     with pytest.raises(UserError, match="holds no eeg signal; it has: ecg"):
-        Source([(str(tmp_path / "a"), 1.0)], "eeg", ShardCache(str(tmp_path / "cache"), 1e9))
+        ShardDataset([(str(tmp_path / "a"), 1.0)], "eeg", ShardCache(str(tmp_path / "cache"), 1e9))
 
 
 def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it(make_set: Make, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it(make_set
 
     def gathered(sample: int) -> np.ndarray:
         ids = np.array([sample])
-        return source.gather(0, ids * 0, ids, ids, 1).signal
+        return source.read_batch(0, ids * 0, ids, ids, 1).signal
 
     first = gathered(0)
     place = first.ctypes.data

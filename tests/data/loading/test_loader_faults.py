@@ -18,7 +18,7 @@ from physio_dist import storage
 from physio_dist.data.format.index import ShardSet
 from physio_dist.data.loading import order
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Batch, Feed, Source
+from physio_dist.data.loading.loader import Batch, PrefetchLoader, ShardDataset
 from physio_dist.errors import DataError
 from physio_dist.storage import StorageError
 from tests.conftest import Proxied, disk_of
@@ -39,9 +39,11 @@ def limits(monkeypatch: pytest.MonkeyPatch, outage_s: float = 300.0, read_timeou
     storage.forget_clients()
 
 
-def feed(url: str, cache: Path, steps: int = EPOCH, rank: int = 0, world: int = 1, limit: float = 1e9) -> Feed[Batch]:
-    source = Source([(url, 1.0)], "ecg", ShardCache(str(cache), limit))
-    return Feed(
+def feed(
+    url: str, cache: Path, steps: int = EPOCH, rank: int = 0, world: int = 1, limit: float = 1e9
+) -> PrefetchLoader[Batch]:
+    source = ShardDataset([(url, 1.0)], "ecg", ShardCache(str(cache), limit))
+    return PrefetchLoader(
         source, source.order("train", BATCH, 0), "train", rank, world, BATCH // world, lambda made: made, 0, steps
     )
 

@@ -17,8 +17,8 @@ from physio_dist.evaluation.clips import Rest
 from physio_dist.evaluation.pooling import pooled
 from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, train
 from physio_dist.evaluation.tasks import load_table
-from physio_dist.evaluation.trials import Choice, kept_heads
-from physio_dist.models.fusion.base import tokens
+from physio_dist.evaluation.trials import Choice, trained_heads
+from physio_dist.models.fusion.base import make_tokens
 from physio_dist.models.fusion.heads import input_kind
 from tests.evaluation.study_samples import CONFIG, changed, facts_of, publish_set, study_of, waves, write_features
 
@@ -52,7 +52,7 @@ def made(folder: Path, configs: list[dict[str, Any]], strength: float = 3.0, peo
     for name, x in values.items():
         features[f"{name}/{name}-a"] = write_features(str(folder / name), x, valid[name], table.keys, name)
         for kind in kinds:
-            own = tokens(x.astype(np.float32), valid[name], kind)[0].numpy()
+            own = make_tokens(x.astype(np.float32), valid[name], kind)[0].numpy()
             inputs |= {f"{name}/{name}-a/{kind}": own, f"{name}/{name}-u/{kind}": rng.permutation(own)}
     blank = np.zeros((n, 1), np.float32)
     study = study_of(table, blank, blank, epochs=12)
@@ -78,8 +78,8 @@ def test_the_electrode_and_the_patch_that_carry_the_label_come_out_on_top(
     config = {**CONFIG, "pooling": pooling, "head": head, "dropout": 0.0, "depth": 0, "lr": 0.03}
     study = made(tmp_path, [config], 12.0)
     choices = [Choice(config, 12, 0.9)] * len(study.folds)
-    heads = kept_heads(study, "fused", choices)
-    found = occlusion.leaned(study, choices, heads)
+    heads = trained_heads(study, "fused", choices)
+    found = occlusion.occlusion(study, choices, heads)
     assert (found["windows"], found["people"]) == (108, 9)
     assert [(one["signal"], one["channel"]) for one in found["channels"]] == [
         ("ecg", "I"), ("ecg", "II"), *(("eeg", name) for name in EEG)
@@ -110,7 +110,7 @@ def test_withheld_as_it_is_defined(tmp_path: Path) -> None:
         other = values.copy()
         other[:, channel] = np.where(valid[:, channel, None, None], mean[channel], 0)
         for kind in ("mean", "attention"):
-            wanted = tokens(other[rows], valid[rows], kind)[0].numpy()
+            wanted = make_tokens(other[rows], valid[rows], kind)[0].numpy()
             given = study.inputs[f"eeg/eeg-a/{kind}"][rows]
             found = one.without_channel(given, rows, kind, one.means(others, kind), channel)
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
@@ -123,7 +123,7 @@ def test_withheld_as_it_is_defined(tmp_path: Path) -> None:
         assert np.array_equal(np.delete(found, channel, 1), np.delete(given.reshape(20, 4, 10), channel, 1))
     given = study.inputs["eeg/eeg-a/channels_mean_std"][rows]
     for patch, found in enumerate(one.without_patches(given, rows, "channels_mean_std")):
-        wanted = tokens(np.delete(values[rows], patch, 2), valid[rows], "channels_mean_std")[0].numpy()
+        wanted = make_tokens(np.delete(values[rows], patch, 2), valid[rows], "channels_mean_std")[0].numpy()
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -30,7 +30,7 @@ from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.serving import classifier_files
 from physio_dist.evaluation.serving.classifier import FusionClassifier
 from physio_dist.evaluation.study import Study, TrialRecord, prepare, train
-from physio_dist.evaluation.trials import select, views
+from physio_dist.evaluation.trials import predict_ablated, select
 from physio_dist.signals.montage import EEG_19
 from physio_dist.signals.readers import read_file, reader
 from tests.conftest import S3
@@ -103,7 +103,7 @@ def study(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("study")
     for name, seed in (("0", 2), ("1", 3), ("2", 2)):
         export(str(folder / f"eeg-{name}"), "eeg", seed)
-    data = convert(raw, folder / "set", "leads=I,II,V1", "min_leads=2", "quality=label", "eeg.high=45")
+    data = convert(raw, folder / "set", "leads=I,II,V1", "min_leads=2", "unusable=keep", "eeg.high=45")
     return prepared(folder, data, eeg_encoder=f"{folder}/eeg-{{fold}}")
 
 
@@ -116,7 +116,7 @@ def records_of(study: Study, config: dict[str, Any]) -> list[TrialRecord]:
 
 def heard(study: Study, records: list[TrialRecord]) -> Tensors:
     """What ``predictions.safetensors`` has of the fused row, without the other rows."""
-    found = views(study, "fused", select(study, "fused", records), ["all", "ecg", "eeg"])
+    found = predict_ablated(study, "fused", select(study, "fused", records), ["all", "ecg", "eeg"])
     rows = np.concatenate([fold.test for fold in study.folds])
     order = np.argsort(rows, kind="stable")
     names = {"all": "fused", "ecg": "fused_ecg_only", "eeg": "fused_eeg_only"}
@@ -133,7 +133,7 @@ def made(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
     found = {}
     for name, chosen in HEADS.items():
         folder, records = tmp_path_factory.mktemp(name), records_of(study, chosen)
-        classifier_files.keep(study, records, str(folder / "classifier"), quiet)
+        classifier_files.save_classifier(study, records, str(folder / "classifier"), quiet)
         found[name] = (folder, heard(study, records))
     return found
 
@@ -175,9 +175,9 @@ def test_a_raw_file_gets_what_the_fold_said_of_its_test_windows(
 
 def test_an_ensemble_of_configurations_is_kept_whole(study: Study, raw: Path, tmp_path: Path) -> None:
     several = replace(study, options=deepcopy(study.options))
-    several.options.tune.ensemble = 3
+    several.options.tune.ensemble_size = 3
     records = [TrialRecord(name, "fused", how, list(train(study, "fused", how))) for name, how in HEADS.items()]
-    classifier_files.keep(several, records, str(tmp_path / "classifier"), quiet)
+    classifier_files.save_classifier(several, records, str(tmp_path / "classifier"), quiet)
     tensors = heard(several, records)
     assert same_as_tested(tmp_path, tensors, lambda record: raw / f"{record}.edf") == len(study.table.label)
     assert np.abs(tensors["probability.fused"] - heard(study, records)["probability.fused"]).max() > 0.01
@@ -204,7 +204,7 @@ def test_so_it_is_on_real_recordings(data_dir: Path, tmp_path: Path) -> None:
     study = prepared(tmp_path, convert(tmp_path / "raw", tmp_path / "set", "leads=ECG"), protocol="loso")
     records = records_of(study, HEADS["crossed"])
     tensors = heard(study, records)
-    classifier_files.keep(study, records, str(tmp_path / "run"), quiet)
+    classifier_files.save_classifier(study, records, str(tmp_path / "run"), quiet)
     seen = same_as_tested(tmp_path / "run", tensors, lambda record: tmp_path / "raw" / f"{record}.edf")
     assert seen == len(study.table.label) > 60
 
@@ -249,7 +249,7 @@ def test_a_folder_of_tensors_json_and_a_card(run: Path) -> None:
 def test_a_leaky_split_is_told_in_use_too(cli: Cli, study: Study, run: Path, raw: Path, tmp_path: Path) -> None:
     leaky = replace(study, options=deepcopy(study.options))
     leaky.options.tune.protocol = "leaky_window"
-    classifier_files.keep(leaky, records_of(leaky, HEADS["plain"]), str(tmp_path / "classifier"), quiet)
+    classifier_files.save_classifier(leaky, records_of(leaky, HEADS["plain"]), str(tmp_path / "classifier"), quiet)
     assert "LEAKY SPLIT" in (tmp_path / "classifier" / "README.md").read_text()
     done = cli("predict", tmp_path, raw / "r00.edf")
     assert done.returncode == 0 and "r00.edf: LEAKY SPLIT: the sweep's figures" in done.stderr
@@ -430,7 +430,7 @@ def test_a_bucket_holds_one_too(study: Study, raw: Path, s3_here: S3) -> None:
     url = storage.join(s3_here.bucket, "run", "classifier")
     storage.write_bytes(storage.join(url, "stale.safetensors"), b"of an earlier attempt")
     said: list[str] = []
-    classifier_files.keep(study, records, url, said.append)
+    classifier_files.save_classifier(study, records, url, said.append)
     assert "stale.safetensors" not in storage.names(url) and url in said[-1]
     found = FusionClassifier.load(storage.join(s3_here.bucket, "run"), 2).predict_recording(
         read_file(str(raw / "r00.edf"))
@@ -443,7 +443,7 @@ def test_a_checkpoint_becomes_an_export(raw: Path, study: Study, tmp_path: Path,
     data = study.options.tune.data
     other = prepared(tmp_path, data, eeg_encoder=str(data_dir / "cbramod-reference" / "two_layers.pth"))
     records = records_of(other, HEADS["plain"])
-    classifier_files.keep(other, records, str(tmp_path / "run" / "classifier"), quiet)
+    classifier_files.save_classifier(other, records, str(tmp_path / "run" / "classifier"), quiet)
     tensors = heard(other, records)
     assert (tmp_path / "run" / "classifier" / "eeg" / "encoder.safetensors").is_file()
     assert same_as_tested(tmp_path / "run", tensors, lambda record: raw / f"{record}.edf") == len(other.table.label)
@@ -454,6 +454,8 @@ def test_what_cannot_be_told_from_raw_files_keeps_no_classifier(study: Study, tm
     torch.manual_seed(0)
     other = prepared(tmp_path, str(tmp_path / "set"))
     said: list[str] = []
-    classifier_files.keep(other, records_of(other, HEADS["plain"]), str(tmp_path / "classifier"), said.append)
+    classifier_files.save_classifier(
+        other, records_of(other, HEADS["plain"]), str(tmp_path / "classifier"), said.append
+    )
     assert said == ["no classifier is kept: the shard set does not tell how raw recordings become its windows"]
     assert not (tmp_path / "classifier").exists()

@@ -17,7 +17,7 @@ from physio_dist.config.search import HEADS
 from physio_dist.errors import UserError
 from physio_dist.evaluation.head_training import Heads, Job
 from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, train
-from physio_dist.evaluation.trials import Choice, control, kept_heads, noisy, predict, reductions_of, views
+from physio_dist.evaluation.trials import Choice, control, noisy, predict, predict_ablated, reductions_of, trained_heads
 from physio_dist.models.fusion.heads import build, input_kind
 from physio_dist.stats.scores import auc, calibration_error, temperature_of
 from tests.evaluation.study_samples import CONFIG, changed, features_of, job_of, study_of, table_of
@@ -84,7 +84,7 @@ def test_it_is_plain_adamw_on_cross_entropy(kind: str, weight: str) -> None:
         optimizer.zero_grad()
         if kind == "late":
             mask = model.shown(there, len(mine))
-            logits, _ = model.opinions(model.concatenate(x, mask), None, mask)
+            logits, _ = model.branch_logits(model.concatenate(x, mask), None, mask)
             loss = sum(
                 cross_entropy(logits[seen[name], i], label[seen[name]], share) for i, name in enumerate(("ecg", "eeg"))
             )
@@ -219,7 +219,7 @@ def area(study: Study, parts: Sequence[np.ndarray]) -> float:
 def test_with_one_modality_the_fused_head_is_about_what_a_single_one_is(kind: str) -> None:
     study, how = simulated(kind)
     choices = [Choice({**how, "modality_dropout": 0.5}, 12, 0.5)] * 3
-    found = views(study, "fused", choices, ["all", "ecg", "eeg"])
+    found = predict_ablated(study, "fused", choices, ["all", "ecg", "eeg"])
     both = area(study, found["all"])
     for signal in ("ecg", "eeg"):
         single = area(study, predict(study, signal, choices))
@@ -286,14 +286,14 @@ def test_temperatures_come_from_validation_people_and_move_no_window_past_anothe
     study.options.tune.calibrate = True
     choices = [Choice({**how, "lr": 0.05}, 12, 0.5)]
     study = replace(study, folds=(replace(study.folds[0], inner=study.folds[0].inner[:1]),))
-    found = views(study, "fused", choices, ["all", "uncalibrated"])
+    found = predict_ablated(study, "fused", choices, ["all", "uncalibrated"])
     odds = {view: np.log(parts[0][:, 1] / parts[0][:, 0]).astype(np.float64) for view, parts in found.items()}
     ratio = odds["uncalibrated"] / odds["all"]
     assert np.ptp(ratio) < 1e-2 and abs(ratio[0] - 1) > 0.02
     label = TABLE.label.copy()
     label[study.folds[0].test] = 1 - label[study.folds[0].test]
     other = replace(study, table=replace(TABLE, label=label))
-    assert np.array_equal(views(other, "fused", choices, ["all"])["all"][0], found["all"][0])
+    assert np.array_equal(predict_ablated(other, "fused", choices, ["all"])["all"][0], found["all"][0])
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -302,7 +302,7 @@ def test_heads_that_are_kept_give_the_probabilities_of_the_study(kind: str) -> N
     study.options.tune.calibrate = True
     choices = [Choice(how, 3, 0.5)] * 3
     wanted = predict(study, "fused", choices)
-    for number, (fold, (heads,)) in enumerate(zip(study.folds, kept_heads(study, "fused", choices), strict=True)):
+    for number, (fold, (heads,)) in enumerate(zip(study.folds, trained_heads(study, "fused", choices), strict=True)):
         keys = study.keys_of("fused", input_kind({**how, "pooling": "mean"}), number)
         x = {signal: torch.from_numpy(study.inputs[key][fold.test]) for signal, key in keys.items()}
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from physio_dist.config.search import HEADS as NAMES
 from physio_dist.config.search import POOLINGS, TOKENS
-from physio_dist.models.fusion.base import Head, pool, reduction, tokens
+from physio_dist.models.fusion.base import Head, make_tokens, pool, reduction
 from physio_dist.models.fusion.heads import HEADS, GatedHead, build, input_kind
 
 N = 12
@@ -219,17 +219,17 @@ def test_tokens_by_hand() -> None:
     valid[1, [0, 2]] = False
     valid[2] = False
     x[~valid] = np.inf
-    patches, there_ = tokens(x, valid, "attention")
+    patches, there_ = make_tokens(x, valid, "attention")
     assert patches.shape == (3, 5, 2) and there_.tolist() == [[True] * 5, [True] * 5, [False] * 5]
     np.testing.assert_allclose(patches[0].numpy(), x[0].mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(patches[1].numpy(), x[1, [1, 3]].mean(0), rtol=1e-5, atol=1e-6)
     assert not patches[2].any()
-    channels, there_ = tokens(x, valid, "channels_attention")
+    channels, there_ = make_tokens(x, valid, "channels_attention")
     assert np.array_equal(there_.numpy(), valid)
     np.testing.assert_allclose(channels.numpy()[valid], x.mean(2)[valid], rtol=1e-5, atol=1e-6)
     assert not channels[~there_].any()
     for kind in POOLINGS:
-        vector, there_ = tokens(x, valid, kind)
+        vector, there_ = make_tokens(x, valid, kind)
         assert torch.equal(vector, pool(x, valid, kind)) and there_.tolist() == [[True], [True], [False]]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import open_set, read_sidecar
+from physio_dist.data.format.index import open_set, read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.tasks import load_table
 from physio_dist.signals.readers import reader
@@ -184,7 +184,7 @@ def test_a_whole_file_becomes_a_set_of_windows_with_ratings(
     made = open_set(str(out))
     assert made.people == 23 and made.nsamples == 23 * 18 * 2 and made.signals["ecg"].channels == ("ECG", "ECG2")
     assert sorted(made.signals["eeg"].channels) == sorted(ELECTRODES) and made.rate == 200.0
-    keys = read_sidecar(made).keys(np.arange(made.nsamples))
+    keys = read_sample_table(made).keys(np.arange(made.nsamples))
     assert sum("-c07-baseline-" in key for key in keys) == 23 and not any("s07" in key for key in keys)
     arousal = np.stack([one["ScoreArousal"].ravel() for one in people])
     for neutral, high in (("high", arousal >= 3), ("low", arousal > 3), ("drop", arousal > 3)):

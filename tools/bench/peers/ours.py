@@ -13,7 +13,7 @@ import numpy.typing as npt
 from serve import hashes, serve, timed
 
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Feed, Source
+from physio_dist.data.loading.loader import PrefetchLoader, ShardDataset
 
 SEED = 0
 
@@ -28,7 +28,7 @@ class Epochs:
     """
 
     def __init__(self, url: str, batch: int, cache: Path) -> None:
-        self.source = Source([(url, 1.0)], "ecg", ShardCache(str(cache), 1e15))
+        self.source = ShardDataset([(url, 1.0)], "ecg", ShardCache(str(cache), 1e15))
         self._order = self.source.order("train", batch, SEED)
         self._batch, self._done = batch, 0
         self._steps = self.source.sets[0].splits["train"] // batch
@@ -36,7 +36,7 @@ class Epochs:
     def __call__(self) -> Iterator[npt.NDArray[np.int16]]:
         start = self._done * self._steps
         self._done += 1
-        with Feed(
+        with PrefetchLoader(
             self.source, self._order, "train", 0, 1, self._batch, lambda batch: batch, start, start + self._steps
         ) as feed:  # fmt: skip
             for batch in feed:

@@ -14,31 +14,20 @@ import torch
 
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
-from physio_dist.models.encoders.criss_cross import UNIT_UV, CrissCrossEncoder, MaskedModel
+from physio_dist.models import cbramod
+from physio_dist.models.encoders.criss_cross import UNIT_UV, CrissCrossEncoder
 from physio_dist.models.export import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    from_cbramod,
-    load_encoder,
-    read_cbramod,
+    encoder_url,
+    load_export,
     read_export_config,
     save_encoder,
 )
 from physio_dist.runs.run_dir import PEOPLE_FILE
-from physio_dist.storage import user_cache
 
-CBRAMOD = "cbramod"
-"""Short for the published checkpoint; a folder of that name is ``./cbramod``."""
 FOLD = "{fold}"
 """Stands for the name of a fold in the URL of its encoder."""
-CBRAMOD_URL = "https://huggingface.co/weighting666/CBraMod/resolve/main/pretrained_weights.pth"
-CBRAMOD_BYTES = 19_775_842
-CBRAMOD_SHA256 = "0792cb808c14e6b7a2bb2ce1dff379bc47bc54c49a779825bdfeb33bf8157178"
-
-# The hub, its mirrors and copies that keep its paths. Another file called pretrained_weights.pth is somebody's own.
-_PUBLISHED = re.compile(r"/weighting666/CBraMod/resolve/[^/]+/pretrained_weights\.pth$")
-_CBRAMOD_RATE = 200.0
-_CBRAMOD_HEADS = 8
 
 
 @dataclass(frozen=True)
@@ -85,8 +74,8 @@ def open_backbone(url: str, signal: str | None = None) -> Backbone:
         UserError: there is nothing of the kind, or it is for the other signal.
         DataError: the weights are damaged, or the published checkpoint is not what was published.
     """
-    url = CBRAMOD_URL if url == CBRAMOD else url.rstrip("/").removesuffix("/" + WEIGHTS_FILE) or "/"
-    opened = _checkpoint(url) if url.endswith((".pth", ".safetensors")) else _export(url)
+    url = encoder_url(url)
+    opened = _checkpoint(url) if cbramod.is_checkpoint(url) else _export(url)
     if signal not in (None, opened.signal):
         what = "CBraMod checkpoints are for" if opened.people is None and not opened.channels else "this encoder is for"
         raise UserError(
@@ -110,7 +99,7 @@ def _export(url: str) -> Backbone:
         raise UserError(f"{where}: signal, rate, unit_uv, channels or simulated: {error!r}; export it again") from None
     if signal not in ("ecg", "eeg") or not 0 < rate < math.inf or not 0 < unit_uv < math.inf:
         raise UserError(f"{where}: signal {signal!r} at {rate:g} Hz in units of {unit_uv:g} uV is none of ours")
-    module = load_encoder(url)
+    module = load_export(url)
     sha256, people = about["encoder_sha256"], people_of(url)
     return Backbone(module, signal, sha256, rate, unit_uv, channels, people, simulated, url, sources)
 
@@ -139,43 +128,11 @@ def people_of(url: str) -> frozenset[int] | None:
 
 
 def _checkpoint(url: str) -> Backbone:
-    data = _checkpoint_bytes(url)
-    try:
-        state, report = from_cbramod(read_cbramod(url, lambda _: data), heads=_CBRAMOD_HEADS)
-    except UserError as error:
-        raise error if url in str(error) else UserError(f"{url}: {error}") from None
-    model = MaskedModel(report.config)
-    model.load_state_dict(state, strict=report.has_head)
+    loaded = cbramod.load_checkpoint(url)
     return Backbone(
-        model.encoder.eval(), "eeg", hashlib.sha256(data).hexdigest(), _CBRAMOD_RATE, UNIT_UV, (), None,
-        simulated=False, url=url, loaded=report.tell(),
+        loaded.encoder, "eeg", loaded.sha256, cbramod.SAMPLING_RATE, UNIT_UV, (), None, simulated=False, url=url,
+        loaded=loaded.report.summary_line(),
     )  # fmt: skip
-
-
-def _checkpoint_bytes(url: str) -> bytes:
-    published = _PUBLISHED.search(url) is not None
-    web = url.startswith(("https://", "http://"))
-    data = user_cache.read_cached(url, "weights") if web else None
-    if data is not None and not (published and _unlike_published(data)):
-        return data
-    try:
-        data = storage.read_bytes(url)
-    except storage.StorageError as error:
-        advice = "; where this machine reaches no web, give the path of a copy" if web else ""
-        raise UserError(f"{error}{advice}") from None
-    if published and (difference := _unlike_published(data)):
-        raise DataError(f"{url} is not the published CBraMod checkpoint: {difference}; fetch it again")
-    if web:
-        user_cache.write_cached(url, "weights", data)
-    return data
-
-
-def _unlike_published(data: bytes) -> str:
-    """What tells ``data`` from the published checkpoint; empty where nothing does."""
-    got = hashlib.sha256(data).hexdigest()
-    if len(data) != CBRAMOD_BYTES:
-        return f"{len(data)} bytes instead of {CBRAMOD_BYTES}, sha256 {got}"
-    return "" if got == CBRAMOD_SHA256 else f"sha256 {got} instead of {CBRAMOD_SHA256}"
 
 
 def urls_of(given: Any, folds: Sequence[str]) -> dict[str, str]:
@@ -187,7 +144,7 @@ def urls_of(given: Any, folds: Sequence[str]) -> dict[str, str]:
 
 def exported_hash(url: str) -> str | None:
     """The hash of an export's weights as it tells it; None for a checkpoint, which would have to be fetched."""
-    if url == CBRAMOD or url.endswith((".pth", ".safetensors")):
+    if cbramod.is_checkpoint(encoder_url(url)):
         return None
     return str(read_export_config(url).get("encoder_sha256"))
 
@@ -199,7 +156,7 @@ def files_of(backbone: Backbone) -> dict[str, bytes]:
     Raises:
         StorageError: the export cannot be read any more.
     """
-    if backbone.url.endswith((".pth", ".safetensors")):
+    if cbramod.is_checkpoint(backbone.url):
         about = {
             "signal": backbone.signal, "rate": backbone.rate, "unit_uv": backbone.unit_uv,
             "channels": list(backbone.channels), "simulated": backbone.simulated, "checkpoint_sha256": backbone.sha256,

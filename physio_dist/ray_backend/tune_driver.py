@@ -17,10 +17,10 @@ from physio_dist.config import TuneConfig
 from physio_dist.config.loader import Parser
 from physio_dist.errors import EXIT_FAULT
 from physio_dist.evaluation import study, trial_log
-from physio_dist.evaluation.backbones import CBRAMOD
 from physio_dist.evaluation.search_space import STARTUP, need_optuna, plan
 from physio_dist.evaluation.serving import classifier_files
 from physio_dist.evaluation.trials import Study
+from physio_dist.models.cbramod import CBRAMOD
 from physio_dist.ray_backend import cluster
 from physio_dist.ray_backend.tune_trials import search
 from physio_dist.runs import job_paths

@@ -94,7 +94,7 @@ reconstructing what a dual mask hid: stretches of time, and whole leads.
 | Data | {", ".join(f"`{fingerprint[:12]}`" for fingerprint in progress.fingerprints)} (fingerprints) |
 
 ```python
-from physio_dist.models.export import load_encoder
+from physio_dist import load_encoder
 
 encoder = load_encoder("path/to/this/folder")
 features = encoder(signals)  # valid=... leaves out leads that are off

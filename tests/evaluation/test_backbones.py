@@ -16,10 +16,11 @@ import torch
 
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
-from physio_dist.evaluation import backbones
-from physio_dist.evaluation.backbones import CBRAMOD_BYTES, Backbone, open_backbone, refuse_overlap, untrained
+from physio_dist.evaluation.backbones import Backbone, open_backbone, refuse_overlap, untrained
+from physio_dist.models import cbramod
+from physio_dist.models.cbramod import CBRAMOD_BYTES, cbramod_name
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, EncoderConfig, MaskedModel, preset
-from physio_dist.models.export import cbramod_name, save_encoder
+from physio_dist.models.export import save_encoder
 from physio_dist.storage import user_cache
 from tests.conftest import Web
 
@@ -228,7 +229,7 @@ def test_what_is_not_the_published_checkpoint_is_refused(
 ) -> None:
     mirror = web.folder / HUB
     mirror.parent.mkdir(parents=True)
-    monkeypatch.setattr(backbones, "CBRAMOD_URL", f"{web.url}/{HUB}")
+    monkeypatch.setattr(cbramod, "CBRAMOD_URL", f"{web.url}/{HUB}")
     url = {"web": f"{web.url}/{HUB}", "short": "cbramod", "local": str(mirror)}[where]
     data = published[0].read_bytes()
     mirror.write_bytes(data)
@@ -250,26 +251,26 @@ def test_the_published_checkpoint_opens_by_its_short_name(
     mirror = web.folder / HUB
     mirror.parent.mkdir(parents=True)
     shutil.copy(path, mirror)
-    monkeypatch.setattr(backbones, "CBRAMOD_URL", f"{web.url}/{HUB}")
-    monkeypatch.setattr(backbones, "CBRAMOD_BYTES", path.stat().st_size)
-    monkeypatch.setattr(backbones, "CBRAMOD_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(cbramod, "CBRAMOD_URL", f"{web.url}/{HUB}")
+    monkeypatch.setattr(cbramod, "CBRAMOD_BYTES", path.stat().st_size)
+    monkeypatch.setattr(cbramod, "CBRAMOD_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     opened = open_backbone("cbramod", "eeg")
     assert opened.url == f"{web.url}/{HUB}"
     assert torch.equal(features(opened.module), features(model.encoder))
     assert open_backbone("cbramod").sha256 == opened.sha256
     assert len(web.asked) == 1
     # What is kept is held against the published hash, not against its own.
-    monkeypatch.setattr(backbones, "CBRAMOD_SHA256", "0" * 64)
+    monkeypatch.setattr(cbramod, "CBRAMOD_SHA256", "0" * 64)
     with pytest.raises(DataError, match="is not the published CBraMod checkpoint"):
         open_backbone("cbramod", "eeg")
     assert len(web.asked) == 2
 
 
 def test_the_published_checkpoints_name_is_its_url() -> None:
-    assert f"https://huggingface.co/{HUB}" == backbones.CBRAMOD_URL
-    assert backbones._PUBLISHED.search(backbones.CBRAMOD_URL)
-    assert backbones._PUBLISHED.search("s3://b/weighting666/CBraMod/resolve/0123abc/pretrained_weights.pth")
-    assert not backbones._PUBLISHED.search("/home/me/finetuned/pretrained_weights.pth")
+    assert f"https://huggingface.co/{HUB}" == cbramod.CBRAMOD_URL
+    assert cbramod._PUBLISHED.search(cbramod.CBRAMOD_URL)
+    assert cbramod._PUBLISHED.search("s3://b/weighting666/CBraMod/resolve/0123abc/pretrained_weights.pth")
+    assert not cbramod._PUBLISHED.search("/home/me/finetuned/pretrained_weights.pth")
 
 
 @pytest.mark.parametrize("name", ["two_layers.pth", "two_layers.safetensors"])

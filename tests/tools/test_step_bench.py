@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from physio_dist.models.cbramod import from_cbramod, read_cbramod
 from physio_dist.models.encoders.criss_cross import MaskedModel, preset
-from physio_dist.models.export import from_cbramod, read_cbramod
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools" / "bench"))

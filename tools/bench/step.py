@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from physio_dist.config import PretrainConfig
 from physio_dist.data.loading.loader import Batch
+from physio_dist.models.cbramod import cbramod_name
 from physio_dist.models.encoders.criss_cross import PRESETS, MaskedModel, count_flops, preset
-from physio_dist.models.export import cbramod_name
 from physio_dist.objectives.dual_mask import MaskConfig, dual_mask_loss
 from physio_dist.runtime import processes
 from physio_dist.runtime.distributed import choose_accelerator, init_dist_env

@@ -23,7 +23,7 @@ from physio_dist.evaluation.features import features_of
 from physio_dist.evaluation.head_training import one_thread
 from physio_dist.evaluation.serving.classifier_files import CONFIG, EVERYBODY, FOLDER, FORMATS, KIND, hash_of, needed
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder
-from physio_dist.models.export import load_encoder, read_export_config
+from physio_dist.models.export import load_export, read_export_config
 from physio_dist.models.fusion.base import Head, make_tokens
 from physio_dist.models.fusion.heads import build, input_kind
 from physio_dist.signals.montage import select
@@ -141,7 +141,7 @@ class FusionClassifier:
         for signal, folder in chosen["encoders"].items():
             where = f"{url}/{folder}"
             unit_uv = float(read_export_config(where, read)["unit_uv"])
-            encoders[signal] = _Encoder(load_encoder(where, read), unit_uv, where)
+            encoders[signal] = _Encoder(load_export(where, read), unit_uv, where)
         told: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in about["window"].items()
         }

@@ -1,9 +1,9 @@
 """The criss-cross encoder: patch embedding, conditional position, attention over leads and over time.
 
-The mathematics is CBraMod's (Wang et al., arXiv 2412.07236): with weights carried over by ``weights.py``
-the features agree with the reference implementation to rounding. What is ours is the arrangement (fused
-projections and attention, no operation whose output size depends on data) and ``valid``, which keeps
-patches of bad leads and of padding from influencing anything.
+The mathematics is CBraMod's (Wang et al., arXiv 2412.07236): with weights converted by
+`physio_dist.models.cbramod` the features agree with the reference implementation to rounding. What is ours is
+the arrangement (fused projections and attention, no operation whose output size depends on data) and
+``valid``, which keeps patches of bad leads and of padding from influencing anything.
 
 Arithmetic: normalisation statistics, the spectrum and the residual stream stay in fp32 (or fp64) under
 autocast and when the module is cast to bf16 or fp16 as DeepSpeed does; matrix products and convolutions

@@ -21,6 +21,10 @@ import pytest
 
 from physio_dist import storage
 from tests.proxy import Proxy
+from tests.tiers import pytest_collection_modifyitems as pytest_collection_modifyitems
+from tests.tiers import pytest_itemcollected as pytest_itemcollected
+from tests.tiers import pytest_terminal_summary as pytest_terminal_summary
+from tests.tiers import require, require_root
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would everything that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,11 +47,16 @@ def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real recordings; its absence is a failure, never a skip."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("PHYSIO_DIST_DATA", default))
-    assert folder.is_dir(), f"real recordings are not at {folder}: set PHYSIO_DIST_DATA"
+    """Folder of real recordings: ``PHYSIO_DIST_DATA``, by default ``../shared/data``."""
+    folder = Path(os.environ.get("PHYSIO_DIST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    require(folder.is_dir(), "recordings: set PHYSIO_DIST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Path:
+    """Folder of the few real recordings that are part of the project, laid out as `data_dir`."""
+    return Path(__file__).resolve().parent / "data" / "recordings"
 
 
 @pytest.fixture(scope="session")
@@ -198,7 +207,7 @@ def proxied_here(proxied: Proxied, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @contextlib.contextmanager
 def disk_of(size: str, folder: Path) -> Iterator[Path]:
     """A disk that is soon full, mounted at ``folder``."""
-    assert os.geteuid() == 0, "this test mounts a small disk: run it as root"
+    require_root()
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
     try:

@@ -17,6 +17,8 @@ import pytest
 from physio_dist.errors import DataError, Stopped, UserError
 from physio_dist.runtime import exit_status, processes
 
+pytestmark = pytest.mark.integration
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,33 +1,40 @@
 #!/usr/bin/env bash
-# Installs what the tests need, then checks style, types and behaviour: `bash tools/test.sh [pytest arguments]`.
-# With arguments it is pytest alone, in one process.
+# Checks style, types, docs and behaviour: `bash tools/test.sh [--fast] [pytest arguments]`.
 #
-# PHYSIO_DIST_DATA  folder of real recordings (default: ../shared/data)
+# --fast                      ruff and the unit tier; nothing but Python packages is needed
+# pytest arguments            pytest alone, in one process
+# PHYSIO_DIST_DATA            folder of real recordings (default: ../shared/data)
+# PHYSIO_DIST_REQUIRE_DATA=1  tests whose recordings, programs or rights are missing fail; otherwise they are reported
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+tier='not chaos' fast=
+if [ "${1:-}" = --fast ]; then
+    tier=unit fast=1
+    shift
+fi
 bash tools/setup.sh test
 venv=$(realpath "${PHYSIO_DIST_VENV:-.venv}")
 export PATH="$venv/bin:$PATH"
 
-if [ $# = 0 ]; then
-    echo '== ruff';  ruff check .
-    echo '== mypy';  mypy
-    echo '== shellcheck, hadolint'
-    shellcheck tools/*.sh cluster/*.sh .ci/run
-    hadolint Dockerfile
-fi
 if [ $# != 0 ]; then
-    echo '== pytest'
-    exec python -m pytest "$@"
+    exec python -m pytest -m "$tier" "$@"
 fi
-# Both are run in any case, so that one start shows all that fails. Tests of whole runs are launched one by one: they
-# fill the machine as it is, and two Ray clusters on one machine get in each other's way.
-parts=0 system=0
-echo '== pytest: the parts';  python -m pytest --ignore=tests/system --numprocesses 2 --dist loadfile || parts=$?
-echo '== pytest: whole runs'; python -m pytest tests/system -m 'not chaos' || system=$?
-if [ "$parts$system" != 00 ]; then
-    echo "tools/test.sh: FAILED (exit status of the parts: $parts, of whole runs: $system)" >&2
-    exit 1
+echo '== ruff'
+ruff check .
+ruff format --check .
+if [ -n "$fast" ]; then
+    echo '== pytest: the unit tier'
+    exec python -m pytest -m unit --ignore=tests/system --numprocesses 2 --dist loadfile
 fi
-echo 'tools/test.sh: all passed'
+echo '== mypy'
+mypy
+echo '== shellcheck, hadolint'
+shellcheck tools/*.sh cluster/*.sh .ci/run
+hadolint Dockerfile
+if [ -f tools/docs.sh ]; then
+    echo '== docs'
+    bash tools/docs.sh
+fi
+echo '== pytest: all tiers but chaos'
+exec python -m pytest -m "$tier" --numprocesses 2 --dist loadgroup --no-loadscope-reorder

@@ -27,6 +27,7 @@ from ray.scripts.scripts import cli as ray_cli
 
 from physio_dist.config import DataOptions
 from tests.cluster_files.shell import FOLDER, ROOT, checked, commands, header, texts, usage
+from tests.tiers import require
 
 FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".json")
 NAMES = [path.relative_to(FOLDER).as_posix() for path in FILES]
@@ -113,7 +114,7 @@ def strict(schema: Any) -> Any:
 def crds(data_dir: Path) -> dict[str, Any]:
     """Schemas of KubeRay's kinds, from the folder of schemas beside that of the recordings."""
     folder = data_dir.parent / "schemas"
-    assert folder.is_dir(), f"KubeRay's CRDs are not at {folder}"
+    require(folder.is_dir(), "KubeRay's resource definitions beside the recordings")
     found = {}
     for file in folder.glob("ray.io_*.yaml"):
         (document,) = [d for d in yaml.load_all(file.read_text(), yaml.CSafeLoader) if d]
@@ -289,6 +290,7 @@ def test_paths_are_those_of_the_dockerfile() -> None:
 # The others
 
 
+@pytest.mark.integration
 def test_the_compose_file_fits_its_specification(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     subprocess.run([*command, str(FOLDER / "compose.yaml")], check=True)
@@ -299,6 +301,7 @@ def test_the_compose_file_fits_its_specification(tmp_path: Path) -> None:
     assert refused.returncode == 1 and "enviroment" in refused.stdout
 
 
+@pytest.mark.integration
 def test_the_laptop_cluster_is_reachable_from_the_laptop_alone() -> None:
     services = read("compose.yaml")["services"]
     assert set(services) == {"head", "worker", "minio", "bucket"}
@@ -318,6 +321,7 @@ def test_the_laptop_cluster_is_reachable_from_the_laptop_alone() -> None:
     assert ignored.returncode == 0
 
 
+@pytest.mark.integration
 def test_the_first_command_of_the_laptop_makes_keys_for_one_alone(tmp_path: Path) -> None:
     line = next(line for line in usage(FOLDER / "compose.yaml") if "laptop.env" in line)
     (tmp_path / "cluster").mkdir()
@@ -335,6 +339,7 @@ def test_deepspeed_reads_the_hostfile() -> None:
     assert runner.fetch_hostfile(str(FOLDER / "hostfile.example")) == {"HOST_1": 4, "HOST_2": 4}
 
 
+@pytest.mark.integration
 def test_the_hostfiles_first_command_finds_its_hosts(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "hostfile").write_text((FOLDER / "hostfile.example").read_text())

@@ -11,12 +11,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ray
 import yaml
 
 from physio_dist.ray_backend import metrics_export
 from tests.cluster_files.shell import FOLDER
 from tests.system.launching import BIN
+from tests.tiers import require
 
 OBSERVED = FOLDER / "observability"
 ALERTS = OBSERVED / "alerts.yml"
@@ -27,7 +29,8 @@ OURS = {f"ray_{metrics_export.PREFIX}{name}" for name in NAMES}
 
 def promtool(*words: object, ok: bool = True) -> str:
     where = shutil.which("promtool", path=f"{BIN}:{os.environ['PATH']}")
-    assert where is not None, "promtool is missing: `bash tools/setup.sh test` fetches it"
+    require(where is not None, "the program promtool")
+    assert where is not None
     done = subprocess.run([where, *map(str, words)], capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -46,10 +49,12 @@ def named(expression: str) -> set[str]:
     return set(re.findall(r"\bray_\w+", expression))
 
 
+@pytest.mark.integration
 def test_prometheus_takes_its_configuration_and_the_rules() -> None:
     assert f"{len(rules())} rules found" in promtool("check", "config", OBSERVED / "prometheus.yml")
 
 
+@pytest.mark.integration
 def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     shutil.copy(ALERTS, tmp_path)
     shutil.copy(Path(__file__).with_name("alerts_test.yml"), tmp_path)
@@ -69,6 +74,7 @@ def test_every_alert_is_tested_says_what_to_do_and_looks_at_figures_that_exist()
         assert named(rule["expr"]) and named(rule["expr"]) <= OURS
 
 
+@pytest.mark.integration
 def test_the_dashboards_expressions_are_promql(tmp_path: Path) -> None:
     made = [
         {"record": f"panel:{n}", "expr": expression.replace("$run", ".*")} for n, expression in enumerate(expressions())

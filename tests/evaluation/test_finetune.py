@@ -12,6 +12,8 @@ from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude,
 from tests.evaluation.study_samples import CONFIG, publish_set, waves
 from tests.evaluation.test_study import export, quiet
 
+pytestmark = pytest.mark.integration
+
 PEOPLE, WINDOWS = 9, 4
 
 

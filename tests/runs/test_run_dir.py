@@ -163,6 +163,7 @@ def take(run: Path) -> lease.Lease:
     return lease.Lease(str(run), pytest.fail, lambda text: None)
 
 
+@pytest.mark.integration
 def test_a_live_run_is_refused_and_a_killed_ones_is_free_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +184,7 @@ def test_a_live_run_is_refused_and_a_killed_ones_is_free_at_once(
         process.wait()
 
 
+@pytest.mark.integration
 def test_a_holder_on_another_host_is_alive_while_its_beat_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,14 +31,20 @@ def clean(simulated: Recording) -> Recording:
 
 
 @pytest.fixture
-def real(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Copies WFDB records of the real data, by stem, into a fresh folder."""
+def real(recordings: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """Copies files of a set of real recordings, by stem, into a fresh folder.
+
+    Those that are not part of the project come from `data_dir`.
+    """
 
     def copy(corpus: str, *stems: str) -> Path:
         folder = tmp_path / corpus
         folder.mkdir()
         for stem in stems:
-            for path in (data_dir / corpus).glob(f"{stem}.*"):
+            paths = list((recordings / corpus).glob(f"{stem}.*"))
+            if not paths:
+                paths = list((request.getfixturevalue("data_dir") / corpus).glob(f"{stem}.*"))
+            for path in paths:
                 shutil.copy(path, folder)
                 (folder / path.name).chmod(0o644)
         return folder

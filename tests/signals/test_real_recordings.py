@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.signals.montage import ECG_12, identity_error
+from physio_dist.signals.montage import ECG_12, EEG_19, identity_error
 from physio_dist.signals.readers import reader
 from physio_dist.signals.recording import RecordError
 from physio_dist.signals.windows import Window, WindowSpec, waveform_hash, windows_of
@@ -95,3 +95,24 @@ def test_cpsc2018(data_dir: Path) -> None:
     for windows in kept.values():
         check(windows)
         assert all(window.fit for window in windows)
+
+
+def test_committed_ecgs_of_four_sources_are_fit(recordings: Path) -> None:
+    for corpus, count in (("cinc2011-set-a", 1), ("cinc2021", 3)):
+        kept, rejected, _ = convert("wfdb", recordings / corpus, WindowSpec())
+        assert (len(kept), rejected) == (count, {})
+        for windows in kept.values():
+            check(windows)
+            assert [window.fit for window in windows] == [True]
+    record = reader("wfdb").read(str(recordings / "cinc2021"), "HR06000")
+    assert record.labels == {"age": 59, "sex": "F", "dx": ["164934002", "426783006"]}
+
+
+def test_committed_eeg_and_ecg_give_one_fit_pair(recordings: Path) -> None:
+    spec = WindowSpec(signals=("ecg", "eeg"), leads=("ECG",), eeg_channels=EEG_19)
+    kept, rejected, _ = convert("edf", recordings / "eegmat-15s", spec)
+    assert (list(kept), rejected) == (["Subject00_2"], {})
+    (window,) = kept["Subject00_2"]
+    assert window.fit and window.valid["eeg"].all()
+    assert [window.data[name].shape for name in ("ecg", "eeg")] == [(1, 2000), (19, 2000)]
+    assert reader("edf").read(str(recordings / "eegmat-15s"), "Subject00_2").labels == {"task": "arithmetic"}

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from physio_dist import storage
 from physio_dist.storage import NotFoundError, StorageError
 from tests.conftest import S3
+from tests.tiers import require_root
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.integration)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder, on each kind of storage."""
     return str(tmp_path) if request.param == "local" else str(request.getfixturevalue("s3_here").bucket)
@@ -193,8 +194,10 @@ def test_a_disk_that_cannot_be_written_is_said_to_be(tiny_disk: Path) -> None:
         storage.write_bytes(f"{tiny_disk}/x", b"")
 
 
+@pytest.mark.integration
 def test_a_file_of_somebody_else_is_said_to_be_denied(tmp_path: Path) -> None:
     # Root may do everything, so another user tries.
+    require_root()
     tmp_path.chmod(0o755)
     (tmp_path / "secret").write_bytes(b"x")
     (tmp_path / "secret").chmod(0o600)
@@ -217,6 +220,7 @@ def test_a_file_of_somebody_else_is_said_to_be_denied(tmp_path: Path) -> None:
     assert out.count("access denied") == out.count("check the file's permissions") == 2
 
 
+@pytest.mark.integration
 def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new(place: str, request: pytest.FixtureRequest) -> None:
     env = request.getfixturevalue("s3").env if "://" in place else {}
     url = storage.join(place, "x.bin")
@@ -267,6 +271,7 @@ def test_a_bucket_that_does_not_exist_is_named(s3_here: S3) -> None:
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "malformed"])
+@pytest.mark.integration
 def test_an_endpoint_that_does_not_answer_is_a_clear_error(kind: str) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

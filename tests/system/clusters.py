@@ -23,6 +23,7 @@ import pytest
 
 from tests.conftest import S3
 from tests.system.launching import BIN, CONFIG, ROOT, Run, free_port, wait_until
+from tests.tiers import require_root
 
 # Every process of a cluster carries it in its environment, whatever it calls itself.
 MARK = "PHYSIO_DIST_TEST_CLUSTER"
@@ -116,7 +117,7 @@ class Cluster:
             # All of 127.0.0.0/8 is this machine; the head has the machine's own, by which drivers find their node.
             command += ["--node-ip-address", f"127.0.0.{number + 1}"]
         if hidden is not None:
-            assert os.geteuid() == 0, "this test mounts a disk for one node alone: run it as root"
+            require_root()
             mount = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
             command = ["unshare", "--mount", "sh", "-c", mount, str(hidden), *command]
         with log.open("wb") as file:

@@ -27,6 +27,7 @@ import pytest
 
 from tests.conftest import S3
 from tests.system.launching import BIN, ROOT, Run, wait_until
+from tests.tiers import NEEDS, require, require_root
 
 _SUBNET = "10.77.0"
 _UNSHARE = ("setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child")
@@ -43,8 +44,9 @@ def _check(words: Sequence[str]) -> str:
 def refusal() -> str:
     """Why the kernel or a container allows no such hosts here; empty where they are allowed."""
     needed = ("setpriv", "unshare", "nsenter", "ip", "tc", "iptables", "sshd", "ssh-keygen", "pdsh")
-    missing = [name for name in needed if shutil.which(name) is None]
-    assert not missing, f"{', '.join(missing)} missing: tools/setup.sh test installs them"
+    require_root()
+    for name in needed:
+        require(shutil.which(name) is not None, f"the program {name}")
     script = "ip link add bridge type bridge && ip link add cable type veth && iptables -L -n >/dev/null"
     done = subprocess.run(
         ["unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--mount-proc", "sh", "-c", script],
@@ -232,7 +234,7 @@ class Network:
 def network() -> Iterator[Network]:
     """A network without hosts."""
     if why := refusal():
-        pytest.skip(f"no hosts of their own here ({why}): only test_launch.py, with Ray nodes on one host, loses nodes")
+        pytest.skip(f"{NEEDS}network namespaces: {why}")
     made = Network()
     try:
         yield made

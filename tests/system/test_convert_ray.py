@@ -22,6 +22,8 @@ from tests.system.launching import BIN, ROOT, end_session, free_port
 from tests.system.test_convert import WORDS, content, finish, kill, parts, start, wait_for
 from tests.system.test_convert import undisturbed as undisturbed
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 @pytest.fixture()
 def on_nodes(ray_nodes: Cluster) -> Callable[..., subprocess.Popen[str]]:

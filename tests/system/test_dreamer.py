@@ -22,6 +22,8 @@ from tests.system.clusters import Cluster
 from tests.system.launching import ROOT, physio
 from tests.system.test_tune import Place, Sweep, exported
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 CONFIG = "configs/tune/dreamer.yaml"
 PEOPLE, CLIPS = 5, 18
 # As docs/fusion.md has it.

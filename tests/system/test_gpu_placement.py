@@ -16,6 +16,8 @@ import pytest
 from tests.system.clusters import Cluster, RayRun
 from tests.system.launching import CONFIG, end_session, wait_until
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 PLACE = Path(__file__).with_name("place_ranks.py")
 
 

@@ -14,6 +14,8 @@ import pytest
 from tests.system.hosts import Host, Network
 from tests.system.launching import ROOT, wait_until
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 LISTEN = "import socket; s = socket.create_server(('', 7000)); print('listening', flush=True)\nwhile True: s.accept()"
 
 

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.system.hosts import Host, HostedS3, Network
 from tests.system.launching import BIN, CONFIG, ROOT, Run, agree, end_session, wait_until
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 
 def ranks_on(host: Host) -> list[psutil.Process]:

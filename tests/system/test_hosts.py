@@ -19,6 +19,8 @@ import pytest
 from tests.system.hosts import Host, HostCluster, HostedS3, HostRun, Network
 from tests.system.launching import ROOT, Run, end_session, wait_until
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 RANDOM = random.Random(os.environ.get("PHYSIO_DIST_TEST_SEED"))
 # The one after which a fault strikes.
 STEP = RANDOM.randint(9, 14)

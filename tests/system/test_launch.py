@@ -26,6 +26,8 @@ from tests.conftest import S3
 from tests.system.clusters import MARK, Cluster, Make, RayRun, marked
 from tests.system.launching import BIN, CONFIG, ROOT, Run, agree, end_session, wait_until
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 # Long enough to be disturbed in the middle, with no checkpoint before.
 LONG = ("train.steps=60", "train.save_every=1000", "train.val_every=1000")
 
@@ -382,10 +384,10 @@ def test_a_cluster_that_wants_a_token(ray_nodes: Cluster, ray_run: Make) -> None
 # A rank is lost, and Ray resizes at once, with a board that is slow to hear.
 LOSING = """
 import asyncio, ray
-from physio_dist.ray_backend.coordinator import BoardActor
-from physio_dist.ray_backend.callbacks import Resizer, Watcher
+from physio_dist.ray_backend.coordinator import CoordinatorActor
+from physio_dist.ray_backend.callbacks import FailureCallback, SaveBeforeResize
 
-class Slow(BoardActor):
+class Slow(CoordinatorActor):
     async def tell_loss(self, what):
         await asyncio.sleep(1)
         await super().tell_loss(what)
@@ -393,8 +395,8 @@ class Slow(BoardActor):
 ray.init(log_to_driver=False)
 board = ray.remote(Slow).options(num_cpus=0).remote()
 ray.get(board.join.remote(0))
-Watcher(board).after_exception(None, {0: RuntimeError("gone")})
-Resizer(board).before_controller_execute_resize_decision(None)
+FailureCallback(board).after_exception(None, {0: RuntimeError("gone")})
+SaveBeforeResize(board).before_controller_execute_resize_decision(None)
 now = ray.get(board.read.remote())
 assert now.losses == ["rank 0: gone"] and not now.notes, now
 """

@@ -10,9 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import S3
 from tests.system.clusters import Cluster, Make, RayRun
 from tests.system.launching import BIN, CONFIG, ROOT, end_session, wait_until
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 
 def refused(run: RayRun, *words: str) -> None:

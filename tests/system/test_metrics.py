@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 import time
 
+import pytest
+
 from tests.cluster_files.test_observability import expressions, named
 from tests.system.clusters import Cluster, Make
 from tests.system.launching import end_session, wait_until
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 # What only a node with a GPU has, and what only an autoscaler counts.
 NOT_HERE = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_cluster_failed_nodes"}

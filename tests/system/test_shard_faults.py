@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import S3
+from tests.tiers import require_root
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -27,7 +28,7 @@ def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:
 @pytest.fixture()
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mounts a disk of a size, and changes it."""
-    assert os.geteuid() == 0, "this test mounts a small disk: run it as root"
+    require_root()
     folder = tmp_path / "disk"
 
     def sized(size: str) -> Path:

@@ -35,6 +35,8 @@ from tests.conftest import S3
 from tests.system.clusters import Cluster, ask
 from tests.system.launching import BIN, ROOT, end_session, free_port, wait_until
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 PEOPLE = 9
 CONFIG = "configs/tune/eegmat.yaml"
 ROWS = ["majority", "untrained", "handmade", "ecg", "eeg", "fused"]

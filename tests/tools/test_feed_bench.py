@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--samples", 64, "--batch", 16, "--repeats", 2, "--peers", "none")
 

@@ -71,6 +71,7 @@ def test_another_mathematics_is_not_measured(monkeypatch: pytest.MonkeyPatch) ->
         step.check("tiny", CPU)
 
 
+@pytest.mark.integration
 def test_with_dropout_the_losses_of_training_agree_on_average() -> None:
     torch.manual_seed(0)
     model, prepared = MaskedModel(preset("tiny", 0.1)), step.draw(8)
@@ -97,6 +98,7 @@ def bench(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("more", "unit"), [((), "windows/s"), (("--cpu-time",), "windows/s of CPU time")])
+@pytest.mark.integration
 def test_the_last_line_holds_all_figures(more: tuple[str, ...], unit: str) -> None:
     done = bench("--preset", "tiny", "--windows", 4, "--steps", 1, "--repeats", 2, "--threads", 1, *more)
     assert done.returncode == 0, done.stderr
@@ -110,6 +112,7 @@ def test_the_last_line_holds_all_figures(more: tuple[str, ...], unit: str) -> No
     assert max(also["last_loss"].values()) < 1.1 * min(also["last_loss"].values())
 
 
+@pytest.mark.integration
 def test_cpu_time_of_threads_that_wait_for_each_other_is_refused() -> None:
     done = bench("--cpu-time", "--threads", 2)
     assert done.returncode == 2

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("ray")]
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -409,6 +409,7 @@ def test_a_damaged_folder_is_told(cli: Cli, run: Path, raw: Path, tmp_path: Path
         FusionClassifier.load(str(run), fold=7)
 
 
+@pytest.mark.integration
 def test_ctrl_c_leaves_nothing_behind(run: Path, raw: Path, tmp_path: Path) -> None:
     words = ["predict", str(run), str(raw / "r00.edf"), "--out", str(tmp_path / "out.csv")]
     # The command interrupts itself once the model is there.

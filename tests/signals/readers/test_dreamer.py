@@ -154,6 +154,7 @@ def test_other_files_are_refused(
     assert done.returncode == 2 and "after person 1" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.integration
 def test_one_person_at_a_time_is_in_memory(tmp_path: Path) -> None:
     """Six people of 12 MB each, read twice, of whom one and its copy are held."""
     people = people_of(people=6, clips=2, seconds=200, rest=120)

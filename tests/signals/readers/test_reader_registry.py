@@ -33,6 +33,7 @@ def test_unknown_names_get_a_hint() -> None:
         ("edf", {"wfdb", "h5py", "pandas", "mne", "torch"}),
     ],
 )
+@pytest.mark.integration
 def test_only_the_reader_asked_for_is_imported(name: str, foreign: set[str]) -> None:
     code = f"""
 import sys

@@ -54,12 +54,12 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["shard", "simulate", "people=x", "--out", "x"], "people=x is not a whole number"),
         (["shard", "simulate", "peple=2", "--out", "x"], "unknown key 'peple'"),
         (
-            ["shard", "simulate", "", "--out", "x", "qualty=label"],
-            "unknown option 'qualty' (command line): did you mean",
+            ["shard", "simulate", "", "--out", "x", "unusble=keep"],
+            "unknown option 'unusble' (command line): did you mean",
         ),
         (
-            ["shard", "simulate", "", "qualty=label", "--out", "x"],
-            "unknown option 'qualty' (command line): did you mean",
+            ["shard", "simulate", "", "unusble=keep", "--out", "x"],
+            "unknown option 'unusble' (command line): did you mean",
         ),
         (["shard", "simulate", "", "--out", "x", "label"], "does not take 'label'"),
         (["shard", "wfdb", "/no/where", "--out", "x"], "/no/where: no such folder"),

@@ -226,7 +226,7 @@ configs = st.builds(
         ),
         cache_gb=st.floats(1e-9, 1e300),
     ),
-    train=st.builds(config.TrainOptions, lr=st.floats(1e-300, 1.0), trace=st.booleans(), steps=st.integers(1, 2**40)),
+    train=st.builds(config.TrainOptions, lr=st.floats(1e-300, 1.0), log_sample_keys=st.booleans(), steps=st.integers(1, 2**40)),
 )  # fmt: skip
 
 

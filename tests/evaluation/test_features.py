@@ -208,7 +208,7 @@ def test_features_of_something_else_are_not_overwritten(backbone: Backbone, shar
         made(fresh, shards, out)
     other = build(str(tmp_path / "other"), seed=1, length=LENGTH)
     told = f"set {shards.fingerprint[:12]}, not of .* set {other.fingerprint[:12]}; choose another folder "
-    told += r"\(--out, or tune\.features, or probe\.features\)"
+    told += r"\(--out, or tune\.feature_cache, or probe\.feature_cache\)"
     with pytest.raises(UserError, match=told):
         made(backbone, other, out)
     with pytest.raises(UserError, match=r"set/index\.json is not an index of features; choose another folder"):

@@ -47,7 +47,7 @@ def test_a_server_that_is_not_up_is_a_clear_error(web: Web, monkeypatch: pytest.
     monkeypatch.setattr(storage.files, "FIRST_CONTACT_S", 1.0)
     # Another server has answered; this one's silence is no outage to be sat out.
     monkeypatch.setattr(storage.files, "OUTAGE_S", 1e6)
-    monkeypatch.setattr(storage.files, "contacted", {"http", "https", "http://127.0.0.1:1"})
+    monkeypatch.setattr(storage.files, "reachable_hosts", {"http", "https", "http://127.0.0.1:1"})
     web.stop()
     with pytest.raises(StorageError) as caught:
         getattr(storage, name)(f"{web.url}/x")

@@ -69,7 +69,7 @@ def test_a_set_and_its_views_may_be_moved_together_and_not_apart(make_set: Make,
     (tmp_path / "a" / "out").symlink_to(tmp_path / "real")
     shards = make_set(str(tmp_path / "a" / "data"))
     (view, _) = publish(shards, str(tmp_path / "a" / "out" / "views"))
-    assert open_set(view.url).base_url == str(tmp_path / "a" / "data") == open_set(f"{tmp_path}/real/views/0").of
+    assert open_set(view.url).base_url == str(tmp_path / "a" / "data") == open_set(f"{tmp_path}/real/views/0").base_url
     publish(shards, str(tmp_path / "a" / "near"))
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert open_set(f"{tmp_path}/b/near/1").home == str(tmp_path / "b" / "data")

@@ -27,8 +27,9 @@ from safetensors.numpy import save as save_safetensors
 from physio_dist import storage
 from physio_dist.config import DataOptions
 from physio_dist.data.format.index import ShardSet, open_set
+from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Batch, ShardDataset
+from physio_dist.data.loading.dataset import Batch, ShardDataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.backbones import Backbone
 from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV, CrissCrossEncoder
@@ -134,7 +135,7 @@ def embed(backbone: Backbone, data: str, out: str, say: Callable[[str], None]) -
         # Not whole any more; without its index it is not even begun.
         storage.remove(storage.join(out, INDEX))
     options = DataOptions()
-    source = ShardDataset([(shards.url, 1.0)], backbone.signal, ShardCache(options.cache_dir, options.cache_gb * 1e9))
+    source = open_dataset([(shards.url, 1.0)], backbone.signal, ShardCache(options.cache_dir, options.cache_gb * 1e9))
     files = []
     with Progress(shards.nsamples, "windows", f"embedding {backbone.signal}") as progress:
         for number, (values, valid) in enumerate(_parts(backbone, source, progress)):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from physio_dist.data.loading.loader import ShardDataset
+from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.data.loading.order import permutation
 from physio_dist.evaluation.backbones import Backbone
 from physio_dist.evaluation.splits import Fold

@@ -17,7 +17,7 @@ import torch
 from physio_dist import config, storage
 from physio_dist.config.probe import ProbeConfig, check_probe
 from physio_dist.data.format.index import ShardSet, open_set
-from physio_dist.data.loading.loader import ShardDataset
+from physio_dist.data.handle import open_dataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.backbones import Backbone, open_backbone, refuse_overlap, untrained
 from physio_dist.evaluation.features import Features, check_fits, embed, open_features
@@ -195,7 +195,7 @@ def _tested(
         probability = list(majority(table, folds).probability)
     elif name in TUNED:
         begins = backbone if name == "finetuned" else untrained(backbone, seed)
-        source = ShardDataset([(shards.url, 1.0)], backbone.signal, shard_cache())
+        source = open_dataset([(shards.url, 1.0)], backbone.signal, shard_cache())
         for fold in folds:
             one = {backbone.signal: begins}, {backbone.signal: source}
             tested, epoch = finetune(*one, table, fold, options.probe, f"{seed}/{fold.name}")

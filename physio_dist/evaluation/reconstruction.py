@@ -15,7 +15,8 @@ from torch import Tensor
 from physio_dist import storage
 from physio_dist.config.probe import ProbeConfig, check_probe, runs_of
 from physio_dist.data.format.index import open_set
-from physio_dist.data.loading.loader import ShardDataset
+from physio_dist.data.handle import open_dataset
+from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import Backbone, refuse_overlap
 from physio_dist.evaluation.features import check_fits
@@ -77,7 +78,7 @@ def reconstruction(
     given, where = options.probe, begin(options)
     shards = open_set(given.data)
     trained = [read_run(url) for url in runs_of(given)]
-    source = ShardDataset([(shards.url, 1.0)], trained[0].signal["signal"], shard_cache())
+    source = open_dataset([(shards.url, 1.0)], trained[0].signal["signal"], shard_cache())
     train, test = source.members("train")[0], source.members(given.split)[0]
     if not len(test) or not len(train):
         raise UserError(
@@ -98,7 +99,7 @@ def reconstruction(
     results = {
         "kind": "reconstruction", "task": "reconstruction", "split": given.split, "data": shards.fingerprint,
         "simulated": shards.simulated, "windows": len(test),
-        "people": len(np.unique(source.sidecars[0].person[test])), "train_windows": len(train),
+        "people": len(np.unique(source.sample_tables[0].person[test])), "train_windows": len(train),
         "context": given.context,
         "runs": [{"url": storage.without_secrets(run.url), "step": run.step} for run in trained], "rows": rows,
     }  # fmt: skip
@@ -121,7 +122,7 @@ def _model(run: Trained, source: ShardDataset, test: npt.NDArray[np.int64], spli
     )  # fmt: skip
     check_fits(backbone, source.sets[0])
     refuse_overlap(
-        backbone, source.sidecars[0].person[test].tolist(), split,
+        backbone, source.sample_tables[0].person[test].tolist(), split,
         "Give a run that was trained on a shard set of the same recordings with the same split.val and split.test",
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

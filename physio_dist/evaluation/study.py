@@ -14,7 +14,7 @@ from physio_dist.config import TuneConfig, TuneOptions, check_tune
 from physio_dist.config.probe import ProbeOptions
 from physio_dist.config.task import LEAKY
 from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
-from physio_dist.data.loading.loader import ShardDataset
+from physio_dist.data.handle import open_dataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.analysis.embedding import embedding
 from physio_dist.evaluation.analysis.occlusion import occlusion
@@ -332,7 +332,7 @@ def _finetuned_row(study: Study, say: Say) -> Row:
     options, table, folds = study.options, study.table, study.folds
     shards = open_set(options.tune.data)
     backbones = {signal: _backbones(options, signal, folds, table, shards) for signal in SIGNALS}
-    sources = {signal: ShardDataset([(shards.url, 1.0)], signal, shard_cache()) for signal in SIGNALS}
+    sources = {signal: open_dataset([(shards.url, 1.0)], signal, shard_cache()) for signal in SIGNALS}
     how = ProbeOptions(epochs=options.tune.finetune_epochs, lr=options.tune.finetune_lr)
     probability: list[npt.NDArray[np.floating]] = []
     epochs: list[int | None] = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from physio_dist.config import TrainOptions
-from physio_dist.data.loading.loader import Batch
+from physio_dist.data.loading.dataset import Batch
 from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV
 from physio_dist.objectives.dual_mask import DualMask, MaskConfig, sample_masks
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from physio_dist.config import PretrainConfig
-from physio_dist.data.loading.loader import PrefetchLoader, ShardDataset
+from physio_dist.data.loading.dataset import ShardDataset
+from physio_dist.data.loading.loader import PrefetchLoader
 from physio_dist.errors import Stopped
 from physio_dist.objectives.dual_mask import dual_mask_loss
 from physio_dist.runtime import watchdog
@@ -105,6 +106,8 @@ def train(
             engine.skip()
             skipped += 1
         saver.update(sent == share.world, committed > 0)
+        # Nothing reads the signals any more: the step's collective has waited for the device.
+        prepared.batch.release()
 
         logged = step % opts.log_every == 0 or step in (1, opts.steps)
         validated = validation.total > 0 and (step % opts.val_every == 0 or step == opts.steps)

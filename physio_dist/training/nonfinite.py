@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from physio_dist.config import PretrainConfig
-from physio_dist.data.loading.loader import ShardDataset
+from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.errors import PhysioError
 from physio_dist.objectives.dual_mask import dual_mask_loss
 from physio_dist.runtime.distributed import BatchShare

@@ -13,8 +13,10 @@ import torch.distributed as dist
 
 from physio_dist import storage
 from physio_dist.config import PretrainConfig, mixture
+from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Batch, PrefetchLoader, ShardDataset
+from physio_dist.data.loading.dataset import Batch, ShardDataset
+from physio_dist.data.loading.loader import LoaderPlan, PrefetchLoader
 from physio_dist.errors import EXIT_FAULT, PhysioError, UserError
 from physio_dist.models.encoders.criss_cross import (
     CHECKPOINTED,
@@ -82,7 +84,7 @@ def pretrain(
     encoder = preset(options.model.preset, options.model.dropout)
     run_dir = RunDir(storage.join(options.run.dir, options.run.name), place.rank)
     cache = ShardCache(options.data.cache_dir, options.data.cache_gb * 1e9)
-    source = ShardDataset(mixture(options.data.index), options.data.signal, cache)
+    source = open_dataset(mixture(options.data.index), options.data.signal, cache)
     mask = replace(mask, layouts=lead_layouts(source.info.channels))
     _check_signal(source, mask)
     order = source.order("train", options.train.global_batch, options.run.seed)
@@ -135,7 +137,7 @@ def _training_data(source: ShardDataset) -> TrainingData:
         }
         for s in source.sets
     ]  # fmt: skip
-    seen = [sidecar.person[sidecar.split == 0] for sidecar in source.sidecars]
+    seen = [sidecar.person[sidecar.split == 0] for sidecar in source.sample_tables]
     return TrainingData(
         indexes=indexes,
         people=sorted({f"{person:016x}" for ids in seen for person in ids.tolist()}),
@@ -266,10 +268,9 @@ class Trainer:
             place.rank, place.world, micro, passes,
             count_flops(self.model.config, len(source.info.channels), source.info.samples // PATCH),
         )  # fmt: skip
+        plan = LoaderPlan(order, "train", micro * passes, start, opts.steps, place.rank, place.world, place.node)
         with (
-            PrefetchLoader(
-                source, order, "train", place.rank, place.world, micro * passes, ready, start, opts.steps, place.node
-            ) as feed,
+            PrefetchLoader(source, plan, ready) as feed,
             Watchdog(place.rank, opts.hang_timeout_s) as watchdog,
             ProfiledSteps(opts.profile if self.first else [], self._keep_profile) as profiled,
         ):  # fmt: skip

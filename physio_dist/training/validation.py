@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import save as save_safetensors
 
-from physio_dist.data.loading.loader import ShardDataset
+from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.data.loading.order import Ints, rank_slice
 from physio_dist.models.encoders.criss_cross import UNIT_UV
 from physio_dist.objectives.baselines import predict_interpolation, predict_zero
@@ -90,6 +90,7 @@ class Validation:
             sums += torch.stack([column.double().sum() for column in columns])
             if number == 0 and self._rank == 0:
                 examples = self._examples(prepared, micro, predicted, step)
+            prepared.batch.release()
         if dist.is_initialized():
             dist.all_reduce(sums)
         engine.train(True)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from physio_dist.data.format.index import SPLITS, SampleTable, ShardInfo, ShardSet, SignalInfo, fingerprint_of, publish
+from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import PrefetchLoader, ShardDataset
+from physio_dist.data.loading.loader import LoaderPlan, PrefetchLoader
 from physio_dist.errors import DataError, UserError
 from physio_dist.signals.montage import ECG_12
 from tests.data.conftest import signal_of
@@ -94,11 +95,11 @@ def test_index_refuses_the_shard_and_makes_no_index(tmp_path: Path, cli: Cli, ki
 def test_training_refuses_what_the_index_does_not_vouch_for(make_set: Make, tmp_path: Path, kind: str) -> None:
     shards = make_set(str(tmp_path / "set"), sizes=(5, 3, 4))
     (tmp_path / "set" / "ecg-000001.tar").write_bytes(BAD[kind][0])
-    source = ShardDataset([(shards.url, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    source = open_dataset([(shards.url, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     order = source.order("train", 4, 0)
     with (
         pytest.raises(DataError, match=r"ecg-000001\.tar"),
-        PrefetchLoader(source, order, "train", 0, 1, 4, lambda made: made, 0, 100) as batches,
+        PrefetchLoader(source, LoaderPlan(order, "train", 4, 0, 100), lambda made: made) as batches,
     ):
         list(batches)
 
@@ -134,7 +135,7 @@ def empty_set(tmp_path: Path) -> str:
 
 def test_a_set_without_samples_is_no_fault_but_nothing_to_train_on(empty_set: str, tmp_path: Path, cli: Cli) -> None:
     check(cli("verify", empty_set), (0,), "0 samples in 1 shards")
-    source = ShardDataset([(empty_set, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    source = open_dataset([(empty_set, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     with pytest.raises(UserError, match=r"/empty: split train holds 0 samples, fewer than the 4"):
         source.order("train", 4, 0)
 

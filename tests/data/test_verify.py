@@ -20,8 +20,8 @@ from physio_dist import storage
 from physio_dist.data import describe
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import ShardInfo, ShardSet, fingerprint_of, open_set, publish, read_sample_table
+from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.data.verify import IndexOptions, index_existing, verify
 from physio_dist.errors import DataError, UserError
 from physio_dist.signals.montage import ECG_12
@@ -184,13 +184,13 @@ def test_a_stock_webdataset_gets_an_index_and_is_read_like_our_own(tmp_path: Pat
     assert (done.returncode, done.stdout) == (0, f"10 samples of 4 people in 2 shards\n{folder}/index.json\n")
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert list(verify(str(folder))) == []
-    source = ShardDataset([(str(folder), 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    source = open_dataset([(str(folder), 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     assert source.sets[0].rate == 100
     assert source.info.uv_per_bit == 2.5
     batch = source.read_batch(0, np.zeros(10, int), np.arange(10), np.arange(10), 10)
     for row, key in enumerate(source.keys(batch.samples)):
         np.testing.assert_array_equal(batch.signal[row], signal_of(int(key[1:])))
-    people = dict(zip(source.keys(batch.samples), source.sidecars[0].person.tolist(), strict=True))
+    people = dict(zip(source.keys(batch.samples), source.sample_tables[0].person.tolist(), strict=True))
     assert people["x000"] == people["x001"] == people["x002"] != people["x003"]
     again = cli("index", folder, "channels=I,II")
     assert again.returncode == 2

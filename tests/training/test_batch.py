@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from physio_dist.config import TrainOptions
-from physio_dist.data.loading.loader import Batch
+from physio_dist.data.loading.dataset import Batch
 from physio_dist.data.loading.order import rank_slice
 from physio_dist.objectives.dual_mask import MaskConfig
 from physio_dist.runtime.distributed import split_share

@@ -23,7 +23,7 @@ from plain import PlainModel, plain_loss
 from torch import Tensor, nn
 
 from physio_dist.config import PretrainConfig
-from physio_dist.data.loading.loader import Batch
+from physio_dist.data.loading.dataset import Batch
 from physio_dist.models.cbramod import cbramod_name
 from physio_dist.models.encoders.criss_cross import PRESETS, MaskedModel, count_flops, preset
 from physio_dist.objectives.dual_mask import MaskConfig, dual_mask_loss

@@ -43,6 +43,8 @@ _REFUSED_S = 5.0
 # The step that training is at, and for the hash of every shard the step at which this node needs it next.
 NextUse = Callable[[], tuple[int, dict[str, int]]]
 _Identity = tuple[int, int, int]
+# By hash and path the files that this process has verified, so that each is hashed once however many caches open it.
+_verified_files: dict[tuple[str, Path], _Identity] = {}
 
 
 class Opened:
@@ -94,8 +96,6 @@ class ShardCache:
         self._opened: OrderedDict[str, Opened] = OrderedDict()
         # Those of them that are files of the cache rather than of a local set.
         self._fetched: set[str] = set()
-        # What was verified, so that a file closed for want of room is not paid for with another hash of it.
-        self._seen: dict[str, _Identity] = {}
         self._touched: dict[str, float] = {}
         self._refused: dict[str, float] = {}
         self._told = False
@@ -159,8 +159,8 @@ class ShardCache:
         """
         return self._content(shards.shard_url(shard), shards.shards[shard])
 
-    def sidecar(self, shards: ShardSet) -> bytearray:
-        """All bytes of a set's sidecar, which a node fetches once like a shard. Raises as :meth:`content` does."""
+    def sample_table(self, shards: ShardSet) -> bytearray:
+        """All bytes of a set's sample table, which a node fetches once like a shard. Raises as :meth:`content` does."""
         url = storage.join(shards.url, SIDECAR)
         return self._content(url, ShardInfo(SIDECAR, 0, storage.size(url), shards.sidecar_sha256))
 
@@ -206,14 +206,14 @@ class ShardCache:
         """A file that is there; None where its content has another hash."""
         fd = os.open(path, os.O_RDONLY)
         opened = Opened(fd, _identity(os.fstat(fd)))
-        if self._seen.get(sha256) != _identity(os.fstat(fd)):
+        if _verified_files.get((sha256, path)) != _identity(os.fstat(fd)):
             with open(fd, "rb", closefd=False) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     return None
             # What was altered while it was hashed is not what was hashed.
             if not opened.intact():
                 return None
-            self._seen[sha256] = _identity(os.fstat(fd))
+            _verified_files[sha256, path] = _identity(os.fstat(fd))
         return opened
 
     def _local(self, url: str, sha256: str) -> Opened:
@@ -267,9 +267,11 @@ class ShardCache:
         try:
             if storage.fetch(url, temporary, info.filesize) != info.sha256:
                 return None
-            self._seen[info.sha256] = _identity(temporary.stat())
+            # The renamed file is this one, by its inode.
+            _verified_files[info.sha256, temporary] = _verified_files[info.sha256, path] = _identity(temporary.stat())
             opened = self._verified(temporary, info.sha256)
             temporary.replace(path)
+            del _verified_files[info.sha256, temporary]
             return opened
         except storage.NotFoundError:
             raise DataError(f"shard {url} is in the index but not in storage") from None

@@ -19,11 +19,20 @@ def open_sets(urls: Sequence[str], signal: str) -> list[ShardSet]:
         DataError: a damaged index.
     """
     sets = [open_set(url) for url in urls]
+    check_compatible(sets, signal)
+    return sets
+
+
+def check_compatible(sets: Sequence[ShardSet], signal: str) -> None:
+    """Check that sets can be mixed.
+
+    Raises:
+        UserError: a set lacks the signal, or its rate, window length or channels differ from the first one's.
+    """
     for shards in sets:
         if signal not in shards.signals:
             raise UserError(f"{shards.url} holds no {signal} signal; it has: {', '.join(shards.signals)}")
         _agree(sets[0], shards, signal)
-    return sets
 
 
 def members(sidecar: SampleTable, split: str) -> Ints:

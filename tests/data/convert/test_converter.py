@@ -14,8 +14,8 @@ import pytest
 from physio_dist import config
 from physio_dist.data.convert.converter import Summary, convert, tell
 from physio_dist.data.format.index import open_set, pseudonym, read_sample_table
+from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.data.verify import verify
 from physio_dist.errors import UserError
 
@@ -82,7 +82,7 @@ def test_stock_readers_open_the_shards_and_agree_with_what_training_reads(tmp_pa
     out = tmp_path / "out"
     made("simulate", "people=6,windows=3,seed=4", out, "unusable=keep", "samples_per_shard=7")
     shards, sidecar = open_set(str(out)), read_sample_table(open_set(str(out)))
-    source = ShardDataset([(str(out), 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    source = open_dataset([(str(out), 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     n = shards.nsamples
     ids = np.arange(n)
     batch = source.read_batch(0, ids * 0, ids, ids, n)
@@ -257,7 +257,7 @@ def test_leads_are_chosen_ordered_and_masked_where_they_are_missing(
     assert facts["part-00000"]["valid"]["ecg"] == [False, True]
     assert facts["whole-00000"]["valid"]["ecg"] == [True, True]
     shards = open_set(str(tmp_path / "b"))
-    source = ShardDataset([(str(tmp_path / "b"), 1.0)], "ecg", ShardCache(str(tmp_path / "c"), 1e9))
+    source = open_dataset([(str(tmp_path / "b"), 1.0)], "ecg", ShardCache(str(tmp_path / "c"), 1e9))
     batch = source.read_batch(0, np.zeros(2, int), np.arange(2), np.arange(2), 2)
     row = read_sample_table(shards).keys(np.arange(2)).index("whole-00000")
     wave = heart(0)[[10, 1]].astype(float)

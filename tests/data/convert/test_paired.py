@@ -19,8 +19,8 @@ from physio_dist.data.convert.channels import spec_of
 from physio_dist.data.convert.converter import Summary, convert, plan_job
 from physio_dist.data.convert.parts import make_part, part_of, spooled
 from physio_dist.data.format.index import open_set, pseudonym, read_sample_table, split_of
+from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.data.verify import verify
 from physio_dist.errors import UserError
 from physio_dist.signals.montage import EEG_19
@@ -76,7 +76,7 @@ def test_every_window_of_eegmat_is_a_fit_pair(data_dir: Path, tmp_path: Path) ->
     stock = webdataset.WebDataset(urls, shardshuffle=False).decode()
     listed = wids.ShardListDataset(str(out / "index.json"), keep=True)
     sources = {
-        name: ShardDataset([(str(out), 1.0)], name, ShardCache(str(tmp_path / "c"), 1e9)) for name in shards.signals
+        name: open_dataset([(str(out), 1.0)], name, ShardCache(str(tmp_path / "c"), 1e9)) for name in shards.signals
     }
     tasks = set()
     for i, sample in enumerate(stock):

@@ -15,8 +15,8 @@ from physio_dist import storage
 from physio_dist.data.describe import describe
 from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
 from physio_dist.data.format.resplit import publish_resplits, with_splits
+from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import ShardDataset
 from physio_dist.data.verify import verify
 from physio_dist.errors import DataError, UserError
 from tests.conftest import S3
@@ -189,11 +189,11 @@ def test_views_in_a_bucket_share_the_shards_of_the_cache(make_set: Make, tmp_pat
     cache = ShardCache(str(tmp_path / "cache"), 1e9)
     every = np.arange(12)
     zeros = np.zeros(12, dtype=np.int64)
-    wanted = ShardDataset([(shards.url, 1.0)], "ecg", cache).read_batch(0, zeros, every, every, 12).signal.copy()
+    wanted = open_dataset([(shards.url, 1.0)], "ecg", cache).read_batch(0, zeros, every, every, 12).signal.copy()
     fetched = {path.name for path in (tmp_path / "cache").rglob("*.tar")}
     assert len(fetched) == 3
     for url in (views[0].url, views[1].url, local[0].url):
-        source = ShardDataset([(url, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+        source = open_dataset([(url, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
         assert all(source.cache.held(source.sets[0], n) for n in range(3))
         assert np.array_equal(source.read_batch(0, zeros, every, every, 12).signal, wanted)
         assert {path.name for path in (tmp_path / "cache").rglob("*.tar")} == fetched

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from physio_dist import storage
 from physio_dist.data.format.index import ShardSet
-from physio_dist.data.loading import loader, order
+from physio_dist.data.handle import open_dataset
+from physio_dist.data.loading import dataset, order
+from physio_dist.data.loading.buffers import BufferPool
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Batch, PrefetchLoader, ShardDataset, rank_batch
+from physio_dist.data.loading.dataset import Batch, ShardDataset
+from physio_dist.data.loading.loader import LoaderPlan, PrefetchLoader, rank_batch
 from physio_dist.errors import DataError, UserError
 from tests.conftest import S3
 from tests.data.conftest import signal_of
@@ -25,7 +27,7 @@ Make = Callable[..., ShardSet]
 
 def source_of(tmp_path: Path, *urls: str, weights: tuple[float, ...] = ()) -> ShardDataset:
     parts = list(zip(urls, weights or (1.0,) * len(urls), strict=True))
-    return ShardDataset(parts, "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
+    return open_dataset(parts, "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
 
 
 def feed(
@@ -33,7 +35,7 @@ def feed(
 ) -> PrefetchLoader[Batch]:
     size = -(-batch // world)
     order = source.order("train", batch, seed)
-    return PrefetchLoader(source, order, "train", rank, world, size, lambda made: made, start, stop)
+    return PrefetchLoader(source, LoaderPlan(order, "train", size, start, stop, rank, world), lambda made: made)
 
 
 def threads() -> set[str]:
@@ -66,7 +68,7 @@ def test_batches_hold_the_split_and_nothing_else(make_set: Make, tmp_path: Path)
     for split, wanted in (("train", set(range(24)) - held), ("val", held)):
         order, members = source.order(split, 4, 0), source.members(split)
         steps = len(wanted) // 4
-        seen = np.concatenate([rank_batch(source, order, members, step, 0, 1)[1] for step in range(steps)])
+        seen = np.concatenate([rank_batch(order, members, step, 0, 1)[1] for step in range(steps)])
         assert set(seen.tolist()) == wanted
 
 
@@ -75,11 +77,8 @@ def test_ranks_together_get_the_global_batch_with_positions_in_the_run(
     make_set: Make, tmp_path: Path, world: int
 ) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10, 10)).url)
-    whole = rank_batch(source, source.order("train", 7, 1), source.members("train"), 4, 0, 1)
-    parts = [
-        rank_batch(source, source.order("train", 7, 1), source.members("train"), 4, rank, world)
-        for rank in range(world)
-    ]
+    whole = rank_batch(source.order("train", 7, 1), source.members("train"), 4, 0, 1)
+    parts = [rank_batch(source.order("train", 7, 1), source.members("train"), 4, rank, world) for rank in range(world)]
     # Within its slice a rank has them in an order of its own.
     together = sorted(zip(*(np.concatenate([part[i] for part in parts]).tolist() for i in (2, 0, 1)), strict=True))
     assert together == sorted(zip(*(whole[i].tolist() for i in (2, 0, 1)), strict=True))
@@ -156,7 +155,7 @@ def test_an_error_in_preparing_a_batch_is_raised(make_set: Make, tmp_path: Path)
     seen = []
     with (
         pytest.raises(ZeroDivisionError, match="in step 2"),
-        PrefetchLoader(source, source.order("train", 4, 0), "train", 0, 1, 4, prepare, 0, 9) as batches,
+        PrefetchLoader(source, LoaderPlan(source.order("train", 4, 0), "train", 4, 0, 9), prepare) as batches,
     ):
         for batch in batches:
             seen.append(batch.step)
@@ -209,7 +208,7 @@ def test_a_shard_that_had_to_go_is_fetched_once_an_epoch(
     whole = contents(source_of(tmp_path, shards.url), 1, 3 * 96)
     cache = ShardCache(str(tmp_path / "small"), 4.5 * shards.shards[0].filesize)
     told = fetches(monkeypatch)
-    again = contents(ShardDataset([(shards.url, 1.0)], "ecg", cache), 1, 3 * 96)
+    again = contents(open_dataset([(shards.url, 1.0)], "ecg", cache), 1, 3 * 96)
     for ours, theirs in zip(again, whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     counts = [sum(shard == f"{n:02d}" for shard, _ in told) for n in range(12)]
@@ -224,7 +223,7 @@ def test_samples_are_read_one_by_one_where_the_cache_has_no_room(
     whole = contents(source_of(tmp_path, shards.url), 5, 20)
     cache = ShardCache(str(tmp_path / "small"), 2.5 * shards.shards[0].filesize)
     told = fetches(monkeypatch)
-    again = contents(ShardDataset([(shards.url, 1.0)], "ecg", cache), 5, 20)
+    again = contents(open_dataset([(shards.url, 1.0)], "ecg", cache), 5, 20)
     for ours, theirs in zip(again, whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     # All shards are in use all the time, so none takes the place of another.
@@ -238,9 +237,9 @@ def test_a_sample_that_disagrees_with_its_check_is_named(
 ) -> None:  # fmt: skip
     shards = make_set(s3_here.bucket, sizes=(8,))
     cache = ShardCache(str(tmp_path / "small"), size * shards.shards[0].filesize)
-    source = ShardDataset([(shards.url, 1.0)], "ecg", cache)
+    source = open_dataset([(shards.url, 1.0)], "ecg", cache)
     nothing, third = np.zeros(1, np.int64), np.array([3])
-    flip_bit(s3_here.folder / "ecg-000000.tar", int(source.sidecars[0].offset["ecg"][3]) + 9)
+    flip_bit(s3_here.folder / "ecg-000000.tar", int(source.sample_tables[0].offset["ecg"][3]) + 9)
     disagrees = pytest.raises(DataError, match=r"ecg-000000\.tar disagrees .*s0-0003")
     with caplog.at_level("WARNING", "physio_dist"), disagrees:
         source.read_batch(0, nothing, third, third, 1, fetching=size < 1)
@@ -270,24 +269,56 @@ def test_sets_that_do_not_fit_are_not_mixed(make_set: Make, tmp_path: Path, othe
 def test_a_signal_that_a_set_lacks_is_named(make_set: Make, tmp_path: Path) -> None:
     make_set(str(tmp_path / "a"))
     with pytest.raises(UserError, match="holds no eeg signal; it has: ecg"):
-        ShardDataset([(str(tmp_path / "a"), 1.0)], "eeg", ShardCache(str(tmp_path / "cache"), 1e9))
+        open_dataset([(str(tmp_path / "a"), 1.0)], "eeg", ShardCache(str(tmp_path / "cache"), 1e9))
 
 
-def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it(make_set: Make, tmp_path: Path) -> None:
+def test_kept_batch_keeps_its_memory_and_released_one_gives_it_up(make_set: Make, tmp_path: Path) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(9,)).url)
 
-    def gathered(sample: int) -> np.ndarray:
+    def read(sample: int) -> Batch:
         ids = np.array([sample])
-        return source.read_batch(0, ids * 0, ids, ids, 1).signal
+        return source.read_batch(0, ids * 0, ids, ids, 1)
 
-    first = gathered(0)
-    place = first.ctypes.data
-    rows, tensor, view = gathered(1)[0], torch.from_numpy(gathered(2)), gathered(3).reshape(-1).data
-    held = [gathered(sample) for sample in range(9)]
-    for sample, values in ((0, first), (1, rows), (2, tensor.numpy()), (3, np.asarray(view))):
-        np.testing.assert_array_equal(np.asarray(values).reshape(2, 64), signal_of(sample))
-    assert len({one.ctypes.data for one in held}) == 9
-    kept = [one.ctypes.data for one in held[-loader._BUFFERS :]]
-    del first, rows, tensor, view, held
-    assert place not in kept
-    assert gathered(5).ctypes.data in kept
+    kept, released = read(0), read(1)
+    place = released.signal.ctypes.data
+    released.release()
+    again = read(2)
+    assert again.signal.ctypes.data == place
+    # A second release of the first user takes nothing from the second one.
+    released.release()
+    later = [read(sample) for sample in range(9)]
+    assert len({batch.signal.ctypes.data for batch in (kept, again, *later)}) == 11
+    for sample, batch in ((0, kept), (2, again), *enumerate(later)):
+        np.testing.assert_array_equal(batch.signal[0], signal_of(sample))
+
+
+def test_loader_without_releases_delivers_batches_that_can_be_kept(make_set: Make, tmp_path: Path) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    with feed(source, 4, 0, 12) as batches:
+        kept = list(batches)
+    for batch in kept:
+        for row, sample in enumerate(batch.samples[1].tolist()):
+            np.testing.assert_array_equal(batch.signal[row], signal_of(sample))
+
+
+def test_loader_reuses_memory_of_released_batches(make_set: Make, tmp_path: Path) -> None:
+    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    places = set()
+    with feed(source, 4, 0, 40) as batches:
+        for batch in batches:
+            for row, sample in enumerate(batch.samples[1].tolist()):
+                np.testing.assert_array_equal(batch.signal[row], signal_of(sample))
+            places.add(batch.signal.ctypes.data)
+            batch.release()
+    assert len(places) <= dataset._BUFFERS
+
+
+def test_pool_keeps_no_more_arrays_than_its_size() -> None:
+    pool = BufferPool(2)
+    acquired = [pool.acquire((1, 1, 4)) for _ in range(5)]
+    places = [array.ctypes.data for array, _ in acquired]
+    for _, release in acquired:
+        release()
+    again = [pool.acquire((1, 1, 4))[0] for _ in range(2)]
+    assert sorted(array.ctypes.data for array in again) == sorted(places[-2:])
+    assert pool.acquire((2, 1, 4))[0].shape == (2, 1, 4)

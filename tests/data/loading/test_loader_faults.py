@@ -16,9 +16,11 @@ import pytest
 
 from physio_dist import storage
 from physio_dist.data.format.index import ShardSet
+from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading import order
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import Batch, PrefetchLoader, ShardDataset
+from physio_dist.data.loading.dataset import Batch
+from physio_dist.data.loading.loader import LoaderPlan, PrefetchLoader
 from physio_dist.errors import DataError
 from physio_dist.storage import StorageError
 from tests.conftest import Proxied, disk_of
@@ -42,10 +44,9 @@ def limits(monkeypatch: pytest.MonkeyPatch, outage_s: float = 300.0, read_timeou
 def feed(
     url: str, cache: Path, steps: int = EPOCH, rank: int = 0, world: int = 1, limit: float = 1e9
 ) -> PrefetchLoader[Batch]:
-    source = ShardDataset([(url, 1.0)], "ecg", ShardCache(str(cache), limit))
-    return PrefetchLoader(
-        source, source.order("train", BATCH, 0), "train", rank, world, BATCH // world, lambda made: made, 0, steps
-    )
+    source = open_dataset([(url, 1.0)], "ecg", ShardCache(str(cache), limit))
+    plan = LoaderPlan(source.order("train", BATCH, 0), "train", BATCH // world, 0, steps, rank, world)
+    return PrefetchLoader(source, plan, lambda made: made)
 
 
 def content(batches: Iterable[Batch]) -> list[tuple[Any, ...]]:

@@ -17,16 +17,18 @@ CODE = """
 import re, sys
 from pathlib import Path
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import PrefetchLoader, ShardDataset
+from physio_dist.data.handle import open_dataset
+from physio_dist.data.loading.loader import LoaderPlan, PrefetchLoader
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
 
-source = ShardDataset([(sys.argv[1], 1.0)], "ecg", ShardCache(sys.argv[2], 1e9))
+source = open_dataset([(sys.argv[1], 1.0)], "ecg", ShardCache(sys.argv[2], 1e9))
 order = source.order("train", 64, 0)
 epoch = order.sets[0].steps_per_epoch
-with PrefetchLoader(source, order, "train", 0, 1, 64, lambda batch: batch, 0, 20 * epoch) as feed:
+with PrefetchLoader(source, LoaderPlan(order, "train", 64, 0, 20 * epoch), lambda batch: batch) as feed:
     for batch in feed:
+        batch.release()
         if (batch.step + 1) % epoch == 0:
             print(anonymous(), flush=True)
 """

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from serve import hashes, serve, timed
 
+from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.loading.loader import PrefetchLoader, ShardDataset
+from physio_dist.data.loading.loader import LoaderPlan, PrefetchLoader
 
 SEED = 0
 
@@ -28,7 +29,7 @@ class Epochs:
     """
 
     def __init__(self, url: str, batch: int, cache: Path) -> None:
-        self.source = ShardDataset([(url, 1.0)], "ecg", ShardCache(str(cache), 1e15))
+        self.source = open_dataset([(url, 1.0)], "ecg", ShardCache(str(cache), 1e15))
         self._order = self.source.order("train", batch, SEED)
         self._batch, self._done = batch, 0
         self._steps = self.source.sets[0].splits["train"] // batch
@@ -36,11 +37,11 @@ class Epochs:
     def __call__(self) -> Iterator[npt.NDArray[np.int16]]:
         start = self._done * self._steps
         self._done += 1
-        with PrefetchLoader(
-            self.source, self._order, "train", 0, 1, self._batch, lambda batch: batch, start, start + self._steps
-        ) as feed:  # fmt: skip
+        plan = LoaderPlan(self._order, "train", self._batch, start, start + self._steps)
+        with PrefetchLoader(self.source, plan, lambda batch: batch) as feed:
             for batch in feed:
                 yield batch.signal
+                batch.release()
 
 
 def remote(url: str, batch: int, cache: Path) -> dict[str, Callable[[], dict[str, Any]]]:

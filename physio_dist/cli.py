@@ -20,7 +20,7 @@ from physio_dist.signals import readers
 from physio_dist.signals.recording import Recording
 
 if TYPE_CHECKING:
-    from physio_dist.evaluation.reconstruction import Trained
+    from physio_dist.evaluation.reconstruction import PretrainedRun
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,10 +174,10 @@ def _embed(given: argparse.Namespace) -> None:
 
 
 def _folds(given: argparse.Namespace) -> None:
-    from physio_dist.evaluation import fold_sets
+    from physio_dist.evaluation import fold_resplits
 
-    options = config.load(fold_sets.FoldsConfig, given.config, given.options, fold_sets.check_folds)
-    views, written = fold_sets.make_views(options, job_paths.require_durable(given.out, "--out"))
+    options = config.load(fold_resplits.FoldsConfig, given.config, given.options, fold_resplits.check_folds)
+    views, written = fold_resplits.write_fold_resplits(options, job_paths.require_durable(given.out, "--out"))
     there = len(views) - written
     print(f"views of {views[0].data_url}" + (f", {there} of {len(views)} were there already" if there else ""))
     for view in views:
@@ -239,17 +239,17 @@ def _probe(given: argparse.Namespace) -> None:
     print(storage.join(options.run.dir, options.run.name, "results.json"))
 
 
-def _trained(run: str) -> Trained:
+def _trained(run: str) -> PretrainedRun:
     """The newest checkpoint of a run: its reconstruction head is in no export."""
     from physio_dist.evaluation.backbones import people_of
-    from physio_dist.evaluation.reconstruction import Trained
+    from physio_dist.evaluation.reconstruction import PretrainedRun
     from physio_dist.training import checkpoint
 
     found = checkpoint.newest(run, lambda text: print(f"warning: {text}", file=sys.stderr))
     if found is None:
         raise UserError(f"{run} has no committed checkpoint; give the folder run.dir/run.name of a run, not an export")
     about = found.progress
-    return Trained(run, about.step, about.encoder, about.signal, found.model, people_of(run))
+    return PretrainedRun(run, about.step, about.encoder, about.signal, found.model, people_of(run))
 
 
 def _plan(given: argparse.Namespace) -> None:

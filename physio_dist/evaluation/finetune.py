@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.data.loading.order import permutation
 from physio_dist.evaluation.backbones import Backbone
+from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
-from physio_dist.evaluation.tasks import Table
 from physio_dist.models.encoders.criss_cross import PATCH, CrissCrossEncoder
 from physio_dist.models.fusion.base import pool
 from physio_dist.stats.scores import auc
@@ -69,7 +69,7 @@ class _Classifier(nn.Module):
 
 
 def finetune(
-    backbones: Mapping[str, Backbone], sources: Mapping[str, ShardDataset], table: Table, fold: Fold,
+    backbones: Mapping[str, Backbone], sources: Mapping[str, ShardDataset], table: LabelTable, fold: Fold,
     options: Finetuning, purpose: str,
 ) -> tuple[Floats, int]:  # fmt: skip
     """Train encoders and a head on a fold's first inner split, and test after the epoch that its validation people

@@ -22,11 +22,11 @@ from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.backbones import Backbone, open_backbone, refuse_overlap, untrained
 from physio_dist.evaluation.features import Features, check_fits, embed, open_features
 from physio_dist.evaluation.finetune import finetune
-from physio_dist.evaluation.handcrafted import logistic
-from physio_dist.evaluation.quality_indices import quality_measures
+from physio_dist.evaluation.handcrafted import window_features
+from physio_dist.evaluation.label_table import LabelTable, load_label_table, shard_cache
+from physio_dist.evaluation.logistic import fit_logistic
 from physio_dist.evaluation.results import majority
 from physio_dist.evaluation.splits import Fold, folds_of, inner_splits, labelled
-from physio_dist.evaluation.tasks import Table, load_table, shard_cache
 from physio_dist.models.fusion.base import pool
 from physio_dist.stats.scores import score
 
@@ -65,7 +65,7 @@ def probe(options: ProbeConfig, say: Say) -> dict[str, Any]:
     check_fits(backbone, shards)
     if backbone.loaded:
         say(backbone.loaded)
-    table = load_table(shards.url, "labels", given.label, "probe.label")
+    table = load_label_table(shards.url, "labels", given.label, "probe.label")
     refuse_rare_classes(table, given.label)
     seeds = [options.run.seed + number for number in range(given.seeds)]
     folds = {seed: folds_of(table, given.protocol, given.folds, given.val_folds, seed, "probe") for seed in seeds}
@@ -112,7 +112,7 @@ def finish(options: ProbeConfig, where: str, results: Mapping[str, Any]) -> None
     storage.write_json(storage.join(where, RESULTS), dict(results))
 
 
-def refuse_rare_classes(table: Table, label: str) -> None:
+def refuse_rare_classes(table: LabelTable, label: str) -> None:
     """Refuse a class that cannot be trained on, selected on and tested on by different people.
 
     Raises:
@@ -129,7 +129,7 @@ def refuse_rare_classes(table: Table, label: str) -> None:
 
 
 def _labelled_folds(
-    table: Table, folds: Sequence[Fold], fractions: Sequence[float], val_folds: int, seed: int
+    table: LabelTable, folds: Sequence[Fold], fractions: Sequence[float], val_folds: int, seed: int
 ) -> dict[float, list[Fold]]:  # fmt: skip
     """The folds with the training people cut down to each share."""
     found: dict[float, list[Fold]] = {}
@@ -151,13 +151,13 @@ def _labelled_folds(
 
 
 def _inputs(
-    options: ProbeConfig, shards: ShardSet, backbone: Backbone, table: Table, seeds: Sequence[int], say: Say
+    options: ProbeConfig, shards: ShardSet, backbone: Backbone, table: LabelTable, seeds: Sequence[int], say: Say
 ) -> dict[str, Floats]:  # fmt: skip
     """Features of the labelled windows, ``[row, f]``: of ``validity``, ``handmade``, ``encoder``, ``untrained/SEED``.
 
     An encoder's come with the validity of each channel, which it was given too: it sees nothing of invalid ones.
     """
-    found: dict[str, Floats] = {"handmade": quality_measures(shards, backbone.signal, say)[table.sample]}
+    found: dict[str, Floats] = {"handmade": window_features(shards, backbone.signal, say)[table.sample]}
     folder = options.probe.feature_cache or storage.join(options.run.dir, "features")
     of = {"encoder": backbone, **{f"untrained/{seed}": untrained(backbone, seed) for seed in seeds}}
     for name, encoder in of.items():
@@ -172,7 +172,7 @@ def _inputs(
     return found
 
 
-def _pooled(features: Features, table: Table, kind: str) -> Floats:
+def _pooled(features: Features, table: LabelTable, kind: str) -> Floats:
     parts = []
     for start in range(0, len(table.sample), _WINDOWS):
         rows = table.sample[start : start + _WINDOWS]
@@ -181,7 +181,7 @@ def _pooled(features: Features, table: Table, kind: str) -> Floats:
 
 
 def _tested(
-    name: str, table: Table, folds: Sequence[Fold], inputs: Mapping[str, Floats], seed: int, options: ProbeConfig,
+    name: str, table: LabelTable, folds: Sequence[Fold], inputs: Mapping[str, Floats], seed: int, options: ProbeConfig,
     backbone: Backbone, shards: ShardSet,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of one seed, means over its folds, and on whom they rest.
@@ -204,7 +204,7 @@ def _tested(
     else:
         x = inputs[f"untrained/{seed}" if name == "untrained" else name]
         for fold in folds:
-            fitted = logistic({name: x}, table.label, classes, fold, _C, "balanced")
+            fitted = fit_logistic({name: x}, table.label, classes, fold, _C, "balanced")
             probability.append(fitted.probability)
             chosen.append({"C": fitted.c})
     scores = [score(table.label[fold.test], each) for fold, each in zip(folds, probability, strict=True)]
@@ -240,7 +240,7 @@ def _row(name: str, fraction: float, seeds: Sequence[int], each: Sequence[dict[s
 
 
 def _about(
-    options: ProbeConfig, shards: ShardSet, backbone: Backbone, table: Table, folds: Sequence[Fold]
+    options: ProbeConfig, shards: ShardSet, backbone: Backbone, table: LabelTable, folds: Sequence[Fold]
 ) -> dict[str, Any]:  # fmt: skip
     tested = np.concatenate([fold.test for fold in folds])
     given, channels = options.probe, shards.signals[backbone.signal].channels

@@ -20,8 +20,8 @@ from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import Backbone, refuse_overlap
 from physio_dist.evaluation.features import check_fits
+from physio_dist.evaluation.label_table import shard_cache
 from physio_dist.evaluation.probe import begin, finish
-from physio_dist.evaluation.tasks import shard_cache
 from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV, EncoderConfig, MaskedModel
 from physio_dist.objectives.baselines import LeadRidge, fit_lead_ridge, predict_interpolation, predict_zero
 from physio_dist.objectives.dual_mask import MaskConfig, sample_masks
@@ -37,7 +37,7 @@ _INTRA = 0.5
 
 
 @dataclass(frozen=True)
-class Trained:
+class PretrainedRun:
     """What a run's newest checkpoint holds.
 
     Attributes:
@@ -58,7 +58,7 @@ class Trained:
 
 
 def reconstruction(
-    options: ProbeConfig, read_run: Callable[[str], Trained], say: Callable[[str], None]
+    options: ProbeConfig, read_run: Callable[[str], PretrainedRun], say: Callable[[str], None]
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate, and write ``config.yaml`` and ``results.json`` to ``run.dir/run.name``.
 
@@ -107,7 +107,7 @@ def reconstruction(
     return results
 
 
-def _model(run: Trained, source: ShardDataset, test: npt.NDArray[np.int64], split: str) -> Predict:
+def _model(run: PretrainedRun, source: ShardDataset, test: npt.NDArray[np.int64], split: str) -> Predict:
     """The run's reconstruction.
 
     Raises:

@@ -14,8 +14,8 @@ from safetensors.numpy import save as save_safetensors
 from scipy.stats import ttest_1samp
 
 from physio_dist.data.format.index import key_table
+from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
-from physio_dist.evaluation.tasks import Table
 from physio_dist.stats.auc import compare_all_pairs, compared, difference, p_of_no_difference
 from physio_dist.stats.scores import METRICS, auc_interval, calibration_error, confusion, score
 
@@ -56,7 +56,7 @@ class Outcome:
     embedding: bytes | None = None
 
 
-def row_of(row: Row, table: Table, folds: Sequence[Fold], seed: int) -> dict[str, Any]:
+def row_of(row: Row, table: LabelTable, folds: Sequence[Fold], seed: int) -> dict[str, Any]:
     """A row of ``results.json``: metrics over all test windows together, for each fold, and their spread over folds."""
     tested = np.concatenate([fold.test for fold in folds])
     label, probability = table.label[tested], np.concatenate(list(row.probability))
@@ -87,7 +87,7 @@ def row_of(row: Row, table: Table, folds: Sequence[Fold], seed: int) -> dict[str
     }
 
 
-def differences(rows: Sequence[Row], table: Table, folds: Sequence[Fold]) -> list[dict[str, Any]]:
+def differences(rows: Sequence[Row], table: LabelTable, folds: Sequence[Fold]) -> list[dict[str, Any]]:
     """Pooled AUCs of rows less those of others, on the same people: ``row minus auc ci p``."""
     tested = np.concatenate([fold.test for fold in folds])
     label, person = table.label[tested], table.person[tested]
@@ -114,7 +114,7 @@ def _spread(values: Sequence[Any]) -> float | None:
     return round(float(np.std(known, ddof=1)), _DIGITS) if len(known) > 1 else None
 
 
-def majority(table: Table, folds: Sequence[Fold]) -> Row:
+def majority(table: LabelTable, folds: Sequence[Fold]) -> Row:
     """What one knows without any signal: how frequent the classes are among the fold's training people."""
     probability = []
     for fold in folds:
@@ -123,7 +123,7 @@ def majority(table: Table, folds: Sequence[Fold]) -> Row:
     return Row("majority", (), probability, [None] * len(folds), [None] * len(folds))
 
 
-def oracle_rows(table: Table, folds: Sequence[Fold]) -> list[Row]:
+def oracle_rows(table: LabelTable, folds: Sequence[Fold]) -> list[Row]:
     """The best that the hidden state of simulated signals allows, for each signal and for both together.
 
     What is simulated depends on its class through one drive a signal, drawn around a mean of the class with an equal
@@ -131,12 +131,12 @@ def oracle_rows(table: Table, folds: Sequence[Fold]) -> list[Row]:
     two classes a logistic function of drive x D / variance, D the difference of the means), taken here from all of the
     table; drives are independent given the class, so the log-likelihoods of both add up.
     """
-    if not table.latent:
+    if not table.simulated_drive:
         return []
     classes = len(table.classes)
     prior = np.log(np.bincount(table.label, minlength=classes) / len(table.label))
     evidence = {}
-    for signal, drive in table.latent.items():
+    for signal, drive in table.simulated_drive.items():
         means = np.array([drive[table.label == one].mean() for one in range(classes)])
         variance = float(np.mean((drive - means[table.label]) ** 2))
         # Drives without any spread tell the class for sure.
@@ -174,7 +174,7 @@ def _above_chance(areas: Sequence[float]) -> float | None:
     return float(f"{ttest_1samp(areas, 0.5, alternative='greater').pvalue:.3g}")
 
 
-def predictions(rows: Sequence[Row], table: Table, folds: Sequence[Fold]) -> bytes:
+def predictions(rows: Sequence[Row], table: LabelTable, folds: Sequence[Fold]) -> bytes:
     """``predictions.safetensors``: every test window once, in the table's order, with what each row says about it."""
     tested = np.concatenate([fold.test for fold in folds])
     number = np.concatenate([np.full(len(fold.test), i, dtype=np.int64) for i, fold in enumerate(folds)])

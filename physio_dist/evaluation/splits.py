@@ -16,7 +16,7 @@ from physio_dist.config.task import LEAKY
 from physio_dist.data.format.index import SPLITS
 from physio_dist.data.loading.order import permutation
 from physio_dist.errors import UserError
-from physio_dist.evaluation.tasks import Table
+from physio_dist.evaluation.label_table import LabelTable
 
 Ints = npt.NDArray[np.int64]
 
@@ -40,18 +40,18 @@ class Fold:
         name: ``0``, ``1``, ...
         test: int64, rows of the table, ascending.
         inner: pairs (rows to train on, rows to validate on) of the remaining rows, which take turns as validation.
-        rest: the remaining rows, ascending; None where each pair holds all of them.
+        remaining: the remaining rows, ascending; None where each pair holds all of them.
     """
 
     name: str
     test: Ints
     inner: tuple[tuple[Ints, Ints], ...]
-    rest: Ints | None = None
+    remaining: Ints | None = None
 
     @property
     def train(self) -> Ints:
         """Rows of all who may train when this fold is tested, ascending."""
-        return np.sort(np.concatenate(self.inner[0])) if self.rest is None else self.rest
+        return np.sort(np.concatenate(self.inner[0])) if self.remaining is None else self.remaining
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Whole:
 
 
 def folds_of(
-    table: Table, protocol: str, folds: int, val_folds: int, seed: int, section: str = "tune"
+    table: LabelTable, protocol: str, folds: int, val_folds: int, seed: int, section: str = "tune"
 ) -> list[Fold]:  # fmt: skip
     """The folds of a protocol.
 
@@ -107,14 +107,14 @@ def folds_of(
     return [_fold(table, whole, str(number), test, val_folds, seed, section) for number, test in enumerate(tests)]
 
 
-def _clips(table: Table) -> _Whole:
+def _clips(table: LabelTable) -> _Whole:
     if table.clip is None:
         raise ValueError("the table was loaded without clips")
     return _Whole(table.clip, "clips")
 
 
 def _outer(
-    table: Table, whole: _Whole, folds: int, purpose: str, section: str, fits: Callable[[Sequence[Ints]], bool]
+    table: LabelTable, whole: _Whole, folds: int, purpose: str, section: str, fits: Callable[[Sequence[Ints]], bool]
 ) -> list[Ints]:
     """All rows in ``folds`` groups that take turns as those tested."""
     count = len(np.unique(whole.unit))
@@ -133,13 +133,13 @@ def _outer(
     return found
 
 
-def _too_few(table: Table, whole: _Whole) -> str:
+def _too_few(table: LabelTable, whole: _Whole) -> str:
     """Which class is in how many people or clips."""
     counts = [f"{name} in {len(np.unique(whole.unit[table.label == one]))}" for one, name in enumerate(table.classes)]
     return f"a class is found in too few {whole.called} ({', '.join(counts)})"
 
 
-def _held_out(table: Table, section: str) -> Ints:
+def _held_out(table: LabelTable, section: str) -> Ints:
     held = table.split == SPLITS.index("test")
     if not held.any():
         raise UserError(
@@ -152,7 +152,7 @@ def _held_out(table: Table, section: str) -> Ints:
     return np.flatnonzero(held)
 
 
-def _fold(table: Table, whole: _Whole, name: str, test: Ints, val_folds: int, seed: int, section: str) -> Fold:
+def _fold(table: LabelTable, whole: _Whole, name: str, test: Ints, val_folds: int, seed: int, section: str) -> Fold:
     rest = np.setdiff1d(np.arange(len(table.label)), test)
     count = len(np.unique(whole.unit[rest]))
     if count < 2:
@@ -166,14 +166,14 @@ def _fold(table: Table, whole: _Whole, name: str, test: Ints, val_folds: int, se
     )
 
 
-def inner_splits(table: Table, rest: Ints, val_folds: int, purpose: str) -> tuple[tuple[Ints, Ints], ...]:
+def inner_splits(table: LabelTable, rest: Ints, val_folds: int, purpose: str) -> tuple[tuple[Ints, Ints], ...]:
     """Pairs (rows to train on, rows to validate on) of the rows ``rest``, people whole, as in `Fold`; empty if there
     are none."""
     return _turns(table, _Whole(table.person, "people"), rest, val_folds, purpose)
 
 
 def _turns(
-    table: Table, whole: _Whole, rest: Ints, val_folds: int, purpose: str
+    table: LabelTable, whole: _Whole, rest: Ints, val_folds: int, purpose: str
 ) -> tuple[tuple[Ints, Ints], ...]:  # fmt: skip
     def all_have_all_classes(groups: Sequence[Ints]) -> bool:
         return all(_has_all(table, part) for part in (*groups, *(np.setdiff1d(rest, group) for group in groups)))
@@ -186,7 +186,7 @@ def _turns(
     return ()
 
 
-def _crossed(table: Table, folds: int, val_folds: int, seed: int, section: str) -> list[Fold]:
+def _crossed(table: LabelTable, folds: int, val_folds: int, seed: int, section: str) -> list[Fold]:
     """Folds whose test windows have neither a person nor a clip in common with what trains or validates.
 
     Groups of people cross groups of clips; the rows that share one of both with the test windows are in no part of that
@@ -217,7 +217,7 @@ def _crossed(table: Table, folds: int, val_folds: int, seed: int, section: str) 
 
 
 def _crossed_turns(
-    table: Table, wholes: tuple[_Whole, _Whole], rest: Ints, val_folds: int, purpose: str
+    table: LabelTable, wholes: tuple[_Whole, _Whole], rest: Ints, val_folds: int, purpose: str
 ) -> tuple[tuple[Ints, Ints], ...]:  # fmt: skip
     most = min(val_folds, *(len(np.unique(whole.unit[rest])) for whole in wholes))
     for number in range(most, 1, -1):
@@ -237,7 +237,7 @@ def _crossed_turns(
     return ()
 
 
-def labelled(table: Table, rest: Ints, fraction: float, purpose: str) -> Ints:
+def labelled(table: LabelTable, rest: Ints, fraction: float, purpose: str) -> Ints:
     """The rows of ``rest`` of a share of its people, drawn evenly; a smaller share's people are among a larger one's.
 
     Every class comes with at least two people, as far as there are any, for one has to train and one to validate: a
@@ -253,12 +253,12 @@ def labelled(table: Table, rest: Ints, fraction: float, purpose: str) -> Ints:
     return rest[np.isin(table.person[rest], np.array(sorted(chosen), dtype=people.dtype))]
 
 
-def _has_all(table: Table, rows: Ints) -> bool:
+def _has_all(table: LabelTable, rows: Ints) -> bool:
     return len(np.unique(table.label[rows])) == len(table.classes)
 
 
 def _groups(
-    table: Table, whole: _Whole, rows: Ints, number: int, purpose: str, fits: Callable[[Sequence[Ints]], bool]
+    table: LabelTable, whole: _Whole, rows: Ints, number: int, purpose: str, fits: Callable[[Sequence[Ints]], bool]
 ) -> list[Ints] | None:  # fmt: skip
     """``rows`` in ``number`` groups of whole units; the first of some ways to do so that fits, None if none does."""
     for attempt in range(_ATTEMPTS):
@@ -287,13 +287,13 @@ def _way(whole: _Whole, number: int, rows: Ints, label: Ints, unit: Ints) -> Ite
         yield from StratifiedGroupKFold(number, shuffle=False).split(rows, label, unit)
 
 
-def can_permute(table: Table) -> bool:
+def can_permute(table: LabelTable) -> bool:
     """Whether :func:`permuted` can change anything: somebody has windows of two classes."""
     pairs = np.unique(np.stack([np.unique(table.person, return_inverse=True)[1], table.label]), axis=1)
     return bool((np.bincount(pairs[0]) > 1).any())
 
 
-def permuted(table: Table, seed: int) -> Table:
+def permuted(table: LabelTable, seed: int) -> LabelTable:
     """The table with labels permuted by recording within each person: what leaks between windows of a recording or a
     person still leaks, what the labels have to do with the signals is gone.
 

@@ -19,12 +19,14 @@ from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.analysis.embedding import embedding
 from physio_dist.evaluation.analysis.occlusion import occlusion
 from physio_dist.evaluation.backbones import Backbone, open_backbone, refuse_overlap, untrained, urls_of
-from physio_dist.evaluation.clips import since_rest
+from physio_dist.evaluation.clips import subtract_baseline
 from physio_dist.evaluation.features import Features, check_fits, embed, open_features
 from physio_dist.evaluation.finetune import finetune
-from physio_dist.evaluation.fold_sets import folds_for
-from physio_dist.evaluation.handcrafted import handcrafted_features, logistic
-from physio_dist.evaluation.pooling import pooled
+from physio_dist.evaluation.fold_resplits import open_folds
+from physio_dist.evaluation.handcrafted import paired_features
+from physio_dist.evaluation.label_table import SIGNALS, LabelTable, label_name, published_result, shard_cache
+from physio_dist.evaluation.logistic import fit_logistic
+from physio_dist.evaluation.pooling import pool_features
 from physio_dist.evaluation.results import (
     Outcome,
     Row,
@@ -37,7 +39,6 @@ from physio_dist.evaluation.results import (
 )
 from physio_dist.evaluation.search_space import STARTUP
 from physio_dist.evaluation.splits import LEAKY_NOTE, Fold, can_permute
-from physio_dist.evaluation.tasks import SIGNALS, Table, label_name, published, shard_cache
 from physio_dist.evaluation.trials import MODALITIES as MODALITIES
 from physio_dist.evaluation.trials import SEARCHED as SEARCHED
 from physio_dist.evaluation.trials import (
@@ -99,7 +100,7 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
     """
     check_tune(options)
     tune, seed = options.tune, options.run.seed
-    shards, table, folds = folds_for(options)
+    shards, table, folds = open_folds(options)
     valid = _valid(shards, table)
     if tune.protocol == LEAKY:
         say(LEAKY_NOTE)
@@ -122,12 +123,14 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
                 embed(backbone, tune.data, where, say)
                 found = _features(where, table)
                 for kind in _kinds(options):
-                    inputs[f"{signal}/{backbone.sha256}/{kind}"] = pooled(found, table.sample, kind, table.rest)
+                    inputs[f"{signal}/{backbone.sha256}/{kind}"] = pool_features(
+                        found, table.sample, kind, table.baseline
+                    )
                 if name == signal:
                     features[f"{signal}/{backbone.sha256}"] = where
     measured = {
-        name: since_rest(values.__getitem__, table.sample, table.rest)
-        for name, values in handcrafted_features(tune.data, say).items()
+        name: subtract_baseline(values.__getitem__, table.sample, table.baseline)
+        for name, values in paired_features(tune.data, say).items()
     }
     say("principal components of what each head is trained on")
     reductions = reductions_of(inputs, encoders, folds, max(options.search.components), valid)
@@ -142,7 +145,7 @@ def _kinds(options: TuneConfig) -> list[str]:
     return list(dict.fromkeys(input_kind({"pooling": p, "head": head}) for head in search.head for p in search.pooling))
 
 
-def _valid(shards: ShardSet, table: Table) -> dict[str, npt.NDArray[np.bool_]]:
+def _valid(shards: ShardSet, table: LabelTable) -> dict[str, npt.NDArray[np.bool_]]:
     """Which channels are valid, ``[n, channel]``, of each signal that lacks some.
 
     Raises:
@@ -160,7 +163,7 @@ def _valid(shards: ShardSet, table: Table) -> dict[str, npt.NDArray[np.bool_]]:
 
 
 def _backbones(
-    options: TuneConfig, signal: str, folds: tuple[Fold, ...], table: Table, shards: ShardSet
+    options: TuneConfig, signal: str, folds: tuple[Fold, ...], table: LabelTable, shards: ShardSet
 ) -> list[Backbone]:
     """The encoder of each fold."""
     given = getattr(options.tune, f"{signal}_encoder")
@@ -180,7 +183,7 @@ def _backbones(
     return [opened[urls[name]] for name in names]
 
 
-def _features(where: str, table: Table) -> Features:
+def _features(where: str, table: LabelTable) -> Features:
     found = open_features(where)
     if [found.keys[i] for i in table.sample] != table.keys:
         raise DataError(f"{where} holds features of other windows than the shard set's; remove it")
@@ -204,7 +207,7 @@ def _about(backbones: list[Backbone], folds: tuple[Fold, ...]) -> dict[str, Any]
 
 
 def _notes(
-    options: TuneConfig, shards: ShardSet, table: Table, folds: tuple[Fold, ...], backbones: dict[str, list[Backbone]],
+    options: TuneConfig, shards: ShardSet, table: LabelTable, folds: tuple[Fold, ...], backbones: dict[str, list[Backbone]],
     valid: dict[str, npt.NDArray[np.bool_]],
 ) -> list[str]:  # fmt: skip
     tune = options.tune
@@ -305,7 +308,7 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
         "rows": found,
         "differences": differences(ordered, table, folds),
     }
-    if row := published(results["task"], results["label"]):
+    if row := published_result(results["task"], results["label"]):
         results["published"] = row
     if repeats := study.options.tune.permutations:
         say(f"training fused heads on labels permuted by recording within people, {repeats} times")
@@ -322,7 +325,7 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
 
 def _handmade_row(study: Study) -> Row:
     label, classes = study.table.label, len(study.table.classes)
-    fitted = [logistic(study.handmade, label, classes, fold) for fold in study.folds]
+    fitted = [fit_logistic(study.handmade, label, classes, fold) for fold in study.folds]
     none = [None] * len(fitted)
     return Row("handmade", SIGNALS, [one.probability for one in fitted], [{"C": one.c} for one in fitted], none)
 

@@ -15,8 +15,8 @@ from physio_dist.config import TuneConfig
 from physio_dist.data.loading.order import seed_of
 from physio_dist.errors import UserError
 from physio_dist.evaluation.head_training import Heads, Job
+from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold, permuted
-from physio_dist.evaluation.tasks import Table
 from physio_dist.models.fusion.base import Head, Reduction, reduction
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.stats.scores import auc
@@ -53,7 +53,7 @@ class Study:
     """
 
     options: TuneConfig
-    table: Table
+    table: LabelTable
     folds: tuple[Fold, ...]
     encoders: dict[str, tuple[str, ...]]
     inputs: dict[str, npt.NDArray[np.float32]]

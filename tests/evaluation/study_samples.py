@@ -28,8 +28,8 @@ from physio_dist.data.format.index import (
 )
 from physio_dist.evaluation.features import FORMAT, INDEX, KIND
 from physio_dist.evaluation.head_training import Job
+from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import folds_of
-from physio_dist.evaluation.tasks import Table
 from physio_dist.evaluation.trials import Study, reductions_of
 from physio_dist.models.fusion.base import reduction
 
@@ -104,13 +104,13 @@ def paired(url: str, facts: Sequence[dict[str, Any]], **more: Any) -> ShardSet:
     return publish_set(url, facts, signals, **more)
 
 
-def table_of(people: int = 12, recordings: int = 2, windows: int = 6, classes: int = 2, seed: int = 0) -> Table:
+def table_of(people: int = 12, recordings: int = 2, windows: int = 6, classes: int = 2, seed: int = 0) -> LabelTable:
     """Recording r of everybody has class r modulo ``classes``; pseudonyms are in no order."""
     rng = np.random.default_rng(seed)
     n = people * recordings * windows
     names = rng.permutation(np.arange(1, people + 1, dtype=np.uint64) * np.uint64(2**58))
     recording = np.repeat(np.arange(people * recordings), windows)
-    return Table(
+    return LabelTable(
         keys=[f"k-{i:04d}" for i in range(n)],
         sample=np.arange(n),
         person=np.repeat(names, recordings * windows),
@@ -136,7 +136,7 @@ def job_of(inputs: Mapping[str, np.ndarray], label: np.ndarray, rows: np.ndarray
 
 
 def study_of(
-    table: Table, ecg: np.ndarray, eeg: np.ndarray, folds: int = 3, val_folds: int = 2, epochs: int = 6
+    table: LabelTable, ecg: np.ndarray, eeg: np.ndarray, folds: int = 3, val_folds: int = 2, epochs: int = 6
 ) -> Study:
     """A study whose pooled features are given; untrained ones are noise."""
     options = TuneConfig()

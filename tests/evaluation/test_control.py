@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from physio_dist.config.task import PROTOCOLS
-from physio_dist.evaluation.handcrafted import handcrafted_features
+from physio_dist.evaluation.handcrafted import paired_features
+from physio_dist.evaluation.label_table import LabelTable, load_label_table
 from physio_dist.evaluation.results import permuted_part
 from physio_dist.evaluation.splits import folds_of
 from physio_dist.evaluation.study import Study
-from physio_dist.evaluation.tasks import Table, load_table
 from physio_dist.evaluation.trials import Choice, control
 from tests.evaluation.study_samples import CONFIG, changed, study_of, table_of
 
@@ -34,7 +34,7 @@ def permuted_under(study: Study, protocol: str, folds: int) -> tuple[float, floa
     return part["mean"], part["p_leak"]
 
 
-def watched() -> tuple[Table, np.ndarray]:
+def watched() -> tuple[LabelTable, np.ndarray]:
     """People who see the same clips, and features by which people and recordings are told apart."""
     people, clips, windows = 10, 12, 4
     table, rng = table_of(people, clips, windows), np.random.default_rng(3)
@@ -63,8 +63,8 @@ def test_on_real_people(
     """36 people at rest and calculating, hand-made features."""
     done = cli("shard", "edf", data_dir / "eegmat", "--out", tmp_path / "set", "signals=ecg,eeg", "leads=ECG")
     assert done.returncode == 0, done.stderr
-    table = load_table(str(tmp_path / "set"), "eegmat", None)
-    measured = handcrafted_features(str(tmp_path / "set"), lambda _: None)
+    table = load_label_table(str(tmp_path / "set"), "eegmat", None)
+    measured = paired_features(str(tmp_path / "set"), lambda _: None)
     ecg, eeg = (np.nan_to_num(measured[name][table.sample]).astype(np.float32) for name in ("ecg", "eeg"))
     study = study_of(table, ecg, eeg)
     whole, leak = permuted_under(study, "grouped_kfold", 4)

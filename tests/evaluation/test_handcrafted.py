@@ -1,4 +1,4 @@
-"""Heart rate and band powers, and the regression on them."""
+"""Heart rate, band powers and signal quality indices."""
 
 from __future__ import annotations
 
@@ -9,12 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.evaluation.handcrafted import BANDS, band_powers, handcrafted_features, heart_rate, logistic, r_peaks
+from physio_dist.evaluation.handcrafted import (
+    BANDS,
+    HEART,
+    INDICES,
+    band_powers,
+    heart_rate,
+    paired_features,
+    quality_indices,
+    r_peaks,
+    window_features,
+)
+from physio_dist.evaluation.label_table import load_label_table
+from physio_dist.evaluation.logistic import fit_logistic
 from physio_dist.evaluation.splits import folds_of
-from physio_dist.evaluation.tasks import load_table
 from physio_dist.signals.readers import reader
 from physio_dist.stats.scores import score
-from tests.evaluation.study_samples import facts_of, publish_set, table_of
+from tests.evaluation.study_samples import facts_of, publish_set, waves
 
 
 def beats(intervals_ms: np.ndarray, rate: float = 200.0, length: int = 2000, height: float = 900.0) -> np.ndarray:
@@ -91,7 +102,7 @@ def test_every_window_of_a_set_in_order_with_what_is_invalid_unknown(tmp_path: P
     signals = {"ecg": (ecg, ("I", "II"), 1.0), "eeg": (eeg, ("C3", "C4"), 0.5)}
     publish_set(str(tmp_path), facts, signals, valid=valid)
     said: list[str] = []
-    found = handcrafted_features(str(tmp_path), said.append)
+    found = paired_features(str(tmp_path), said.append)
     assert found["ecg"].shape == (12, 4) and found["eeg"].shape == (12, 10) and len(said) == 1
     good = np.arange(12) != 4
     np.testing.assert_allclose(found["ecg"][good, 0], 60_000 / periods[good], rtol=0.02)
@@ -100,7 +111,7 @@ def test_every_window_of_a_set_in_order_with_what_is_invalid_unknown(tmp_path: P
     np.testing.assert_allclose(found["eeg"][3, :5], band_powers(eeg[3] * 0.5, 200.0)[0])
 
 
-def test_without_lead_ii_the_lead_with_the_clearest_peaks_is_read(tmp_path: Path) -> None:
+def test_paired_features_without_lead_ii_use_clearest_lead(tmp_path: Path) -> None:
     facts = facts_of(people=1, recordings=2, windows=1)
     noise = np.random.default_rng(0).normal(0, 400, (2, 3, 2000))
     ecg = noise.astype(np.int16)
@@ -108,11 +119,11 @@ def test_without_lead_ii_the_lead_with_the_clearest_peaks_is_read(tmp_path: Path
         ecg[window, lead] = beats(np.full(14, period))
     eeg = np.random.default_rng(0).integers(-300, 300, (2, 1, 2000)).astype(np.int16)
     publish_set(str(tmp_path), facts, {"ecg": (ecg, ("V1", "V2", "V3"), 1.0), "eeg": (eeg, ("Cz",), 1.0)})
-    found = handcrafted_features(str(tmp_path), lambda _: None)["ecg"]
+    found = paired_features(str(tmp_path), lambda _: None)["ecg"]
     np.testing.assert_allclose(found[:, 0], [80.0, 60_000 / 900], rtol=0.01)
 
 
-def test_lead_ii_is_read_where_it_is_valid_even_if_another_is_clearer(tmp_path: Path) -> None:
+def test_paired_features_use_valid_lead_ii_even_if_another_is_clearer(tmp_path: Path) -> None:
     facts = facts_of(people=1, recordings=2, windows=1)
     clear, noisy = beats(np.full(9, 1000.0)), beats(np.full(12, 750.0))
     noisy += np.random.default_rng(1).normal(0, 60, 2000)
@@ -120,43 +131,71 @@ def test_lead_ii_is_read_where_it_is_valid_even_if_another_is_clearer(tmp_path: 
     eeg = np.random.default_rng(0).integers(-300, 300, (2, 1, 2000)).astype(np.int16)
     valid = {"ecg": np.array([[True, True], [True, False]]), "eeg": np.ones((2, 1), bool)}
     publish_set(str(tmp_path), facts, {"ecg": (ecg, ("V1", "II"), 1.0), "eeg": (eeg, ("Cz",), 1.0)}, valid=valid)
-    found = handcrafted_features(str(tmp_path), lambda _: None)["ecg"]
+    found = paired_features(str(tmp_path), lambda _: None)["ecg"]
     np.testing.assert_allclose(found[:, 0], [80.0, 60.0], rtol=0.01)
 
 
-def test_regression_selects_c_on_validation_people_and_imputes_what_is_unknown() -> None:
-    table = table_of(12, windows=8)
-    (fold, *_) = folds_of(table, "grouped_kfold", 3, 2, 0)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((len(table.label), 60))
-    x[:, 0] += 1.5 * table.label
-    x[::5, 0] = np.nan
-    x[:, 1] = np.nan
-    features = {"ecg": 1e3 * x[:, :2], "eeg": x[:, 2:]}
-    fitted = logistic(features, table.label, 2, fold)
-    found = score(table.label[fold.test], fitted.probability)
-    assert found["auc"] is not None and found["auc"] > 0.7
-    # Among 58 features of noise the strongest regularisations win.
-    assert fitted.c <= 0.1
-    spoilt = {name: values.copy() for name, values in features.items()}
-    for values in spoilt.values():
-        values[fold.test] = 7e7
-    label = table.label.copy()
-    label[fold.test] = 1 - label[fold.test]
-    other = logistic(spoilt, label, 2, fold)
-    assert other.c == fitted.c and not np.allclose(other.probability, fitted.probability)
+def index(name: str, lead: np.ndarray, rate: float = 200.0) -> float:
+    return float(quality_indices(lead[None], rate)[0, INDICES.index(name)])
 
 
-def test_real_recordings_reach_what_is_known_of_them(
+def test_quality_indices_of_sines_and_spikes_have_known_values() -> None:
+    time = np.arange(2000) / 200
+    for frequency, qrs, baseline, high in ((10.0, 1, 0, 0), (0.5, 0, 1, 0), (35.0, 0, 0, 1), (20.0, 0, 0, 0)):
+        wave = 100 * np.sin(2 * np.pi * frequency * time)
+        # Of a slow wave only what leaks into 5-40 Hz is shared out there.
+        assert baseline or index("qrs_power", wave) == pytest.approx(qrs, abs=0.03)
+        assert index("baseline_power", wave) == pytest.approx(baseline, abs=0.03)
+        assert index("high_power", wave) == pytest.approx(high, abs=0.03)
+    wave = 100 * np.sin(2 * np.pi * 5 * time)
+    assert index("log_std", wave) == pytest.approx(np.log1p(100 / np.sqrt(2)), rel=1e-3)
+    assert index("log_span", wave) == pytest.approx(np.log1p(200), rel=1e-3)
+    assert index("log_largest", wave - 50) == pytest.approx(np.log1p(150), rel=1e-3)
+    spikes = np.zeros(2000)
+    spikes[::200] = 1000
+    assert index("kurtosis", spikes) == 100.0 and index("skewness", spikes) > 5 > index("skewness", wave)
+    assert index("kurtosis", wave) == pytest.approx(-1.5, abs=0.01)
+    half = np.where(time < 5, 0.0, wave)
+    assert index("flat", half) == pytest.approx(0.5, abs=0.01)
+    assert index("flat", wave) == 0.0
+
+
+def test_quality_indices_of_dead_lead_are_finite_and_leave_others_unchanged() -> None:
+    noise = np.random.default_rng(0).normal(0, 50, (2, 2000))
+    found = quality_indices(np.stack([noise[0], np.zeros(2000), noise[1]]), 200.0)
+    assert np.isfinite(found).all()
+    assert found[1, INDICES.index("flat")] == 1.0 and found[1, INDICES.index("log_span")] == 0.0
+    np.testing.assert_array_equal(found[[0, 2]], quality_indices(noise, 200.0))
+
+
+@pytest.mark.parametrize(("signal", "names"), [("ecg", ("I", "II")), ("eeg", ("C3", "C4"))])
+def test_window_features_have_one_row_per_window_in_storage_order(
+    tmp_path: Path, signal: str, names: tuple[str, ...]
+) -> None:
+    values = waves(7, 2, 2000)
+    valid = np.ones((7, 2), dtype=bool)
+    valid[3, 1] = valid[4] = False
+    facts = [{"person": f"p{i}", "record": f"r{i}"} for i in range(7)]
+    shards = publish_set(str(tmp_path), facts, {signal: (values, names, 0.5)}, valid={signal: valid})
+    said: list[str] = []
+    found = window_features(shards, signal, said.append)
+    per = len(INDICES) if signal == "ecg" else 5
+    assert said and found.shape == (7, 2 * per + 2 + (len(HEART) if signal == "ecg" else 0))
+    assert np.array_equal(found[:, 2 * per : 2 * per + 2], valid)
+    assert np.isnan(found[3, per : 2 * per]).all() and np.isnan(found[4, : 2 * per]).all()
+    assert np.isfinite(found[[0, 1, 2, 5, 6], : 2 * per]).all()
+    if signal == "ecg":
+        np.testing.assert_allclose(found[5, :per], quality_indices(values[5] * 0.5, 200.0)[0])
+
+
+def test_fit_logistic_on_real_recordings_reaches_known_auc(
     data_dir: Path, tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     """Heart rate and band powers of 36 people at rest and calculating: 0.77 pooled over folds of whole people."""
     done = cli("shard", "edf", data_dir / "eegmat", "--out", tmp_path / "set", "signals=ecg,eeg", "leads=ECG")
     assert done.returncode == 0, done.stderr
-    table = load_table(str(tmp_path / "set"), "eegmat", None)
-    measured = {
-        name: x[table.sample] for name, x in handcrafted_features(str(tmp_path / "set"), lambda _: None).items()
-    }
+    table = load_label_table(str(tmp_path / "set"), "eegmat", None)
+    measured = {name: x[table.sample] for name, x in paired_features(str(tmp_path / "set"), lambda _: None).items()}
     assert np.isnan(measured["ecg"]).any(axis=1).mean() < 0.02
     # Whoever calculates has a faster heart: 34 of the 36, says the data's description.
     rate, faster = measured["ecg"][:, 0], 0
@@ -167,6 +206,6 @@ def test_real_recordings_reach_what_is_known_of_them(
     folds = folds_of(table, "grouped_kfold", 6, 3, 0)
     rows = np.concatenate([fold.test for fold in folds])
     for features, low, high in (({"ecg": measured["ecg"]}, 0.66, 0.77), (measured, 0.74, 0.83)):
-        parts = [logistic(features, table.label, 2, fold).probability for fold in folds]
+        parts = [fit_logistic(features, table.label, 2, fold).probability for fold in folds]
         found = score(table.label[rows], np.concatenate(parts))
         assert found["auc"] is not None and low < found["auc"] < high

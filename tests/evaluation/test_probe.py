@@ -157,15 +157,15 @@ def test_what_does_not_go_together_is_refused_in_one_message(place: Path, words:
     assert not (place / "runs" / "refused").exists()
 
 
-Read = Callable[[str], reconstruction.Trained]
+Read = Callable[[str], reconstruction.PretrainedRun]
 
 
 def trained(people: frozenset[int] | None = frozenset(), rate: float = 200.0) -> Read:
-    def read(url: str) -> reconstruction.Trained:
+    def read(url: str) -> reconstruction.PretrainedRun:
         torch.manual_seed(len(url))
         model = MaskedModel(preset("tiny"))
         about = {"signal": "ecg", "channels": list(LEADS), "rate": rate, "unit_uv": 100.0, "simulated": False}
-        return reconstruction.Trained(url, 7, model.config.to_dict(), about, model.state_dict(), people)
+        return reconstruction.PretrainedRun(url, 7, model.config.to_dict(), about, model.state_dict(), people)
 
     return read
 

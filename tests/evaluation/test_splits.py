@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from physio_dist.config.task import PROTOCOLS
 from physio_dist.errors import UserError
+from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold, can_permute, folds_of, labelled, permuted
-from physio_dist.evaluation.tasks import Table
 from tests.evaluation.study_samples import table_of
 
 
-def people(table: Table, rows: np.ndarray) -> set[int]:
+def people(table: LabelTable, rows: np.ndarray) -> set[int]:
     return set(table.person[rows].tolist())
 
 
-def check(table: Table, folds: list[Fold], val_folds: int) -> None:
+def check(table: LabelTable, folds: list[Fold], val_folds: int) -> None:
     everything = set(range(len(table.label)))
     for fold in folds:
         rest = everything - set(fold.test.tolist())
@@ -73,7 +73,7 @@ def test_holdout_tests_the_test_split_once() -> None:
 def test_folds_depend_on_the_seed_and_not_on_the_order_of_windows() -> None:
     table = table_of(12)
 
-    def tested(table: Table, seed: int) -> list[list[str]]:
+    def tested(table: LabelTable, seed: int) -> list[list[str]]:
         folds = folds_of(table, "grouped_kfold", 4, 3, seed)
         parts = [fold.test for fold in folds] + [valid for fold in folds for _, valid in fold.inner]
         return [sorted(table.keys[i] for i in part) for part in parts]
@@ -105,14 +105,14 @@ def test_fewer_people_than_groups_make_fewer_groups() -> None:
     assert [len(fold.inner) for fold in folds_of(table, "grouped_kfold", 2, 3, 0)] == [2, 2]
 
 
-def watched(people: int = 9, clips: int = 6, windows: int = 2, classes: int = 2, seed: int = 0) -> Table:
+def watched(people: int = 9, clips: int = 6, windows: int = 2, classes: int = 2, seed: int = 0) -> LabelTable:
     """Everybody sees every clip; what they make of it is drawn."""
     table = table_of(people, clips, windows, classes, seed)
     drawn = np.random.default_rng(seed).integers(0, classes, people * clips)
     return replace(table, label=drawn[table.recording], clip=table.recording % clips)
 
 
-def clips(table: Table, rows: np.ndarray) -> set[int]:
+def clips(table: LabelTable, rows: np.ndarray) -> set[int]:
     assert table.clip is not None
     return set(table.clip[rows].tolist())
 
@@ -175,13 +175,13 @@ def test_there_is_something_to_permute_where_somebody_has_two_classes() -> None:
     assert not can_permute(replace(table, label=each))
 
 
-def with_split(table: Table, code: int, rows: slice) -> Table:
+def with_split(table: LabelTable, code: int, rows: slice) -> LabelTable:
     split = table.split.copy()
     split[rows] = code
     return replace(table, split=split)
 
 
-def rare(table: Table) -> Table:
+def rare(table: LabelTable) -> LabelTable:
     """Only one person has the second class at all."""
     return replace(table, label=(table.person == table.person[0]).astype(np.int64))
 

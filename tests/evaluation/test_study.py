@@ -16,10 +16,10 @@ from physio_dist import storage
 from physio_dist.config import TuneConfig
 from physio_dist.errors import UserError
 from physio_dist.evaluation.features import open_features
-from physio_dist.evaluation.handcrafted import handcrafted_features
+from physio_dist.evaluation.handcrafted import paired_features
+from physio_dist.evaluation.label_table import load_label_table
 from physio_dist.evaluation.results import oracle_rows, permuted_part
 from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, prepare, train
-from physio_dist.evaluation.tasks import load_table
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, preset
 from physio_dist.models.export import save_encoder
 from physio_dist.models.fusion.base import pool
@@ -171,7 +171,7 @@ def test_bounds_are_bayes_rule_on_the_hidden_drives() -> None:
     shifts = {"ecg": 1.0, "eeg": 2.0}
     latent = {name: shift * table.label + rng.standard_normal(len(table.label)) for name, shift in shifts.items()}
     made = study_of(table, np.zeros((4000, 1), np.float32), np.zeros((4000, 1), np.float32))
-    rows = oracle_rows(type(table)(**{**vars(table), "latent": latent}), made.folds)
+    rows = oracle_rows(type(table)(**{**vars(table), "simulated_drive": latent}), made.folds)
     assert [row.name for row in rows] == ["bound_ecg", "bound_eeg", "bound_fused"]
     tested = np.concatenate([fold.test for fold in made.folds])
     # Normal classes d apart have an area of Phi(d / sqrt 2); both drives together are sqrt(1 + 4) apart.
@@ -192,7 +192,7 @@ def test_bounds_know_how_frequent_the_classes_are() -> None:
     label = (table.recording % 4 == 0).astype(np.int64)
     latent = {name: np.random.default_rng(i).standard_normal(600) for i, name in enumerate(("ecg", "eeg"))}
     made = study_of(table, np.zeros((600, 1), np.float32), np.zeros((600, 1), np.float32))
-    for row in oracle_rows(type(table)(**{**vars(table), "latent": latent, "label": label}), made.folds):
+    for row in oracle_rows(type(table)(**{**vars(table), "simulated_drive": latent, "label": label}), made.folds):
         assert np.concatenate(list(row.probability))[:, 1] == pytest.approx(0.25, abs=0.2)
 
 
@@ -222,7 +222,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     valid = np.ones((24, 2), dtype=bool)
     valid[3, 1] = False
     paired(str(folder / "set"), facts, valid={"ecg": valid})
-    table = load_table(str(folder / "set"), "eegmat", None)
+    table = load_label_table(str(folder / "set"), "eegmat", None)
     known = [f"{person:016x}" for person in np.unique(table.person)[:2].tolist()]
     export(str(folder / "ecg"), "ecg", 1)
     export(str(folder / "eeg"), "eeg", 2, people=[], simulated=True)
@@ -259,7 +259,7 @@ def test_a_study_is_prepared_from_a_set_and_encoders(made: Path) -> None:
         assert x.dtype == np.float32
         wanted = pool(features.values[rows], features.valid[rows], kind).numpy()
         np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
-    measured = handcrafted_features(str(made / "set"), quiet)
+    measured = paired_features(str(made / "set"), quiet)
     assert study.handmade["eeg"].shape == (23, 10) and study.handmade["ecg"].shape == (23, 4)
     assert all(np.array_equal(study.handmade[name], x[rows], equal_nan=True) for name, x in measured.items())
     notes = " ".join(study.notes)
@@ -360,14 +360,14 @@ def test_dreamers_windows_lose_the_rest_before_their_clip(made: Path, tmp_path: 
     options.tune.baseline = "subtract"
     study = prepare(options, str(tmp_path / "features"), quiet)
     assert [study.table.keys[i] for i in range(3)] == [as_they_are.table.keys[i] for i in range(3)]
-    rest = study.table.rest
+    rest = study.table.baseline
     assert rest is not None
     assert len(study.table.label) == 48 - sum(one["labels"].get("arousal") == 3 for one in facts) < 48
     for key, x in study.inputs.items():
         signal, sha, _ = key.split("/")
         (folder,) = [f for f in storage.names(str(tmp_path / "features")) if f.startswith(f"{signal}-{sha[:16]}-")]
         features = open_features(str(tmp_path / "features" / folder))
-        own = [rest.sample[rest.of == before][0] for before in rest.before]
+        own = [rest.sample[rest.period == before][0] for before in rest.before]
         still = pool(features.values[own], features.valid[own], "mean").numpy()
         np.testing.assert_allclose(x, as_they_are.inputs[key] - still, rtol=1e-4, atol=1e-5)
     records = [TrialRecord(row, row, {**CONFIG, "depth": 0}, list(train(study, row, CONFIG))) for row in SEARCHED]

@@ -13,9 +13,9 @@ import pytest
 from physio_dist.config import TuneConfig
 from physio_dist.errors import UserError
 from physio_dist.evaluation.head_training import Heads
+from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.search_space import sample_configs
 from physio_dist.evaluation.splits import Fold
-from physio_dist.evaluation.tasks import Table
 from physio_dist.evaluation.trials import SEARCHED, Choice, Study, TrialRecord, control, predict, select, train
 from physio_dist.stats.scores import auc
 from tests.evaluation.study_samples import CONFIG, changed, features_of, job_of, study_of, table_of, with_label
@@ -207,7 +207,7 @@ def test_a_prediction_is_the_mean_of_the_inner_heads_at_the_selected_epoch() -> 
         np.testing.assert_allclose(found[number], np.mean(each, axis=0), atol=2e-5)
 
 
-def uneven(table: Table) -> Table:
+def uneven(table: LabelTable) -> LabelTable:
     """The table without some windows, so that people and recordings differ in how many they have."""
     rng = np.random.default_rng(3)
     share = rng.uniform(0.2, 1.0, 24)[table.recording]

@@ -30,9 +30,9 @@ from physio_dist.data.format.index import open_set
 from physio_dist.evaluation import study
 from physio_dist.evaluation.backbones import open_backbone
 from physio_dist.evaluation.features import embed, open_features
+from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.search_space import sample_configs
 from physio_dist.evaluation.splits import folds_of
-from physio_dist.evaluation.tasks import Table
 from physio_dist.evaluation.trials import MODALITIES, SEARCHED, Study, reductions_of
 from physio_dist.models.encoders.criss_cross import PRESETS, CrissCrossEncoder, preset
 from physio_dist.models.export import save_encoder
@@ -132,7 +132,7 @@ def synthetic(given: argparse.Namespace, gigabytes: float) -> Study:
     rng = np.random.default_rng(0)
     person = np.repeat(np.arange(_PEOPLE, dtype=np.uint64), windows // _PEOPLE)
     numbers = np.arange(windows, dtype=np.int64)
-    those = Table([], numbers, person, numbers, numbers % 2, ("a", "b"), np.zeros(windows, np.uint8), True)
+    those = LabelTable([], numbers, person, numbers, numbers % 2, ("a", "b"), np.zeros(windows, np.uint8), True)
     made = configuration.load(
         TuneConfig, CONFIG,
         ["tune.data=none", "tune.ecg_encoder=none", "tune.eeg_encoder=none", "tune.max_epochs=2"], check_tune,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ from threadpoolctl import threadpool_limits
 from physio_dist.data.loading.order import permutation
 from physio_dist.evaluation.features import open_features
 from physio_dist.evaluation.head_training import one_thread
-from physio_dist.evaluation.pooling import pooled
+from physio_dist.evaluation.label_table import SIGNALS
+from physio_dist.evaluation.pooling import pool_features
 from physio_dist.evaluation.results import same_bytes
-from physio_dist.evaluation.tasks import SIGNALS
 from physio_dist.evaluation.trials import Study
 from physio_dist.models.fusion.base import reduction
 
@@ -53,9 +52,9 @@ def embedding(study: Study) -> tuple[dict[str, Any], bytes]:
         rows = some if there is None else some[there[some].any(axis=1)]
         if len(rows) <= 3:
             continue
-        rest = None if table.rest is None else replace(table.rest, before=table.rest.before[rows])
+        rest = None if table.baseline is None else table.baseline.select(rows)
         features = open_features(where)
-        values = pooled(features, table.sample[rows], "channels_mean_std", rest)
+        values = pool_features(features, table.sample[rows], "channels_mean_std", rest)
         values = _filled(values, features.valid[table.sample[rows]])
         with one_thread(), threadpool_limits(1):
             given = reduction(values, _COMPONENTS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from physio_dist.data.format.index import open_set
 from physio_dist.data.loading.order import permutation
 from physio_dist.evaluation.features import Features, open_features
 from physio_dist.evaluation.head_training import one_thread
-from physio_dist.evaluation.pooling import pooled
+from physio_dist.evaluation.pooling import pool_features
 from physio_dist.evaluation.trials import Choice, Study
 from physio_dist.models.encoders.criss_cross import PATCH
 from physio_dist.models.fusion.base import Head
@@ -117,13 +116,13 @@ class _Opened:
         self.key, self.some = key, some
         self.features: Features = open_features(study.features[key])
         self.sample = table.sample[some]
-        self.rest = None if table.rest is None else replace(table.rest, before=table.rest.before[some])
+        self.rest = None if table.baseline is None else table.baseline.select(some)
         channels, d = self.features.values.shape[1], self.features.values.shape[3]
         shape = (len(some), channels, 2 * d)
-        self.each = pooled(self.features, self.sample, "channels_mean_std", self.rest).reshape(shape)
+        self.each = pool_features(self.features, self.sample, "channels_mean_std", self.rest).reshape(shape)
         self.still: Floats | None = None
         if self.rest is not None:
-            self.still = pooled(self.features, self.sample, "channels_mean").reshape(len(some), channels, d)
+            self.still = pool_features(self.features, self.sample, "channels_mean").reshape(len(some), channels, d)
             self.still -= self.each[:, :, :d]
 
     def at(self, rows: Ints) -> Ints:
@@ -171,9 +170,9 @@ class _Opened:
         """``inputs`` of these rows pooled over all patches but one, for each of them."""
         sample = self.sample[self.at(rows)]
         # A difference, because the rest before a clip is subtracted from both alike.
-        still = inputs - pooled(self.features, sample, kind)
+        still = inputs - pool_features(self.features, sample, kind)
         for patch in range(self.patches):
-            yield still + pooled(self.features, sample, kind, without=patch)
+            yield still + pool_features(self.features, sample, kind, without=patch)
 
     @property
     def patches(self) -> int:

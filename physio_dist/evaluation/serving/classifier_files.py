@@ -21,8 +21,8 @@ from physio_dist.data.convert.channels import spec_behind
 from physio_dist.data.format.index import open_set
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.backbones import files_of, open_backbone, urls_of
+from physio_dist.evaluation.label_table import SIGNALS, label_name
 from physio_dist.evaluation.splits import Fold, inner_splits
-from physio_dist.evaluation.tasks import SIGNALS, label_name
 from physio_dist.evaluation.trials import (
     Choice,
     Study,

@@ -13,10 +13,10 @@ import torch
 from safetensors.numpy import load as load_tensors
 
 from physio_dist.evaluation.analysis import embedding, occlusion
-from physio_dist.evaluation.clips import Rest
-from physio_dist.evaluation.pooling import pooled
+from physio_dist.evaluation.clips import BaselinePeriod
+from physio_dist.evaluation.label_table import load_label_table
+from physio_dist.evaluation.pooling import pool_features
 from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, train
-from physio_dist.evaluation.tasks import load_table
 from physio_dist.evaluation.trials import Choice, trained_heads
 from physio_dist.models.fusion.base import make_tokens
 from physio_dist.models.fusion.heads import input_kind
@@ -41,7 +41,7 @@ def made(folder: Path, configs: list[dict[str, Any]], strength: float = 3.0, peo
     waveforms = {"ecg": (waves(n), ("I", "II"), 1.0), "eeg": (waves(n, 4), EEG, 0.1)}
     url = str(folder / "set")
     shards = publish_set(url, facts, waveforms, valid=valid)
-    table = load_table(url, "eegmat", None)
+    table = load_label_table(url, "eegmat", None)
     values = {name: rng.standard_normal((n, flags.shape[1], 3, 5)) for name, flags in valid.items()}
     for name, x in values.items():
         x += rng.standard_normal((1, x.shape[1], 1, 5))
@@ -129,16 +129,16 @@ def test_withheld_as_it_is_defined(tmp_path: Path) -> None:
 
 def test_the_rest_before_a_clip_stays_subtracted(tmp_path: Path) -> None:
     study = made(tmp_path, [{"pooling": kind} for kind in ("mean", "attention")])
-    rest = Rest(np.arange(100, 108), np.arange(8) // 2, np.arange(100) % 4)
+    rest = BaselinePeriod(np.arange(100, 108), np.arange(8) // 2, np.arange(100) % 4)
     table = study.table
     some = np.arange(0, 100, 2)
-    study = replace(study, table=replace(table, rest=rest, sample=table.sample[:100], keys=table.keys[:100]))
+    study = replace(study, table=replace(table, baseline=rest, sample=table.sample[:100], keys=table.keys[:100]))
     one = occlusion._Opened(study, "ecg/ecg-a", some)
     there = one.valid(some).all(axis=1)
-    mine = replace(rest, before=rest.before[some])
-    wanted = pooled(one.features, some, "mean", mine)
+    mine = rest.select(some)
+    wanted = pool_features(one.features, some, "mean", mine)
     np.testing.assert_allclose(one.by_channel(some, "mean").mean(axis=1)[there], wanted[there], rtol=1e-3, atol=1e-4)
-    given = pooled(one.features, some, "attention", mine)
+    given = pool_features(one.features, some, "attention", mine)
     means = one.means(some, "attention")
     # With both channels withheld nothing is left but their means, whatever the window and its rest.
     twice = one.without_channel(one.without_channel(given, some, "attention", means, 0), some, "attention", means, 1)

@@ -13,7 +13,7 @@ import pytest
 
 from physio_dist.data.format.index import open_set, read_sample_table
 from physio_dist.errors import UserError
-from physio_dist.evaluation.tasks import load_table
+from physio_dist.evaluation.label_table import load_label_table
 from physio_dist.signals.readers import reader
 from physio_dist.signals.recording import RecordError
 from physio_dist.signals.windows import WindowSpec, windows_of
@@ -189,7 +189,7 @@ def test_a_whole_file_becomes_a_set_of_windows_with_ratings(
     assert sum("-c07-baseline-" in key for key in keys) == 23 and not any("s07" in key for key in keys)
     arousal = np.stack([one["ScoreArousal"].ravel() for one in people])
     for neutral, high in (("high", arousal >= 3), ("low", arousal > 3), ("drop", arousal > 3)):
-        table = load_table(made.url, "dreamer", "arousal", neutral=neutral, clip="clip")
+        table = load_label_table(made.url, "dreamer", "arousal", neutral=neutral, clip="clip")
         assert table.classes == ("low", "high") and table.clip is not None and len(set(table.clip.tolist())) == 18
         assert len(table.label) == (int((arousal != 3).sum()) if neutral == "drop" else 414)
         assert int(table.label.sum()) == int(high.sum())

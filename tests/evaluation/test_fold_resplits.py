@@ -14,7 +14,7 @@ from physio_dist import config
 from physio_dist.data.format.index import open_set, read_sample_table, split_of
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import urls_of
-from physio_dist.evaluation.fold_sets import FoldsConfig, check_folds, folds_for, make_views, split_for
+from physio_dist.evaluation.fold_resplits import FoldsConfig, check_folds, fold_split, open_folds, write_fold_resplits
 from tests.conftest import S3
 from tests.evaluation.study_samples import facts_of, paired
 
@@ -40,8 +40,8 @@ def options(data: str, *more: str) -> FoldsConfig:
 @pytest.mark.parametrize("more", [(), ("tune.protocol=loso",), ("split.val=0", "run.seed=6")])
 def test_the_views_are_the_folds_of_the_sweep(data: str, tmp_path: Path, more: tuple[str, ...]) -> None:
     given = options(data, *more)
-    views, written = make_views(given, str(tmp_path / "views"))
-    shards, table, folds = folds_for(given)
+    views, written = write_fold_resplits(given, str(tmp_path / "views"))
+    shards, table, folds = open_folds(given)
     assert written == len(views) == len(folds) == (11 if given.tune.protocol == "loso" else 4)
     whole = read_sample_table(shards)
     tested = []
@@ -62,19 +62,19 @@ def test_the_views_are_the_folds_of_the_sweep(data: str, tmp_path: Path, more: t
 
 
 def test_the_same_options_give_the_same_bytes_and_others_are_refused(data: str, tmp_path: Path) -> None:
-    first, _ = make_views(options(data), str(tmp_path / "a"))
+    first, _ = write_fold_resplits(options(data), str(tmp_path / "a"))
     bytes_of = {path.relative_to(tmp_path / "a"): path.read_bytes() for path in (tmp_path / "a").rglob("*.*")}
     assert len(bytes_of) == 8
-    make_views(options(data), str(tmp_path / "b"))
+    write_fold_resplits(options(data), str(tmp_path / "b"))
     assert {path.relative_to(tmp_path / "b"): path.read_bytes() for path in (tmp_path / "b").rglob("*.*")} == bytes_of
-    assert make_views(options(data), str(tmp_path / "a")) == (first, 0)
+    assert write_fold_resplits(options(data), str(tmp_path / "a")) == (first, 0)
     for more in ("run.seed=6", "split.val=0.5"):
         with pytest.raises(UserError, match=r"a view made from other data or options; choose another --out"):
-            make_views(options(data, more), str(tmp_path / "a"))
+            write_fold_resplits(options(data, more), str(tmp_path / "a"))
     with pytest.raises(UserError, match=r"holds something else than these 3 views: 3; choose another --out"):
-        make_views(options(data, "tune.folds=3"), str(tmp_path / "a"))
+        write_fold_resplits(options(data, "tune.folds=3"), str(tmp_path / "a"))
     # A sweep over a view is of the same people, and so are its folds.
-    again, _ = make_views(options(first[2].url), str(tmp_path / "c"))
+    again, _ = write_fold_resplits(options(first[2].url), str(tmp_path / "c"))
     assert [one.fingerprint for one in again] == [one.fingerprint for one in first]
 
 
@@ -93,7 +93,7 @@ def test_what_no_views_can_be_made_of_is_told_and_nothing_is_written(
     data: str, tmp_path: Path, more: str, told: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        make_views(options(data, more), str(tmp_path / "views"))
+        write_fold_resplits(options(data, more), str(tmp_path / "views"))
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "views").exists()
 
@@ -101,11 +101,11 @@ def test_what_no_views_can_be_made_of_is_told_and_nothing_is_written(
 def test_who_is_held_out_does_not_depend_on_who_is_tested(data: str) -> None:
     sidecar = read_sample_table(open_set(data))
     people = np.unique(sidecar.person)
-    plain = split_for(sidecar, people[:0], 0.4)
+    plain = fold_split(sidecar, people[:0], 0.4)
     assert {0, 1} == set(plain.tolist())
     for tested in (people[:3], people[5:7]):
         mine = np.isin(sidecar.person, tested)
-        split = split_for(sidecar, tested, 0.4)
+        split = fold_split(sidecar, tested, 0.4)
         assert (split[mine] == 2).all() and np.array_equal(split[~mine], plain[~mine])
 
 

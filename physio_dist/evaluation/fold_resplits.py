@@ -14,8 +14,8 @@ from physio_dist.config.loader import between
 from physio_dist.data.format.index import SPLITS, SampleTable, ShardSet, open_set, read_sample_table, split_of
 from physio_dist.data.format.resplit import publish_resplits, with_splits
 from physio_dist.errors import UserError
+from physio_dist.evaluation.label_table import LabelTable, label_name, load_label_table, require_paired
 from physio_dist.evaluation.splits import Fold, folds_of
-from physio_dist.evaluation.tasks import Table, label_name, load_table, need_both
 
 # Protocols in which people take turns as test people, and nobody trains in a fold that tests them.
 _TURNS = ("grouped_kfold", "loso", "person_and_clip")
@@ -54,7 +54,7 @@ def check_folds(options: FoldsConfig) -> None:
     between("split.val", options.split.val, 0.0, 1.0)
 
 
-def folds_for(options: TuneConfig) -> tuple[ShardSet, Table, tuple[Fold, ...]]:
+def open_folds(options: TuneConfig) -> tuple[ShardSet, LabelTable, tuple[Fold, ...]]:
     """A sweep's shard set, its labelled windows and its folds.
 
     Raises:
@@ -63,14 +63,14 @@ def folds_for(options: TuneConfig) -> tuple[ShardSet, Table, tuple[Fold, ...]]:
     """
     tune = options.tune
     shards = open_set(tune.data)
-    need_both(shards)
-    table = load_table(
-        tune.data, tune.task, tune.label, neutral=tune.neutral, clip=tune.clip_name, rest=tune.baseline != "none"
+    require_paired(shards)
+    table = load_label_table(
+        tune.data, tune.task, tune.label, neutral=tune.neutral, clip=tune.clip_name, baseline=tune.baseline != "none"
     )
     return shards, table, tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, options.run.seed))
 
 
-def split_for(sidecar: SampleTable, tested: npt.NDArray[np.uint64], val: float) -> npt.NDArray[np.uint8]:
+def fold_split(sidecar: SampleTable, tested: npt.NDArray[np.uint64], val: float) -> npt.NDArray[np.uint8]:
     """The split of a fold's view: uint8 ``[sample]``, position in ``SPLITS``.
 
     All windows of the people ``tested`` are test windows, whether they carry the label or not. A share ``val`` of the
@@ -82,18 +82,18 @@ def split_for(sidecar: SampleTable, tested: npt.NDArray[np.uint64], val: float) 
     return split[who]
 
 
-def make_views(options: FoldsConfig, out: str) -> tuple[list[ShardSet], int]:
+def write_fold_resplits(options: FoldsConfig, out: str) -> tuple[list[ShardSet], int]:
     """Write a view for each fold of a sweep to ``out/0``, ``out/1``, ...: under the names of the sweep's folds.
 
     Returns:
         The views, and how many of them were not there yet.
 
     Raises:
-        UserError: as :func:`folds_for`; ``out`` holds something else; nobody is left to train on.
+        UserError: as :func:`open_folds`; ``out`` holds something else; nobody is left to train on.
         DataError: the set is damaged.
     """
     out, tune = storage.absolute(out), options.tune
-    shards, table, folds = folds_for(options)
+    shards, table, folds = open_folds(options)
     sidecar = read_sample_table(shards)
     about = {
         "protocol": tune.protocol, "folds": len(folds), "task": tune.task, "label": label_name(tune.task, tune.label),
@@ -101,7 +101,7 @@ def make_views(options: FoldsConfig, out: str) -> tuple[list[ShardSet], int]:
     }  # fmt: skip
     views = []
     for fold in folds:
-        split = split_for(sidecar, np.unique(table.person[fold.test]), options.split.val)
+        split = fold_split(sidecar, np.unique(table.person[fold.test]), options.split.val)
         if not (split == SPLITS.index("train")).any():
             raise UserError(f"split.val={options.split.val} leaves nobody to train on in fold {fold.name}; give less")
         views.append(with_splits(shards, sidecar, split, storage.join(out, fold.name), {"fold": fold.name, **about}))

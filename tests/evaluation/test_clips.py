@@ -82,7 +82,7 @@ def half_told() -> list[dict[str, Any]]:
     return facts
 
 
-CLIP, REST = {"clip": "clip"}, {"clip": "clip", "rest": True}
+CLIP, REST = {"clip": "clip"}, {"clip": "clip", "baseline": True}
 BAD: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = {
     "outside of the scale": (other_scale(), {}, ["label valence", "has 7", "from 1 to 5"]),
     "no clip label": (watched(), {"clip": "film"}, ["tune.clip=film", "it has clip, phase, valence"]),

@@ -129,4 +129,4 @@ def test_the_command_in_a_bucket(tmp_path: Path, s3_here: S3, cli: Cli) -> None:
     assert "24 train, 0 val, 12 test" in done.stdout
     again = cli("folds", "--config", file, "--out", f"{bucket}/views", "split.val=0", env=env)
     assert again.returncode == 0 and "3 of 3 were there already" in again.stdout
-    assert open_set(f"{bucket}/views/2").home == f"{bucket}/data"
+    assert open_set(f"{bucket}/views/2").base_url == f"{bucket}/data"

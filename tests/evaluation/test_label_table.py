@@ -11,7 +11,7 @@ import pytest
 
 from physio_dist.data.format.index import open_set, read_sample_table
 from physio_dist.errors import UserError
-from physio_dist.evaluation.label_table import load_label_table
+from physio_dist.evaluation.label_table import load_label_table, require_paired
 from tests.evaluation.study_samples import facts_of, paired, publish_set, waves
 
 
@@ -97,7 +97,6 @@ def one_signal(url: str) -> None:
 
 
 BAD: dict[str, tuple[Callable[[str], Any], str, str | None, list[str]]] = {
-    "no EEG": (one_signal, "eegmat", None, ["has no eeg, only ecg", "signals=ecg,eeg"]),
     "another name": (lambda u: paired(u, facts_of()), "labels", "tusk", ["tune.label=tusk", "did you mean 'task'?"]),
     "far from any": (
         lambda u: paired(u, [{"person": str(i), "labels": {"age": i, "sex": "f"}} for i in range(3)]),
@@ -131,6 +130,14 @@ def test_what_cannot_be_a_table_is_told_in_one_sentence(case: str, tmp_path: Pat
     with pytest.raises(UserError) as caught:
         load_label_table(str(tmp_path), task, label)
     for word in words:
+        assert word in str(caught.value)
+
+
+def test_require_paired_refuses_a_set_without_eeg(tmp_path: Path) -> None:
+    one_signal(str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        require_paired(open_set(str(tmp_path)))
+    for word in ("has no eeg, only ecg", "signals=ecg,eeg"):
         assert word in str(caught.value)
 
 

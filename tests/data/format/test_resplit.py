@@ -72,7 +72,7 @@ def test_a_set_and_its_views_may_be_moved_together_and_not_apart(make_set: Make,
     assert open_set(view.url).base_url == str(tmp_path / "a" / "data") == open_set(f"{tmp_path}/real/views/0").base_url
     publish(shards, str(tmp_path / "a" / "near"))
     shutil.move(tmp_path / "a", tmp_path / "b")
-    assert open_set(f"{tmp_path}/b/near/1").home == str(tmp_path / "b" / "data")
+    assert open_set(f"{tmp_path}/b/near/1").data_url == str(tmp_path / "b" / "data")
     assert list(verify(f"{tmp_path}/b/near/1")) == []
     shutil.move(tmp_path / "b" / "near", tmp_path / "b" / "far" / "away")
     with pytest.raises(UserError, match=r"is a view of the shards in .*/b/far/data, where there is no finished"):

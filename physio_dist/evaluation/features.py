@@ -33,6 +33,7 @@ from physio_dist.data.loading.dataset import Batch, ShardDataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.backbones import Backbone
 from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV, CrissCrossEncoder
+from physio_dist.models.encoders.patches import to_patches
 from physio_dist.runtime import processes
 from physio_dist.runtime.progress import Progress
 from physio_dist.storage import sha256_of, user_cache
@@ -206,6 +207,7 @@ def _parts(
             here = slice(low % rows, low % rows + high - low)
             values[here] = _forward(module, batch.signal, batch.scale, batch.valid, backbone.unit_uv, device)
             valid[here] = batch.valid
+            batch.release()
             if not np.isfinite(values[here]).all():
                 row = int(np.flatnonzero(~np.isfinite(values[here]).all(axis=(1, 2, 3)))[0])
                 key = source.keys((np.zeros(1, dtype=np.int64), np.array([low + row])))[0]
@@ -257,10 +259,7 @@ def _forward(
     module: CrissCrossEncoder, signal: npt.NDArray[np.int16], scale: Floats, valid: npt.NDArray[np.bool_],
     unit_uv: float, device: torch.device,
 ) -> Floats:  # fmt: skip
-    values = torch.from_numpy(signal).to(device)
-    windows, channels, samples = values.shape
-    factor = torch.from_numpy(scale).to(device) / unit_uv
-    x = values.to(torch.float32).mul_(factor[:, None, None]).view(windows, channels, samples // PATCH, PATCH)
+    x = to_patches(torch.from_numpy(signal).to(device), torch.from_numpy(scale).to(device), unit_uv)
     # Given even where all is valid, so that a window's features do not depend on what else is in its batch.
     known = torch.from_numpy(valid).to(device)[:, :, None].expand(x.shape[:3])
     features: Floats = module(x, valid=known).cpu().numpy()

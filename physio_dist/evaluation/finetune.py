@@ -18,7 +18,8 @@ from physio_dist.data.loading.order import permutation
 from physio_dist.evaluation.backbones import Backbone
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
-from physio_dist.models.encoders.criss_cross import PATCH, CrissCrossEncoder
+from physio_dist.models.encoders.criss_cross import CrissCrossEncoder
+from physio_dist.models.encoders.patches import to_patches
 from physio_dist.models.fusion.base import pool
 from physio_dist.stats.scores import auc
 
@@ -126,9 +127,8 @@ def finetune(
 
 def _windows(source: ShardDataset, ids: Ints, unit_uv: float, device: torch.device) -> tuple[Tensor, Tensor]:
     batch = source.read_batch(0, np.zeros_like(ids), ids, ids, len(ids))
-    signal = torch.from_numpy(batch.signal).to(device)
-    scale = torch.from_numpy(batch.scale).to(device) / unit_uv
-    x = (signal * scale[:, None, None]).view(*signal.shape[:2], -1, PATCH)
+    x = to_patches(torch.from_numpy(batch.signal).to(device), torch.from_numpy(batch.scale).to(device), unit_uv)
+    batch.release()
     return x, torch.from_numpy(batch.valid).to(device)
 
 

@@ -22,7 +22,8 @@ from physio_dist.evaluation.backbones import Backbone, refuse_overlap
 from physio_dist.evaluation.features import check_fits
 from physio_dist.evaluation.label_table import shard_cache
 from physio_dist.evaluation.probe import begin, finish
-from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV, EncoderConfig, MaskedModel
+from physio_dist.models.encoders.criss_cross import PATCH, EncoderConfig, MaskedModel
+from physio_dist.models.encoders.patches import to_patches
 from physio_dist.objectives.baselines import LeadRidge, fit_lead_ridge, predict_interpolation, predict_zero
 from physio_dist.objectives.dual_mask import MaskConfig, sample_masks
 from physio_dist.signals.montage import LIMB, canonical, mask_groups
@@ -172,9 +173,8 @@ def _batches(source: ShardDataset, ids: npt.NDArray[np.int64]) -> Iterator[tuple
     for low in range(0, len(ids), _BATCH):
         mine = ids[low : low + _BATCH]
         batch = source.read_batch(0, np.zeros_like(mine), mine, mine, len(mine))
-        signal = torch.from_numpy(batch.signal)
-        scale = torch.from_numpy(batch.scale) / UNIT_UV
-        x = (signal * scale[:, None, None]).view(*signal.shape[:2], -1, PATCH)
+        x = to_patches(torch.from_numpy(batch.signal), torch.from_numpy(batch.scale))
+        batch.release()
         yield x, torch.from_numpy(batch.valid)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from physio_dist.config import TrainOptions
 from physio_dist.data.loading.dataset import Batch
-from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV
+from physio_dist.models.encoders.criss_cross import PATCH
+from physio_dist.models.encoders.patches import to_patches
 from physio_dist.objectives.dual_mask import DualMask, MaskConfig, sample_masks
 
 
@@ -68,10 +69,9 @@ def to_device(prepared: MaskedBatch, rows: slice, device: torch.device) -> Micro
         getattr(prepared, name)[rows].to(device, non_blocking=True)
         for name in ("signal", "scale", "valid", "weight", "intra", "inter")
     )
-    samples, channels, time = signal.shape
-    x = signal.to(torch.float32).mul_((scale / UNIT_UV)[:, None, None]).view(samples, channels, time // PATCH, PATCH)
+    x = to_patches(signal, scale)
     # Where all is valid the mask would cost time and change nothing.
-    everywhere = None if prepared.all_valid else valid[:, :, None].expand(samples, channels, time // PATCH)
+    everywhere = None if prepared.all_valid else valid[:, :, None].expand(x.shape[:3])
     return MicroBatch(x, intra, inter, intra | inter, everywhere, weight)
 
 

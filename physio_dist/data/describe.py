@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from physio_dist import storage
 from physio_dist.data.format import tar
-from physio_dist.data.format.index import SPLITS, ShardSet, open_set, read_sample_table
+from physio_dist.data.format.index import SPLITS, ShardSet, open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import DataError, UserError
 
 # Labels are looked at in this many shards; reading all of a large set would take hours.
@@ -37,7 +38,7 @@ def describe(url: str) -> list[str]:
         DataError: it is damaged.
     """
     shards = open_set(url)
-    sidecar = read_sample_table(shards)
+    table = read_sample_table(shards)
     lines = [
         f"{shards.url}" + ("   SIMULATED signals" if shards.simulated else ""),
         f"  {shards.nsamples} windows of {shards.people} people in {len(shards.shards)} shards, "
@@ -46,10 +47,10 @@ def describe(url: str) -> list[str]:
         *_view(shards),
     ]
     for code, name in enumerate(SPLITS):
-        mine = sidecar.split == code
-        lines.append(f"  {name}: {int(mine.sum())} windows of {len(np.unique(sidecar.person[mine]))} people")
+        mine = table.split == code
+        lines.append(f"  {name}: {int(mine.sum())} windows of {len(np.unique(table.person[mine]))} people")
     for name, signal in shards.signals.items():
-        valid = sidecar.valid[name]
+        valid = table.valid[name]
         lines.append(
             f"  {name}: {len(signal.channels)} channels x {signal.samples} samples at {shards.rate:g} Hz "
             f"({signal.samples / shards.rate:g} s), {signal.uv_per_bit:g} uV per bit"
@@ -97,7 +98,7 @@ def some_windows(url: str, count: int) -> tuple[ShardSet, dict[str, Windows]]:
     shards = open_set(url)
     if not shards.nsamples:
         raise UserError(f"{url} holds no windows: there is nothing to draw")
-    sidecar = read_sample_table(shards)
+    table = read_sample_table(shards)
     chosen = np.unique(np.linspace(0, shards.nsamples - 1, min(count, shards.nsamples)).astype(np.int64))
     starts = shards.shard_starts()
     windows: dict[str, Any] = {}
@@ -105,12 +106,12 @@ def some_windows(url: str, count: int) -> tuple[ShardSet, dict[str, Windows]]:
         waves = []
         for sample in chosen:
             number = int(np.searchsorted(starts, sample, side="right") - 1)
-            start = int(sidecar.offset[name][sample])
+            start = int(table.offset[name][sample])
             raw = _read(shards, number, start, start + signal.nbytes)
             if len(raw) != signal.nbytes:
                 raise DataError(f"{shards.shard_url(number)} is shorter than the index says: it was truncated")
             waves.append(np.frombuffer(raw, "<i2").reshape(len(signal.channels), -1) * np.float32(signal.uv_per_bit))
-        windows[name] = Windows(np.stack(waves), sidecar.valid[name][chosen], sidecar.keys(chosen))
+        windows[name] = Windows(np.stack(waves), table.valid[name][chosen], table.keys(chosen))
     return shards, windows
 
 

@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import Protocol
 
 from physio_dist import storage
-from physio_dist.data.format.index import SampleTable, ShardSet, open_set, read_sample_table
+from physio_dist.data.format.index import ShardSet, open_set
+from physio_dist.data.format.sample_table import SampleTable, read_sample_table
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.loading.dataset import ShardDataset
 

@@ -20,18 +20,14 @@ from physio_dist.data.format.index import (
     INDEX,
     KEY_PATTERN,
     SPLITS,
-    SampleTable,
     ShardInfo,
     ShardSet,
     SignalInfo,
     fingerprint_of,
-    key_table,
     open_set,
-    pseudonym,
-    publish,
-    read_sample_table,
-    split_of,
 )
+from physio_dist.data.format.people import pseudonym, split_of
+from physio_dist.data.format.sample_table import SampleTable, key_table, publish, read_sample_table
 from physio_dist.errors import DataError, UserError
 from physio_dist.runtime.progress import Progress
 from physio_dist.signals.montage import ECG_12, identity_error
@@ -46,15 +42,15 @@ def verify(url: str) -> Iterator[str]:
 
     Raises:
         UserError: there is no shard set.
-        DataError: the index or the sidecar themselves are damaged.
+        DataError: the index or the sample table themselves are damaged.
     """
     shards = open_set(url)
-    sidecar = read_sample_table(shards)
+    table = read_sample_table(shards)
     starts = shards.shard_starts()
     present = storage.names(shards.data_url)
     for name in sorted({name for name in present if name.endswith(".tar")} - {s.url for s in shards.shards}):
         yield f"{name}: lies beside the shards but is not in the index"
-    keys = sidecar.keys(np.arange(shards.nsamples))
+    keys = table.keys(np.arange(shards.nsamples))
     for key in sorted(key for key, count in Counter(keys).items() if count > 1):
         yield f"key {key!r} stands in the set more than once"
     for number, info in enumerate(shards.shards):
@@ -63,11 +59,11 @@ def verify(url: str) -> Iterator[str]:
             continue
         data = storage.read_bytes(shards.shard_url(number))
         rows = slice(int(starts[number]), int(starts[number + 1]))
-        yield from _shard_faults(info, data, shards, sidecar, keys[rows], rows)
+        yield from _shard_faults(info, data, shards, table, keys[rows], rows)
 
 
 def _shard_faults(
-    info: ShardInfo, data: bytes, shards: ShardSet, sidecar: SampleTable, keys: list[str], rows: slice
+    info: ShardInfo, data: bytes, shards: ShardSet, table: SampleTable, keys: list[str], rows: slice
 ) -> Iterator[str]:
     as_told = False
     if len(data) != info.filesize:
@@ -94,14 +90,14 @@ def _shard_faults(
             if member.shape.get(name) != shape or member.dtype.get(name) != np.int16:
                 found = f"{member.dtype[name]} {member.shape[name]}" if name in member.shape else "no such array"
                 yield f"{info.url}: sample {member.key}: {name} is {found} instead of int16 {shape}"
-            elif member.offset[name] != sidecar.offset[name][rows.start + i]:
-                yield f"{info.url}: sample {member.key} stands elsewhere than the sidecar says"
+            elif member.offset[name] != table.offset[name][rows.start + i]:
+                yield f"{info.url}: sample {member.key} stands elsewhere than the sample table says"
             else:
                 start = member.offset[name]
                 check = zlib.crc32(memoryview(data)[start : start + signal.nbytes])
-                if as_told and check != sidecar.check[name][rows.start + i]:
-                    yield f"{info.url}: sample {member.key} {name} disagrees with its check in the sidecar"
-                yield from _range_faults(info, data, member, name, signal, sidecar.valid[name][rows.start + i])
+                if as_told and check != table.check[name][rows.start + i]:
+                    yield f"{info.url}: sample {member.key} {name} disagrees with its check in the sample table"
+                yield from _range_faults(info, data, member, name, signal, table.valid[name][rows.start + i])
 
 
 def _range_faults(
@@ -144,7 +140,7 @@ class IndexOptions:
 
 
 def index_existing(url: str, options: IndexOptions) -> ShardSet:
-    """Write an index and a sidecar for a WebDataset that somebody else wrote.
+    """Write an index and a sample table for a WebDataset that somebody else wrote.
 
     Its samples have int16 ``[channel, time]`` arrays ``{key}.ecg.npy`` or ``{key}.eeg.npy`` of one shape, row by row.
 
@@ -248,23 +244,23 @@ def _publish_adopted(url: str, options: IndexOptions, signal: SignalInfo, found:
         for person, key in zip(found.people, found.keys, strict=True)
     ]
     split = [split_of(person, options.val, options.test) for person in people]
-    sidecar = SampleTable(
+    table = SampleTable(
         offset={kind: np.array(found.offsets, dtype=np.int64)},
         check={kind: np.array(found.checks, dtype=np.uint32)},
         valid={kind: np.stack(found.valid)},
         split=np.array(split, dtype=np.uint8), person=np.array(people, dtype=np.uint64),
         waveform=np.zeros(len(people), dtype=np.uint64), key=key_table(found.keys),
     )  # fmt: skip
-    sidecar_sha256 = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    sample_table_sha256 = hashlib.sha256(table.to_bytes()).hexdigest()
     signals = {kind: signal}
     made = ShardSet(
         url=url, shards=tuple(found.infos), signals=signals, rate=options.rate,
         splits={name: split.count(code) for code, name in enumerate(SPLITS)}, people=len(set(people)),
-        simulated=found.simulated, sources=(source,), sidecar_sha256=sidecar_sha256,
-        fingerprint=fingerprint_of(found.infos, signals, options.rate, sidecar_sha256),
+        simulated=found.simulated, sources=(source,), sample_table_sha256=sample_table_sha256,
+        fingerprint=fingerprint_of(found.infos, signals, options.rate, sample_table_sha256),
         made_by={"physio_dist": __version__, "reader": "index"},
     )  # fmt: skip
-    publish(made, sidecar)
+    publish(made, table)
     return made
 
 

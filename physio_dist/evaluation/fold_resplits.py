@@ -11,8 +11,10 @@ import numpy.typing as npt
 from physio_dist import storage
 from physio_dist.config import TuneConfig, TuneOptions, check_tune
 from physio_dist.config.loader import between
-from physio_dist.data.format.index import SPLITS, SampleTable, ShardSet, open_set, read_sample_table, split_of
+from physio_dist.data.format.index import SPLITS, ShardSet, open_set
+from physio_dist.data.format.people import split_of
 from physio_dist.data.format.resplit import publish_resplits, with_splits
+from physio_dist.data.format.sample_table import SampleTable, read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.label_table import LabelTable, label_name, load_label_table, require_paired
 from physio_dist.evaluation.splits import Fold, folds_of
@@ -70,13 +72,13 @@ def open_folds(options: TuneConfig) -> tuple[ShardSet, LabelTable, tuple[Fold, .
     return shards, table, tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, options.run.seed))
 
 
-def fold_split(sidecar: SampleTable, tested: npt.NDArray[np.uint64], val: float) -> npt.NDArray[np.uint8]:
+def fold_split(sample_table: SampleTable, tested: npt.NDArray[np.uint64], val: float) -> npt.NDArray[np.uint8]:
     """The split of a fold's view: uint8 ``[sample]``, position in ``SPLITS``.
 
     All windows of the people ``tested`` are test windows, whether they carry the label or not. A share ``val`` of the
     others is held out, by hash: whoever is not tested is on the same side in every fold.
     """
-    people, who = np.unique(sidecar.person, return_inverse=True)
+    people, who = np.unique(sample_table.person, return_inverse=True)
     split = np.array([split_of(int(person), val, 0.0) for person in people], dtype=np.uint8)
     split[np.isin(people, tested)] = SPLITS.index("test")
     return split[who]
@@ -94,15 +96,17 @@ def write_fold_resplits(options: FoldsConfig, out: str) -> tuple[list[ShardSet],
     """
     out, tune = storage.absolute(out), options.tune
     shards, table, folds = open_folds(options)
-    sidecar = read_sample_table(shards)
+    sample_table = read_sample_table(shards)
     about = {
         "protocol": tune.protocol, "folds": len(folds), "task": tune.task, "label": label_name(tune.task, tune.label),
         "seed": options.run.seed, "split.val": options.split.val, "set": shards.fingerprint,
     }  # fmt: skip
     views = []
     for fold in folds:
-        split = fold_split(sidecar, np.unique(table.person[fold.test]), options.split.val)
+        split = fold_split(sample_table, np.unique(table.person[fold.test]), options.split.val)
         if not (split == SPLITS.index("train")).any():
             raise UserError(f"split.val={options.split.val} leaves nobody to train on in fold {fold.name}; give less")
-        views.append(with_splits(shards, sidecar, split, storage.join(out, fold.name), {"fold": fold.name, **about}))
+        views.append(
+            with_splits(shards, sample_table, split, storage.join(out, fold.name), {"fold": fold.name, **about})
+        )
     return [made for made, _ in views], publish_resplits(views, out)

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from scipy import signal as dsp
 from scipy import stats
 
-from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
+from physio_dist.data.format.index import ShardSet, open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.evaluation.label_table import SIGNALS, require_paired, shard_cache
 from physio_dist.signals.quality import in_runs
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from physio_dist.config import DataOptions
 from physio_dist.data.format import tar
-from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
+from physio_dist.data.format.index import ShardSet, open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.errors import UserError, closest
 from physio_dist.evaluation.clips import (

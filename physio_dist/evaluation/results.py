@@ -13,7 +13,7 @@ import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
 from scipy.stats import ttest_1samp
 
-from physio_dist.data.format.index import key_table
+from physio_dist.data.format.sample_table import key_table
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
 from physio_dist.stats.auc import compare_all_pairs, compared, difference, p_of_no_difference

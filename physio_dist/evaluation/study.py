@@ -13,7 +13,8 @@ from physio_dist import storage
 from physio_dist.config import TuneConfig, TuneOptions, check_tune
 from physio_dist.config.probe import ProbeOptions
 from physio_dist.config.task import LEAKY
-from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
+from physio_dist.data.format.index import ShardSet, open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.data.handle import open_dataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.analysis.embedding import embedding
@@ -151,8 +152,8 @@ def _valid(shards: ShardSet, table: LabelTable) -> dict[str, npt.NDArray[np.bool
     Raises:
         UserError: no labelled window has a valid channel of a signal.
     """
-    sidecar = read_sample_table(shards)
-    found = {signal: sidecar.valid[signal][table.sample] for signal in SIGNALS}
+    sample_table = read_sample_table(shards)
+    found = {signal: sample_table.valid[signal][table.sample] for signal in SIGNALS}
     for signal, channels in found.items():
         if not channels.any():
             raise UserError(

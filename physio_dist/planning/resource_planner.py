@@ -12,7 +12,8 @@ import torch
 
 from physio_dist import storage
 from physio_dist.config import PretrainConfig, mixture
-from physio_dist.data.format.index import SIDECAR, ShardSet, read_sample_table
+from physio_dist.data.format.index import SAMPLE_TABLE, ShardSet
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.data.loading.mixture import open_sets, order_of
 from physio_dist.data.loading.order import LANES, Ints, Mixture, node_slice, rank_slice
 from physio_dist.errors import UserError
@@ -63,7 +64,7 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
 
     Raises:
         UserError: no such shard set, more ranks than samples in a batch, an unknown GPU.
-        DataError: a damaged index or sidecar.
+        DataError: a damaged index or sample table.
     """
     if min(cluster.nodes, cluster.gpus) < 1:
         raise UserError("--nodes and --gpus-per-node must be at least 1")
@@ -75,8 +76,8 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
     sets = open_sets([url for url, _ in parts], options.data.signal)
     info = sets[0].signals[options.data.signal]
     signal = len(info.channels), info.samples
-    sidecars = [read_sample_table(one) for one in sets]
-    order = order_of(sets, sidecars, [weight for _, weight in parts], "train", batch, options.run.seed)
+    tables = [read_sample_table(one) for one in sets]
+    order = order_of(sets, tables, [weight for _, weight in parts], "train", batch, options.run.seed)
     rate = cluster.samples_per_s
     alone = on_paper(options, cluster, signal)
     if rate is None:
@@ -120,7 +121,7 @@ def feed(
         nodes.append(node_traffic(order, sizes, sample, slots, options.data.cache_gb * _GB, steps))
     by_epoch = [sum(one.epochs[e] for one in nodes) for e in range(len(nodes[0].epochs))]
     whole = by_epoch if steps % epoch == 0 or len(by_epoch) == 1 else by_epoch[:-1]
-    sidecars = sum(storage.size(storage.join(one.url, SIDECAR)) for one in sets)
+    tables = sum(storage.size(storage.join(one.url, SAMPLE_TABLE)) for one in sets)
     once = sum(int(size[one.counts > 0].sum()) for size, one in zip(sizes, order.sets, strict=True))
     # No node fetches more than all, unless its cache is too small to keep it.
     later = max(options.train.steps - steps, 0) / epoch * whole[-1]
@@ -135,7 +136,7 @@ def feed(
         "node_bytes_later_epoch": whole[-1] / cluster.nodes if len(whole) > 1 else None,
         # How often the run's nodes together fetch what they need of the set, in the epoch that fetches most.
         "amplification": max(whole) / (once * min(1.0, steps / epoch)),
-        "run_bytes": round(sum(by_epoch) + later), "sidecar_bytes": sidecars * cluster.nodes,
+        "run_bytes": round(sum(by_epoch) + later), "sample_table_bytes": tables * cluster.nodes,
         "cache_needed_gb": max(one.cache_needed for one in nodes) / _GB, "cache_gb": options.data.cache_gb,
         "singles": sum(one.singles for one in nodes), "local": all(storage.is_local(one.data_url) for one in sets),
         "storage_bytes_per_s": max(whole) / min(epoch_s, steps * order.batch / rate),

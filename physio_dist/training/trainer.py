@@ -137,7 +137,7 @@ def _training_data(source: ShardDataset) -> TrainingData:
         }
         for s in source.sets
     ]  # fmt: skip
-    seen = [sidecar.person[sidecar.split == 0] for sidecar in source.sample_tables]
+    seen = [table.person[table.split == 0] for table in source.sample_tables]
     return TrainingData(
         indexes=indexes,
         people=sorted({f"{person:016x}" for ids in seen for person in ids.tolist()}),

@@ -12,17 +12,8 @@ import pytest
 
 from physio_dist import storage
 from physio_dist.data.format import tar
-from physio_dist.data.format.index import (
-    SPLITS,
-    SampleTable,
-    ShardInfo,
-    ShardSet,
-    SignalInfo,
-    fingerprint_of,
-    key_table,
-    open_set,
-    publish,
-)
+from physio_dist.data.format.index import SPLITS, ShardInfo, ShardSet, SignalInfo, fingerprint_of, open_set
+from physio_dist.data.format.sample_table import SampleTable, key_table, publish
 from physio_dist.signals.montage import ECG_12
 from physio_dist.signals.readers import reader
 
@@ -52,7 +43,7 @@ def build(
         shards.append(ShardInfo(name, size, len(data), hashlib.sha256(data).hexdigest()))
         start += size
     split = np.array([i % every == every - 1 for i in range(n)], dtype=np.uint8)
-    sidecar = SampleTable(
+    table = SampleTable(
         offset={"ecg": np.array([place["ecg"][0] for place in places], dtype=np.int64)},
         check={"ecg": np.array([place["ecg"][1] for place in places], dtype=np.uint32)},
         valid={"ecg": np.array([[True, i % 3 > 0] + [True] * (channels - 2) for i in range(n)])},
@@ -62,7 +53,7 @@ def build(
         key=key_table([f"s{seed}-{i:04d}" for i in range(n)]),
     )
     signals = {"ecg": SignalInfo(ECG_12[:channels], length, 2.0)}
-    digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    digest = hashlib.sha256(table.to_bytes()).hexdigest()
     publish(
         ShardSet(
             url=url,
@@ -70,14 +61,14 @@ def build(
             signals=signals,
             rate=200.0,
             splits={name: int((split == code).sum()) for code, name in enumerate(SPLITS)},
-            people=len(np.unique(sidecar.person)),
+            people=len(np.unique(table.person)),
             simulated=False,
             sources=("built",),
-            sidecar_sha256=digest,
+            sample_table_sha256=digest,
             fingerprint=fingerprint_of(shards, signals, 200.0, digest),
             made_by={},
         ),
-        sidecar,
+        table,
     )
     return open_set(url)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import SPLITS, SampleTable, ShardInfo, ShardSet, SignalInfo, fingerprint_of, publish
+from physio_dist.data.format.index import SPLITS, ShardInfo, ShardSet, SignalInfo, fingerprint_of
+from physio_dist.data.format.sample_table import SampleTable, publish
 from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.loading.loader import LoaderPlan, PrefetchLoader
@@ -32,7 +33,7 @@ def extra(name: str) -> Callable[[int, Members], object]:
 
 GOOD = npy(signal_of(6))
 # What stands in a shard's place, and what `verify` and `index` say of it beside its name. To `index` a tar without json
-# or without samples is fine, and a sidecar whose offsets lie beyond a tar's end is refused before any tar is read.
+# or without samples is fine, and a sample table whose offsets lie beyond a tar's end is refused before any tar is read.
 BAD: dict[str, tuple[bytes, str | None, str | None]] = {
     "cut in a member": (shard(lambda i, mine: None)[:2600], None, "truncated in member 's0-0006.ecg.npy'"),
     "cut between members": (shard(lambda i, mine: None)[:2048], None, "truncated: it has no end mark"),
@@ -118,13 +119,13 @@ def publish_empty(folder: Path) -> str:
     nothing = np.zeros(0, np.uint64)
     leads, offset = {"ecg": np.zeros((0, len(ECG_12)), np.bool_)}, {"ecg": np.zeros(0, np.int64)}
     check = {"ecg": np.zeros(0, np.uint32)}
-    sidecar = SampleTable(offset, check, leads, np.zeros(0, np.uint8), nothing, nothing, np.zeros((0, 1), np.uint8))
+    table = SampleTable(offset, check, leads, np.zeros(0, np.uint8), nothing, nothing, np.zeros((0, 1), np.uint8))
     shards = (ShardInfo("a.tar", 0, len(data), hashlib.sha256(data).hexdigest()),)
     signals = {"ecg": SignalInfo(ECG_12, 2000, 1.0)}
-    digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    digest = hashlib.sha256(table.to_bytes()).hexdigest()
     print_ = fingerprint_of(shards, signals, 200.0, digest)
     splits = dict.fromkeys(SPLITS, 0)
-    publish(ShardSet(str(folder), shards, signals, 200.0, splits, 0, False, ("x",), digest, print_, {}), sidecar)
+    publish(ShardSet(str(folder), shards, signals, 200.0, splits, 0, False, ("x",), digest, print_, {}), table)
     return str(folder)
 
 

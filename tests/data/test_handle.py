@@ -14,7 +14,8 @@ import pytest
 
 from physio_dist import storage
 from physio_dist.config.pretrain import DataOptions
-from physio_dist.data.format.index import SampleTable, ShardSet
+from physio_dist.data.format.index import ShardSet
+from physio_dist.data.format.sample_table import SampleTable
 from physio_dist.data.handle import ShardSetHandle, open_dataset, open_handle
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.errors import DataError, UserError

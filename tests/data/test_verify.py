@@ -19,7 +19,8 @@ import pytest
 from physio_dist import storage
 from physio_dist.data import describe
 from physio_dist.data.format import tar
-from physio_dist.data.format.index import ShardInfo, ShardSet, fingerprint_of, open_set, publish, read_sample_table
+from physio_dist.data.format.index import ShardInfo, ShardSet, fingerprint_of, open_set
+from physio_dist.data.format.sample_table import publish, read_sample_table
 from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.verify import IndexOptions, index_existing, verify
@@ -38,7 +39,7 @@ def replaced(shards: ShardSet, number: int, data: bytes) -> None:
     storage.write_bytes(shards.shard_url(number), data)
     infos = list(shards.shards)
     infos[number] = ShardInfo(name, infos[number].nsamples, len(data), hashlib.sha256(data).hexdigest())
-    print_ = fingerprint_of(infos, shards.signals, shards.rate, shards.sidecar_sha256)
+    print_ = fingerprint_of(infos, shards.signals, shards.rate, shards.sample_table_sha256)
     publish(dataclasses.replace(shards, shards=tuple(infos), fingerprint=print_), read_sample_table(shards))
 
 
@@ -82,7 +83,7 @@ def test_each_damaged_file_is_named_and_the_status_is_3(
 
 
 @pytest.mark.parametrize("name", ["samples.safetensors", "index.json"])
-def test_an_altered_index_or_sidecar_has_status_3(make_set: Make, tmp_path: Path, cli: Cli, name: str) -> None:
+def test_an_altered_index_or_sample_table_has_status_3(make_set: Make, tmp_path: Path, cli: Cli, name: str) -> None:
     make_set(str(tmp_path))
     data = (tmp_path / name).read_bytes()
     altered = data.replace(b'"rate": 200.0', b'"rate": 250.0') if name == "index.json" else data[:-1] + b"?"
@@ -132,7 +133,7 @@ def drop(name: str) -> Callable[[int, dict[str, bytes]], object]:
             put("ecg.npy", npy(np.where(np.arange(64) < 40, 32767, signal_of(6)).astype(np.int16))),
             "s0-0006 ecg lead I is at the end of the range but marked valid",
         ),
-        (put("aaa.npy", npy(np.zeros(500, np.int16))), "s0-0007 stands elsewhere than the sidecar says"),
+        (put("aaa.npy", npy(np.zeros(500, np.int16))), "s0-0007 stands elsewhere than the sample table says"),
     ],
 )
 def test_faults_that_the_hash_vouches_for_are_still_named(
@@ -152,13 +153,13 @@ def test_a_sample_twice_in_a_tar_or_in_the_set_is_named(make_set: Make, tmp_path
         twice = [(info.name, file.extractfile(info).read()) for info in file]  # type: ignore[union-attr]
     replaced(shards, 1, packed(*twice, twice[0]))
     assert list(verify(str(tmp_path))) == ["ecg-000001.tar: member 's0-0005.ecg.npy' stands in it twice"]
-    sidecar = read_sample_table(open_set(str(tmp_path)))
-    key = sidecar.key.copy()
+    table = read_sample_table(open_set(str(tmp_path)))
+    key = table.key.copy()
     key[11] = key[0]
-    altered = dataclasses.replace(sidecar, key=key)
+    altered = dataclasses.replace(table, key=key)
     digest = hashlib.sha256(altered.to_bytes()).hexdigest()
     print_ = fingerprint_of(shards.shards, shards.signals, shards.rate, digest)
-    publish(dataclasses.replace(shards, sidecar_sha256=digest, fingerprint=print_), altered)
+    publish(dataclasses.replace(shards, sample_table_sha256=digest, fingerprint=print_), altered)
     assert "key 's0-0000' stands in the set more than once" in list(verify(str(tmp_path)))
 
 
@@ -320,14 +321,16 @@ def test_odd_labels_of_adopted_sets_do_not_stop_inspect(tmp_path: Path) -> None:
     assert '{"y": 2} x 1' in told
 
 
-def test_a_sidecar_made_for_other_values_is_named(make_set: Make, tmp_path: Path) -> None:
+def test_a_sample_table_made_for_other_values_is_named(make_set: Make, tmp_path: Path) -> None:
     shards = make_set(str(tmp_path / "set"))
-    sidecar = read_sample_table(shards)
-    sidecar.check["ecg"][5] ^= 1
-    digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    table = read_sample_table(shards)
+    table.check["ecg"][5] ^= 1
+    digest = hashlib.sha256(table.to_bytes()).hexdigest()
     fingerprint = fingerprint_of(shards.shards, shards.signals, shards.rate, digest)
-    publish(dataclasses.replace(shards, sidecar_sha256=digest, fingerprint=fingerprint), sidecar)
-    assert list(verify(shards.url)) == ["ecg-000001.tar: sample s0-0005 ecg disagrees with its check in the sidecar"]
+    publish(dataclasses.replace(shards, sample_table_sha256=digest, fingerprint=fingerprint), table)
+    assert list(verify(shards.url)) == [
+        "ecg-000001.tar: sample s0-0005 ecg disagrees with its check in the sample table"
+    ]
 
 
 @pytest.mark.parametrize(

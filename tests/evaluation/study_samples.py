@@ -14,18 +14,9 @@ from safetensors.numpy import save as save_safetensors
 from physio_dist import storage
 from physio_dist.config import TuneConfig
 from physio_dist.data.format import tar
-from physio_dist.data.format.index import (
-    SPLITS,
-    SampleTable,
-    ShardInfo,
-    ShardSet,
-    SignalInfo,
-    fingerprint_of,
-    key_table,
-    open_set,
-    pseudonym,
-    publish,
-)
+from physio_dist.data.format.index import SPLITS, ShardInfo, ShardSet, SignalInfo, fingerprint_of, open_set
+from physio_dist.data.format.people import pseudonym
+from physio_dist.data.format.sample_table import SampleTable, key_table, publish
 from physio_dist.evaluation.features import FORMAT, INDEX, KIND
 from physio_dist.evaluation.head_training import Job
 from physio_dist.evaluation.label_table import LabelTable
@@ -66,22 +57,22 @@ def publish_set(
         infos.append(ShardInfo(name, len(rows), len(data), hashlib.sha256(data).hexdigest()))
     codes = np.array(split if split is not None else [0] * n, dtype=np.uint8)
     people = np.array([pseudonym("built", str(one.get("person"))) for one in facts], dtype=np.uint64)
-    sidecar = SampleTable(
+    sample_table = SampleTable(
         offset={name: np.array([place[name][0] for place in places], dtype=np.int64) for name in signals},
         check={name: np.array([place[name][1] for place in places], dtype=np.uint32) for name in signals},
         valid={name: (valid or {}).get(name, np.ones((n, len(v[1])), dtype=bool)) for name, v in signals.items()},
         split=codes, person=people, waveform=np.zeros(n, dtype=np.uint64), key=key_table(keys),
     )  # fmt: skip
     about = {name: SignalInfo(v[1], v[0].shape[2], v[2]) for name, v in signals.items()}
-    digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    digest = hashlib.sha256(sample_table.to_bytes()).hexdigest()
     publish(
         ShardSet(
             url=url, shards=tuple(infos), signals=about, rate=200.0,
             splits={name: int((codes == code).sum()) for code, name in enumerate(SPLITS)},
-            people=len(np.unique(people)), simulated=simulated, sources=("built",), sidecar_sha256=digest,
+            people=len(np.unique(people)), simulated=simulated, sources=("built",), sample_table_sha256=digest,
             fingerprint=fingerprint_of(infos, about, 200.0, digest), made_by={},
         ),
-        sidecar,
+        sample_table,
     )  # fmt: skip
     return open_set(url)
 

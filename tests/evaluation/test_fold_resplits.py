@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from physio_dist import config
-from physio_dist.data.format.index import open_set, read_sample_table, split_of
+from physio_dist.data.format.index import open_set
+from physio_dist.data.format.people import split_of
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import urls_of
 from physio_dist.evaluation.fold_resplits import FoldsConfig, check_folds, fold_split, open_folds, write_fold_resplits
@@ -47,8 +49,8 @@ def test_the_views_are_the_folds_of_the_sweep(data: str, tmp_path: Path, more: t
     tested = []
     for view, fold in zip(views, folds, strict=True):
         assert view.url == f"{tmp_path}/views/{fold.name}" and view.made_by["view"]["fold"] == fold.name
-        sidecar = read_sample_table(open_set(view.url))
-        people = {code: set(sidecar.person[sidecar.split == code].tolist()) for code in range(3)}
+        sample_table = read_sample_table(open_set(view.url))
+        people = {code: set(sample_table.person[sample_table.split == code].tolist()) for code in range(3)}
         assert people[2] == set(table.person[fold.test].tolist())
         # Whole people, windows without the label among them.
         assert not people[0] & people[1] and not (people[0] | people[1]) & people[2]
@@ -56,7 +58,7 @@ def test_the_views_are_the_folds_of_the_sweep(data: str, tmp_path: Path, more: t
         assert people[0] and set.union(*people.values()) == set(whole.person.tolist())
         tested += sorted(people[2])
         for name in ("person", "key", "waveform"):
-            assert np.array_equal(getattr(sidecar, name), getattr(whole, name))
+            assert np.array_equal(getattr(sample_table, name), getattr(whole, name))
     # Everybody with the label is tested once, nobody without.
     assert sorted(tested) == np.unique(table.person).tolist() and len(tested) == 11
 
@@ -99,13 +101,13 @@ def test_what_no_views_can_be_made_of_is_told_and_nothing_is_written(
 
 
 def test_who_is_held_out_does_not_depend_on_who_is_tested(data: str) -> None:
-    sidecar = read_sample_table(open_set(data))
-    people = np.unique(sidecar.person)
-    plain = fold_split(sidecar, people[:0], 0.4)
+    sample_table = read_sample_table(open_set(data))
+    people = np.unique(sample_table.person)
+    plain = fold_split(sample_table, people[:0], 0.4)
     assert {0, 1} == set(plain.tolist())
     for tested in (people[:3], people[5:7]):
-        mine = np.isin(sidecar.person, tested)
-        split = fold_split(sidecar, tested, 0.4)
+        mine = np.isin(sample_table.person, tested)
+        split = fold_split(sample_table, tested, 0.4)
         assert (split[mine] == 2).all() and np.array_equal(split[~mine], plain[~mine])
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import open_set, read_sample_table
+from physio_dist.data.format.index import open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.label_table import load_label_table, require_paired
 from tests.evaluation.study_samples import facts_of, paired, publish_set, waves

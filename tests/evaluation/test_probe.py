@@ -13,7 +13,7 @@ import torch
 
 from physio_dist import config, storage
 from physio_dist.config.probe import ProbeConfig, check_probe
-from physio_dist.data.format.index import pseudonym
+from physio_dist.data.format.people import pseudonym
 from physio_dist.errors import UserError
 from physio_dist.evaluation import probe, reconstruction
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, MaskedModel, preset

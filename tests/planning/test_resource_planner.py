@@ -55,7 +55,7 @@ def test_a_plan_adds_up(remote: ShardSet) -> None:
     assert fed["run_bytes"] <= 2 * total
     assert fed["rank_bytes_per_s"] == 100 * 2 * 2 * 400
     assert fed["storage_bytes_per_s"] == pytest.approx(fed["amplification"] * total / (400 / 400))
-    assert fed["sidecar_bytes"] == 2 * storage.size(remote.url + "/samples.safetensors")
+    assert fed["sample_table_bytes"] == 2 * storage.size(remote.url + "/samples.safetensors")
     assert room["parameters"] == count_parameters(preset("tiny"))
     stages = room["by_stage_gb"]
     assert stages["0"] - room["activations_gb"] == pytest.approx(16 * room["parameters"] / 1e9)

@@ -130,7 +130,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path, u
     finish(out, undisturbed)
 
 
-@pytest.mark.parametrize("moment", ["first part", "first shard", "sidecar", "index"])
+@pytest.mark.parametrize("moment", ["first part", "first shard", "sample table", "index"])
 def test_killed_at_a_moment_that_matters_it_goes_on_to_the_same_bytes(
     tmp_path: Path, undisturbed: dict[str, bytes], moment: str
 ) -> None:
@@ -138,7 +138,7 @@ def test_killed_at_a_moment_that_matters_it_goes_on_to_the_same_bytes(
     reached = {
         "first part": lambda: parts(out) >= 1,
         "first shard": lambda: any(out.glob("*.tar")),
-        "sidecar": (out / "samples.safetensors").exists,
+        "sample table": (out / "samples.safetensors").exists,
         "index": (out / "index.json").exists,
     }[moment]
     process = start(out)

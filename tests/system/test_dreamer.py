@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load
 from scipy.io import savemat
 
-from physio_dist.data.format.index import open_set, pseudonym
+from physio_dist.data.format.index import open_set
+from physio_dist.data.format.people import pseudonym
 from physio_dist.errors import UserError
 from physio_dist.evaluation.serving.classifier import FusionClassifier
 from physio_dist.signals.readers import reader

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import SPLITS, ShardSet, open_set, read_sample_table
+from physio_dist.data.format.index import SPLITS, ShardSet, open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from tests.conftest import Proxied
 from tests.system.launching import Run, end_session, physio
 from tests.system.test_bad_input import told

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import open_set, read_sample_table
+from physio_dist.data.format.index import open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import open_backbone, refuse_overlap
 from tests.evaluation.study_samples import facts_of, paired
@@ -26,10 +27,10 @@ def test_an_encoder_of_a_fold_has_never_seen_its_test_people(tmp_path: Path) -> 
     assert planned.returncode == 0, planned.stderr
     run = Run(tmp_path, "eeg-1", view, options)
     assert run(ranks=1, launcher="python") == 0, run.said()
-    sidecar = read_sample_table(open_set(view))
-    keys = dict(zip(sidecar.keys(np.arange(len(sidecar.person))), sidecar.person.tolist(), strict=True))
+    table = read_sample_table(open_set(view))
+    keys = dict(zip(table.keys(np.arange(len(table.person))), table.person.tolist(), strict=True))
     seen = {keys[key] for batch in run.trace().values() for key in batch}
-    of_split = [set(sidecar.person[sidecar.split == code].tolist()) for code in range(3)]
+    of_split = [set(table.person[table.split == code].tolist()) for code in range(3)]
     # Two epochs and more: everybody who may be seen was.
     assert seen == of_split[0] and of_split[2] and not seen & of_split[2]
     encoder = f"{tmp_path}/runs/eeg-1/encoder"

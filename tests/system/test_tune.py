@@ -21,7 +21,8 @@ from safetensors.numpy import load
 
 from physio_dist import config
 from physio_dist.data.convert import converter
-from physio_dist.data.format.index import open_set, read_sample_table
+from physio_dist.data.format.index import open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.search_space import suggest
 from physio_dist.evaluation.serving.classifier import FusionClassifier

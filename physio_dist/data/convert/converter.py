@@ -28,19 +28,9 @@ from physio_dist.data.convert.channels import spec_of, with_found, words
 from physio_dist.data.convert.labels import read_labels
 from physio_dist.data.convert.parts import Job, Part, make_part, part_of, record_keys, spooled
 from physio_dist.data.convert.process_pool import TaskPool, retry_on_storage_errors, worker_pool
-from physio_dist.data.format.index import (  # fmt: skip
-    INDEX,
-    SPLITS,
-    SampleTable,
-    ShardSet,
-    SignalInfo,
-    fingerprint_of,
-    key_table,
-    open_set,
-    publish,
-    read_sample_table,
-    split_of,
-)
+from physio_dist.data.format.index import INDEX, SPLITS, ShardSet, SignalInfo, fingerprint_of, open_set
+from physio_dist.data.format.people import split_of
+from physio_dist.data.format.sample_table import SampleTable, key_table, publish, read_sample_table
 from physio_dist.errors import DataError, UserError
 from physio_dist.runtime.progress import Progress
 from physio_dist.signals.readers import reader as reader_named
@@ -50,7 +40,7 @@ MARKER = "_writing.json"
 # Names in the folder of recordings by which another machine is seen to have the same.
 _LOOKED_AT = 16
 # Options that say where the work is done, and names of files: other ones make the same bytes.
-_NOT_OF_BYTES = ("workers", "ray", "wait_s", "labels", "known")
+_NOT_OF_BYTES = ("workers", "ray", "placement_timeout_s", "labels", "exclude")
 
 
 @dataclass(frozen=True)
@@ -329,7 +319,7 @@ def _finish(
     valid = [flags for one in made for flags in one.valid]
     split = [split_of(item.facts.person, options.split.val, options.split.test) for item in kept]
     person = np.array([item.facts.person for item in kept], dtype=np.uint64)
-    sidecar = SampleTable(
+    table = SampleTable(
         offset={name: np.array([place[name][0] for place in places], dtype=np.int64) for name in signals},
         check={name: np.array([place[name][1] for place in places], dtype=np.uint32) for name in signals},
         valid={name: np.array([flags[name] for flags in valid], dtype=np.bool_) for name in signals},
@@ -340,12 +330,13 @@ def _finish(
     )
     spec = job.spec
     infos_of = {name: SignalInfo(spec.channels_of(name), spec.samples, spec.uv_per_bit_of(name)) for name in signals}
-    sidecar_sha256 = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    digest_of_table = hashlib.sha256(table.to_bytes()).hexdigest()
     shard_set = ShardSet(
         url=out, shards=tuple(infos), signals=infos_of, rate=float(job.spec.rate),
         splits={name: split.count(code) for code, name in enumerate(SPLITS)},
         people=len(np.unique(person)), simulated=reader_named(job.reader).simulated, sources=(job.source,),
-        sidecar_sha256=sidecar_sha256, fingerprint=fingerprint_of(infos, infos_of, job.spec.rate, sidecar_sha256),
+        sample_table_sha256=digest_of_table,
+        fingerprint=fingerprint_of(infos, infos_of, job.spec.rate, digest_of_table),
         made_by={
             "job": digest, "physio_dist": __version__, "reader": job.reader,
             "options": {k: v for k, v in flatten(options).items() if k not in _NOT_OF_BYTES},
@@ -357,7 +348,7 @@ def _finish(
     for name in stale:
         if name.endswith(".tar"):
             storage.remove(storage.join(out, name))
-    publish(shard_set, sidecar)
+    publish(shard_set, table)
     return shard_set
 
 

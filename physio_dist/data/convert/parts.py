@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save as save_safetensors
 
 from physio_dist import storage
-from physio_dist.data.format.index import pseudonym
+from physio_dist.data.format.people import pseudonym
 from physio_dist.errors import PhysioError
 from physio_dist.signals.readers import reader as reader_named
 from physio_dist.signals.recording import RecordError

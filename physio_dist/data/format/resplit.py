@@ -1,4 +1,4 @@
-"""Views: a shard set under other splits, with an index and a sidecar of its own, and no copy of a shard."""
+"""Views: a shard set under other splits, with an index and a sample table of its own, and no copy of a shard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist import storage
-from physio_dist.data.format.index import INDEX, SIDECAR, SPLITS, SampleTable, ShardSet, fingerprint_of, publish
+from physio_dist.data.format.index import INDEX, SAMPLE_TABLE, SPLITS, ShardSet, fingerprint_of
+from physio_dist.data.format.sample_table import SampleTable, publish
 from physio_dist.errors import UserError
 
 # What a conversion goes by when it is started again; a view is not what that made.
@@ -18,12 +19,12 @@ _JOB = "job"
 
 
 def with_splits(
-    shards: ShardSet, sidecar: SampleTable, split: npt.NDArray[np.uint8], url: str, about: dict[str, Any]
+    shards: ShardSet, table: SampleTable, split: npt.NDArray[np.uint8], url: str, about: dict[str, Any]
 ) -> tuple[ShardSet, SampleTable]:
     """A view, not yet published.
 
     Args:
-        shards, sidecar: the set; a view of a view is one of the same shards.
+        shards, table: the set; a view of a view is one of the same shards.
         split: uint8 ``[sample]``, position in ``SPLITS``.
         url: where the view is going to be.
         about: what is noted of its making.
@@ -36,10 +37,10 @@ def with_splits(
             f"a view at {url} could not name the shards in {shards.data_url}, for who reads the one may not reach the "
             "other; give a place beside the shards, or a local folder"
         )
-    other = replace(sidecar, split=split)
+    other = replace(table, split=split)
     digest = hashlib.sha256(other.to_bytes()).hexdigest()
     made = replace(
-        shards, url=url, base_url=shards.data_url, sidecar_sha256=digest,
+        shards, url=url, base_url=shards.data_url, sample_table_sha256=digest,
         splits={name: int((split == code).sum()) for code, name in enumerate(SPLITS)},
         fingerprint=fingerprint_of(shards.shards, shards.signals, shards.rate, digest),
         made_by={**{name: value for name, value in shards.made_by.items() if name != _JOB}, "view": about},
@@ -62,16 +63,16 @@ def publish_resplits(views: list[tuple[ShardSet, SampleTable]], out: str) -> int
     if others := [name for name in storage.names(out) if name not in expected and not name.startswith(".")]:
         raise UserError(f"{out} holds something else than these {len(views)} views: {_some(others)}; {instead}")
     missing = []
-    for made, sidecar in views:
+    for made, table in views:
         names = [name for name in storage.names(made.url) if not name.startswith(".")]
-        if others := [name for name in names if name not in (INDEX, SIDECAR)]:
+        if others := [name for name in names if name not in (INDEX, SAMPLE_TABLE)]:
             raise UserError(f"{made.url} holds something else than a view: {_some(others)}; {instead}")
         if INDEX in names and storage.read_json(storage.join(made.url, INDEX)) != made.to_json():
             raise UserError(f"{made.url} holds another shard set, or a view made from other data or options; {instead}")
         if len(names) < 2:
-            missing.append((made, sidecar))
-    for made, sidecar in missing:
-        publish(made, sidecar)
+            missing.append((made, table))
+    for made, table in missing:
+        publish(made, table)
     return len(missing)
 
 

@@ -25,14 +25,14 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from physio_dist import storage
-from physio_dist.data.format.index import SIDECAR, ShardInfo, ShardSet
+from physio_dist.data.format.index import SAMPLE_TABLE, ShardInfo, ShardSet
 from physio_dist.errors import DataError, UserError
 
 log = logging.getLogger("physio_dist")
 
 # A single rank has several shards of each lane in hand, some hundreds in a large set.
 _MOST_OPEN = 8192
-_KINDS = (".tar", Path(SIDECAR).suffix)
+_KINDS = (".tar", Path(SAMPLE_TABLE).suffix)
 # How long a use of a shard may go unnoted on disk, where other ranks look for the least recently used.
 _TOUCH_S = 60.0
 # Shards that this run does not need, but somebody used within this time, are not the first to go.
@@ -161,8 +161,8 @@ class ShardCache:
 
     def sample_table(self, shards: ShardSet) -> bytearray:
         """All bytes of a set's sample table, which a node fetches once like a shard. Raises as :meth:`content` does."""
-        url = storage.join(shards.url, SIDECAR)
-        return self._content(url, ShardInfo(SIDECAR, 0, storage.size(url), shards.sidecar_sha256))
+        url = storage.join(shards.url, SAMPLE_TABLE)
+        return self._content(url, ShardInfo(SAMPLE_TABLE, 0, storage.size(url), shards.sample_table_sha256))
 
     def _content(self, url: str, info: ShardInfo) -> bytearray:
         data = bytearray(info.filesize)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from physio_dist import storage
-from physio_dist.data.format.index import SampleTable, ShardSet, SignalInfo
+from physio_dist.data.format.index import ShardSet, SignalInfo
+from physio_dist.data.format.sample_table import SampleTable
 from physio_dist.data.loading.buffers import BufferPool
 from physio_dist.data.loading.mixture import check_compatible, members, order_of
 from physio_dist.data.loading.order import Mixture

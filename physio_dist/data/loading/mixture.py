@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from physio_dist.data.format.index import SPLITS, SampleTable, ShardSet, open_set
+from physio_dist.data.format.index import SPLITS, ShardSet, open_set
+from physio_dist.data.format.sample_table import SampleTable
 from physio_dist.data.loading.order import Ints, Mixture, mixture
 from physio_dist.errors import UserError
 
@@ -35,13 +36,13 @@ def check_compatible(sets: Sequence[ShardSet], signal: str) -> None:
         _agree(sets[0], shards, signal)
 
 
-def members(sidecar: SampleTable, split: str) -> Ints:
+def members(table: SampleTable, split: str) -> Ints:
     """The samples of a split, in storage order."""
-    return np.flatnonzero(sidecar.split == SPLITS.index(split)).astype(np.int64)
+    return np.flatnonzero(table.split == SPLITS.index(split)).astype(np.int64)
 
 
 def order_of(
-    sets: Sequence[ShardSet], sidecars: Sequence[SampleTable], weights: Sequence[float], split: str, global_batch: int,
+    sets: Sequence[ShardSet], tables: Sequence[SampleTable], weights: Sequence[float], split: str, global_batch: int,
     seed: int,
 ) -> Mixture:  # fmt: skip
     """The order in which a run visits a split.
@@ -50,8 +51,8 @@ def order_of(
         UserError: a split with fewer samples than its part of one global batch.
     """
     counts = [
-        np.diff(np.searchsorted(members(sidecar, split), shards.shard_starts()))
-        for shards, sidecar in zip(sets, sidecars, strict=True)
+        np.diff(np.searchsorted(members(table, split), shards.shard_starts()))
+        for shards, table in zip(sets, tables, strict=True)
     ]
     names = [f"{shards.fingerprint}/{split}" for shards in sets]
     shown = [f"{shards.url}: split {split}" for shards in sets]

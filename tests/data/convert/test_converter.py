@@ -13,7 +13,9 @@ import pytest
 
 from physio_dist import config
 from physio_dist.data.convert.converter import Summary, convert, tell
-from physio_dist.data.format.index import open_set, pseudonym, read_sample_table
+from physio_dist.data.format.index import open_set
+from physio_dist.data.format.people import pseudonym
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.verify import verify
@@ -81,14 +83,14 @@ def test_stock_readers_open_the_shards_and_agree_with_what_training_reads(tmp_pa
 
     out = tmp_path / "out"
     made("simulate", "people=6,windows=3,seed=4", out, "unusable=keep", "samples_per_shard=7")
-    shards, sidecar = open_set(str(out)), read_sample_table(open_set(str(out)))
+    shards, sample_table = open_set(str(out)), read_sample_table(open_set(str(out)))
     source = open_dataset([(str(out), 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     n = shards.nsamples
     ids = np.arange(n)
     batch = source.read_batch(0, ids * 0, ids, ids, n)
     urls = [str(out / shard.url) for shard in shards.shards]
     stock = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    assert [sample["__key__"] for sample in stock] == sidecar.keys(ids)
+    assert [sample["__key__"] for sample in stock] == sample_table.keys(ids)
     np.testing.assert_array_equal(np.stack([sample["ecg.npy"] for sample in stock]), batch.signal)
     listed = wids.ShardListDataset(str(out / "index.json"), keep=True)
     assert len(listed) == n
@@ -97,8 +99,8 @@ def test_stock_readers_open_the_shards_and_agree_with_what_training_reads(tmp_pa
         assert listed[i][".json"] == stock[i]["json"]
     facts = stock[0]["json"]
     assert facts["simulated"] is True
-    assert facts["valid"]["ecg"] == sidecar.valid["ecg"][0].tolist()
-    assert facts["person"] == f"{int(sidecar.person[0]):016x}"
+    assert facts["valid"]["ecg"] == sample_table.valid["ecg"][0].tolist()
+    assert facts["person"] == f"{int(sample_table.person[0]):016x}"
     assert {sample["json"]["source"] for sample in stock} == {"simulate"}
     starts = [sample["json"]["start_s"] for sample in stock[:3]]
     assert starts == [0.0, 10.0, 20.0]
@@ -161,20 +163,20 @@ def test_labels_and_people_come_from_a_table(tmp_path: Path, write_wfdb: Callabl
     people = {key: fact["person"] for key, fact in facts.items()}
     assert len(set(people.values())) == summary.shard_set.people == 3
     assert people["rec4-00000"] == people["rec7-00000"] == f"{pseudonym('in', 'PID-1'):016x}"
-    sidecar = read_sample_table(open_set(str(out)))
-    for person in np.unique(sidecar.person):
-        assert len(set(sidecar.split[sidecar.person == person].tolist())) == 1
+    sample_table = read_sample_table(open_set(str(out)))
+    for person in np.unique(sample_table.person):
+        assert len(set(sample_table.split[sample_table.person == person].tolist())) == 1
 
 
 def test_splits_never_share_a_person(tmp_path: Path) -> None:
     made("simulate", "people=40,windows=2,seed=8", tmp_path, "split.val=0.3", "split.test=0.3", "unusable=keep")
     shards = open_set(str(tmp_path))
-    sidecar = read_sample_table(shards)
-    groups = [set(sidecar.person[sidecar.split == code].tolist()) for code in range(3)]
+    sample_table = read_sample_table(shards)
+    groups = [set(sample_table.person[sample_table.split == code].tolist()) for code in range(3)]
     assert all(groups)
     assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
     assert shards.splits == {
-        name: int((sidecar.split == code).sum()) for code, name in enumerate(("train", "val", "test"))
+        name: int((sample_table.split == code).sum()) for code, name in enumerate(("train", "val", "test"))
     }
 
 

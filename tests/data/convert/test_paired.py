@@ -18,7 +18,9 @@ from physio_dist import config
 from physio_dist.data.convert.channels import spec_of
 from physio_dist.data.convert.converter import Summary, convert, plan_job
 from physio_dist.data.convert.parts import make_part, part_of, spooled
-from physio_dist.data.format.index import open_set, pseudonym, read_sample_table, split_of
+from physio_dist.data.format.index import open_set
+from physio_dist.data.format.people import pseudonym, split_of
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.verify import verify
@@ -66,12 +68,12 @@ def test_every_window_of_eegmat_is_a_fit_pair(data_dir: Path, tmp_path: Path) ->
     described = {name: (info.channels, info.samples, info.uv_per_bit) for name, info in shards.signals.items()}
     assert described == {"ecg": (("ECG",), 2000, 1.0), "eeg": (EEG_19, 2000, 0.1)}
     assert list(verify(str(out))) == []
-    sidecar = read_sample_table(open_set(str(out)))
-    assert sidecar.valid["ecg"].all()
-    assert sidecar.valid["eeg"].all()
-    assert (np.bincount(sidecar.split) > 0).all()
-    for person in np.unique(sidecar.person):
-        assert set(sidecar.split[sidecar.person == person]) == {split_of(int(person), 0.1, 0.1)}
+    sample_table = read_sample_table(open_set(str(out)))
+    assert sample_table.valid["ecg"].all()
+    assert sample_table.valid["eeg"].all()
+    assert (np.bincount(sample_table.split) > 0).all()
+    for person in np.unique(sample_table.person):
+        assert set(sample_table.split[sample_table.person == person]) == {split_of(int(person), 0.1, 0.1)}
     urls = [str(out / shard.url) for shard in shards.shards]
     stock = webdataset.WebDataset(urls, shardshuffle=False).decode()
     listed = wids.ShardListDataset(str(out / "index.json"), keep=True)
@@ -186,8 +188,8 @@ def test_simulated_pairs_have_one_lead_if_asked_and_say_the_state(tmp_path: Path
     described = {name: (info.channels, info.samples) for name, info in shards.signals.items()}
     assert described == {"ecg": (("II",), 2000), "eeg": (EEG_19, 2000)}
     assert list(verify(str(out))) == []
-    sidecar = read_sample_table(open_set(str(out)))
-    assert sidecar.valid["eeg"].all()
+    sample_table = read_sample_table(open_set(str(out)))
+    assert sample_table.valid["eeg"].all()
     records: dict[str, dict[str, Any]] = {}
     for shard in shards.shards:
         with tarfile.open(out / shard.url) as file:

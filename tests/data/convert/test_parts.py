@@ -15,7 +15,8 @@ from physio_dist.config import ShardConfig
 from physio_dist.data.convert.channels import spec_of
 from physio_dist.data.convert.converter import plan_job
 from physio_dist.data.convert.parts import PART_RECORDS, Job, make_part, part_of, record_keys, spooled, without_person
-from physio_dist.data.format.index import KEY_PATTERN, pseudonym
+from physio_dist.data.format.index import KEY_PATTERN
+from physio_dist.data.format.people import pseudonym
 from physio_dist.errors import UserError
 from physio_dist.storage import StorageError
 

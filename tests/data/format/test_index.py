@@ -1,4 +1,4 @@
-"""The index and its sidecar: what they say is checked before anybody believes it."""
+"""The index and its sample table: what they say is checked before anybody believes it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from physio_dist.data.format.index import (
-    ShardSet,
-    fingerprint_of,
-    key_table,
-    open_set,
-    pseudonym,
-    publish,
-    read_sample_table,
-    split_of,
-)
+from physio_dist.data.format.index import ShardSet, fingerprint_of, open_set
+from physio_dist.data.format.people import pseudonym, split_of
+from physio_dist.data.format.sample_table import key_table, publish, read_sample_table
 from physio_dist.errors import DataError, UserError
 
 Edit = Callable[[dict[str, Any]], object]
@@ -44,9 +37,9 @@ def test_a_published_set_opens_as_it_was(make_set: Callable[..., ShardSet], tmp_
     for name in (str(tmp_path), f"{tmp_path}/", f"{tmp_path}/index.json", f"file://{tmp_path}"):
         again = open_set(name)
         assert dataclasses.replace(again, url=made.url) == made
-    sidecar = read_sample_table(made)
-    assert sidecar.keys(np.array([11, 0])) == ["s0-0011", "s0-0000"]
-    assert sidecar.split.tolist() == [0, 0, 0, 1] * 3
+    sample_table = read_sample_table(made)
+    assert sample_table.keys(np.array([11, 0])) == ["s0-0011", "s0-0000"]
+    assert sample_table.split.tolist() == [0, 0, 0, 1] * 3
 
 
 def test_the_index_is_a_wids_document(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
@@ -79,7 +72,7 @@ def test_the_index_is_a_wids_document(make_set: Callable[..., ShardSet], tmp_pat
         (lambda d: d["physio_dist"].update(rate=100.0), DataError, "was altered"),
         (lambda d: d["physio_dist"]["signals"]["ecg"].update(uv_per_bit=1.0), DataError, "was altered"),
         (lambda d: d["physio_dist"]["signals"]["ecg"]["channels"].reverse(), DataError, "was altered"),
-        (lambda d: d["physio_dist"]["sidecar"].update(sha256="0" * 64), DataError, "was altered"),
+        (lambda d: d["physio_dist"]["sample table"].update(sha256="0" * 64), DataError, "was altered"),
         (lambda d: d["shardlist"][0].update(url="../ecg.tar"), DataError, "names a shard outside its own folder"),
         (lambda d: d["shardlist"][0].update(url="/etc/passwd"), DataError, "names a shard outside its own folder"),
         (lambda d: d["shardlist"][0].update(url=".."), DataError, "names a shard outside its own folder"),
@@ -108,7 +101,7 @@ def test_a_folder_without_index_is_no_shard_set_and_the_message_says_what_makes_
         open_set(str(tmp_path))
 
 
-def test_an_altered_or_lost_sidecar_is_refused(
+def test_an_altered_or_lost_sample_table_is_refused(
     make_set: Callable[..., ShardSet], tmp_path: Path, flip_bit: Callable[[Path, int], None]
 ) -> None:
     made = make_set(str(tmp_path))
@@ -137,22 +130,24 @@ def test_an_altered_or_lost_sidecar_is_refused(
         ("key", lambda s: dataclasses.replace(s, key=s.key[:2])),
     ],
 )
-def test_a_sidecar_that_contradicts_its_own_index_is_refused(
+def test_a_sample_table_that_contradicts_its_own_index_is_refused(
     make_set: Callable[..., ShardSet], tmp_path: Path, name: str, change: Callable[[Any], Any]
 ) -> None:
     made = make_set(str(tmp_path))
-    sidecar = change(read_sample_table(made))
-    digest = hashlib.sha256(sidecar.to_bytes()).hexdigest()
+    sample_table = change(read_sample_table(made))
+    digest = hashlib.sha256(sample_table.to_bytes()).hexdigest()
     print_ = fingerprint_of(made.shards, made.signals, made.rate, digest)
-    publish(dataclasses.replace(made, sidecar_sha256=digest, fingerprint=print_), sidecar)
+    publish(dataclasses.replace(made, sample_table_sha256=digest, fingerprint=print_), sample_table)
     with pytest.raises(DataError, match=rf"contradicts the index: .*{name}"):
         read_sample_table(open_set(str(tmp_path)))
 
 
-def test_a_damaged_sidecar_with_a_fitting_hash_is_refused(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
+def test_read_sample_table_raises_on_damage_with_a_fitting_hash(
+    make_set: Callable[..., ShardSet], tmp_path: Path
+) -> None:
     made = make_set(str(tmp_path))
     (tmp_path / "samples.safetensors").write_bytes(b"\x80\x04nothing")
-    altered = dataclasses.replace(made, sidecar_sha256=hashlib.sha256(b"\x80\x04nothing").hexdigest())
+    altered = dataclasses.replace(made, sample_table_sha256=hashlib.sha256(b"\x80\x04nothing").hexdigest())
     with pytest.raises(DataError, match="is damaged"):
         read_sample_table(altered)
 

@@ -13,8 +13,9 @@ import pytest
 
 from physio_dist import storage
 from physio_dist.data.describe import describe
-from physio_dist.data.format.index import ShardSet, open_set, read_sample_table
+from physio_dist.data.format.index import ShardSet, open_set
 from physio_dist.data.format.resplit import publish_resplits, with_splits
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.verify import verify
@@ -26,10 +27,10 @@ Make = Callable[..., ShardSet]
 
 def publish(shards: ShardSet, out: str, number: int = 2) -> list[ShardSet]:
     """Views in which the samples take turns as test samples."""
-    sidecar = read_sample_table(shards)
+    table = read_sample_table(shards)
     turns = np.arange(shards.nsamples) % number
     views = [
-        with_splits(shards, sidecar, np.where(turns == i, 2, 0).astype(np.uint8), f"{out}/{i}", {"fold": str(i)})
+        with_splits(shards, table, np.where(turns == i, 2, 0).astype(np.uint8), f"{out}/{i}", {"fold": str(i)})
         for i in range(number)
     ]
     publish_resplits(views, out)
@@ -150,11 +151,11 @@ def test_what_a_pointer_may_not_lead_to(pointer: str, start: str, leads: str | N
 
 def test_views_are_written_once_and_over_nothing_else(make_set: Make, tmp_path: Path) -> None:
     shards, out = make_set(str(tmp_path / "data")), tmp_path / "views"
-    sidecar = read_sample_table(shards)
+    table = read_sample_table(shards)
 
     def again(number: int, code: int = 2) -> int:
         split = [np.full(shards.nsamples, code * (i % 2), dtype=np.uint8) for i in range(number)]
-        views = [with_splits(shards, sidecar, split[i], f"{out}/{i}", {"fold": str(i)}) for i in range(number)]
+        views = [with_splits(shards, table, split[i], f"{out}/{i}", {"fold": str(i)}) for i in range(number)]
         return publish_resplits(views, str(out))
 
     assert again(3) == 3 and again(3) == 0

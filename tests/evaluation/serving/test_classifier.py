@@ -25,7 +25,7 @@ from scipy.signal import resample_poly
 from physio_dist import config, storage
 from physio_dist.config import TuneConfig
 from physio_dist.data.convert import converter
-from physio_dist.data.format.index import key_table
+from physio_dist.data.format.sample_table import key_table
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.serving import classifier_files
 from physio_dist.evaluation.serving.classifier import FusionClassifier

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from physio_dist.data.format.index import open_set, read_sample_table
+from physio_dist.data.format.index import open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.label_table import load_label_table
 from physio_dist.signals.readers import reader

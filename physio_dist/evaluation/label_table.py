@@ -25,6 +25,7 @@ from physio_dist.evaluation.clips import (
     find_baseline_periods,
     require_clips,
 )
+from physio_dist.runs.sweep_results import Published
 
 SIGNALS = ("ecg", "eeg")
 MAX_CLASSES = 20
@@ -102,12 +103,12 @@ def label_name(task: str, label: str | None) -> str:
     return label or (EEGMAT_LABEL if task == "eegmat" else "")
 
 
-def published_result(task: str, label: str) -> dict[str, Any] | None:
-    """Published figure for a task, as in ``results.json``; None for tasks that arXiv 2512.15250 does not report."""
+def published_result(task: str, label: str) -> Published | None:
+    """The figure that the paper of this fusion reports of a task; None of other tasks."""
     if task != "dreamer":
         return None
     metric, value = PUBLISHED_RESULTS[label]
-    return {"source": "arXiv 2512.15250", "metric": metric, "value": value, "unknown": UNKNOWN}
+    return Published("arXiv 2512.15250", metric, value, UNKNOWN)
 
 
 def load_label_table(

@@ -1,4 +1,4 @@
-"""What a study found, as the files that hold it: ``results.json`` and ``predictions.safetensors``."""
+"""Results of a study as the files that hold them: ``results.json`` and ``predictions.safetensors``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from scipy.stats import ttest_1samp
 from physio_dist.data.format.sample_table import key_table
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
+from physio_dist.runs.sweep_results import FoldResult, PermutationControl, ResultRow, RowDifference, Scores
 from physio_dist.stats.auc import compare_all_pairs, compared, difference, p_of_no_difference
 from physio_dist.stats.scores import METRICS, auc_interval, calibration_error, confusion, score
 
@@ -56,39 +57,39 @@ class Outcome:
     embedding: bytes | None = None
 
 
-def row_of(row: Row, table: LabelTable, folds: Sequence[Fold], seed: int) -> dict[str, Any]:
+def row_of(row: Row, table: LabelTable, folds: Sequence[Fold], seed: int) -> ResultRow:
     """A row of ``results.json``: metrics over all test windows together, for each fold, and their spread over folds."""
     tested = np.concatenate([fold.test for fold in folds])
     label, probability = table.label[tested], np.concatenate(list(row.probability))
     per_fold = [
-        {
-            "fold": fold.name,
-            "people": len(np.unique(table.person[fold.test])),
-            "windows": len(fold.test),
+        FoldResult(
+            fold=fold.name,
+            people=len(np.unique(table.person[fold.test])),
+            windows=len(fold.test),
             **_rounded(score(table.label[fold.test], each)),
-            "config": config,
-            "epoch": epoch,
-        }
+            config=config,
+            epoch=epoch,
+        )
         for fold, each, config, epoch in zip(folds, row.probability, row.config, row.epoch, strict=True)
     ]
     interval = auc_interval(label, probability, table.person[tested], seed)
     errors = {"ece": calibration_error(label, probability)}
     if row.uncalibrated is not None:
         errors["ece_before"] = calibration_error(label, np.concatenate(list(row.uncalibrated)))
-    return {
-        "name": row.name,
-        "modalities": list(row.modalities),
+    return ResultRow(
+        name=row.name,
+        modalities=list(row.modalities),
         **_rounded(score(label, probability)),
         **_rounded(errors),
-        "auc_ci": None if interval is None else [round(area, _DIGITS) for area in interval],
-        "per_fold": per_fold,
-        "spread": {name: _spread([fold[name] for fold in per_fold]) for name in METRICS},
-        "confusion": confusion(label, probability),
-    }
+        auc_ci=None if interval is None else (round(interval[0], _DIGITS), round(interval[1], _DIGITS)),
+        per_fold=per_fold,
+        spread=Scores(**{name: _spread([getattr(fold, name) for fold in per_fold]) for name in METRICS}),
+        confusion=confusion(label, probability),
+    )
 
 
-def differences(rows: Sequence[Row], table: LabelTable, folds: Sequence[Fold]) -> list[dict[str, Any]]:
-    """Pooled AUCs of rows less those of others, on the same people: ``row minus auc ci p``."""
+def differences(rows: Sequence[Row], table: LabelTable, folds: Sequence[Fold]) -> list[RowDifference]:
+    """Pooled AUCs of rows minus those of others, on the same people."""
     tested = np.concatenate([fold.test for fold in folds])
     label, person = table.label[tested], table.person[tested]
     # As predictions.safetensors has them, so that whoever reads it finds the same.
@@ -98,20 +99,19 @@ def differences(rows: Sequence[Row], table: LabelTable, folds: Sequence[Fold]) -
     for name, minus in compared(given):
         one = difference(pairs[name], pairs[minus])
         p = p_of_no_difference(label, person, given[name], given[minus])
-        told = [None if math.isnan(x) else round(x, _DIGITS) for x in (one.value, one.low, one.high, p)]
-        interval = None if told[1] is None else told[1:3]
-        found.append({"row": name, "minus": minus, "auc": told[0], "ci": interval, "p": told[3]})
+        interval = None if math.isnan(one.low) else (round(one.low, _DIGITS), round(one.high, _DIGITS))
+        found.append(RowDifference(name, minus, round(one.value, _DIGITS), interval, round(p, _DIGITS)))
     return found
 
 
-def _rounded(scores: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: None if value is None else round(value, _DIGITS) for name, value in scores.items()}
+def _rounded(scores: Mapping[str, float | None]) -> dict[str, Any]:
+    return {name: math.nan if value is None else round(value, _DIGITS) for name, value in scores.items()}
 
 
-def _spread(values: Sequence[Any]) -> float | None:
+def _spread(values: Sequence[float]) -> float:
     """Standard deviation over the folds in which a metric is defined."""
-    known = [float(value) for value in values if value is not None]
-    return round(float(np.std(known, ddof=1)), _DIGITS) if len(known) > 1 else None
+    known = [value for value in values if math.isfinite(value)]
+    return round(float(np.std(known, ddof=1)), _DIGITS) if len(known) > 1 else math.nan
 
 
 def majority(table: LabelTable, folds: Sequence[Fold]) -> Row:
@@ -152,25 +152,25 @@ def oracle_rows(table: LabelTable, folds: Sequence[Fold]) -> list[Row]:
     return rows
 
 
-def permuted_part(observed: float | None, areas: Sequence[float]) -> dict[str, Any]:
+def permuted_part(observed: float, areas: Sequence[float]) -> PermutationControl:
     """The control in ``results.json``: p counts the observed labels as one of the permutations.
 
     ``p_leak`` is of a one-sided t test that the permuted AUCs have a mean above 0.5: labels that mean nothing are told
     apart only by what the same person or recording brings to both sides of a split.
     """
-    reached = sum(area >= (math.inf if observed is None else observed) for area in areas)
-    return {
-        "n": len(areas),
-        "auc": [round(area, _DIGITS) for area in areas],
-        "mean": round(float(np.mean(areas)), _DIGITS) if areas else None,
-        "p_leak": _above_chance(areas),
-        "p": None if observed is None or not areas else round((1 + reached) / (len(areas) + 1), _DIGITS),
-    }
+    reached = sum(area >= observed for area in areas)
+    return PermutationControl(
+        n=len(areas),
+        auc=[round(area, _DIGITS) for area in areas],
+        mean=round(float(np.mean(areas)), _DIGITS) if areas else math.nan,
+        p_leak=_above_chance(areas),
+        p=math.nan if math.isnan(observed) or not areas else round((1 + reached) / (len(areas) + 1), _DIGITS),
+    )
 
 
-def _above_chance(areas: Sequence[float]) -> float | None:
+def _above_chance(areas: Sequence[float]) -> float:
     if len(areas) < 2 or np.ptp(areas) == 0:
-        return None
+        return math.nan
     return float(f"{ttest_1samp(areas, 0.5, alternative='greater').pvalue:.3g}")
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,8 @@ from physio_dist.evaluation.trials import (
 )
 from physio_dist.evaluation.trials import train as train
 from physio_dist.models.fusion.heads import input_kind
+from physio_dist.runs.sweep_results import FoldSize, Selection, SweepResults
+from physio_dist.runs.typed_json import to_json
 
 Say = Callable[[str], None]
 
@@ -285,43 +288,40 @@ def conclude(study: Study, records: list[TrialRecord], say: Say) -> Outcome:
     ordered = [*(rows[name] for name in (*ROWS, *extra)), *oracle_rows(table, folds)]
     found = [row_of(row, table, folds, seed) for row in ordered]
     tested = np.concatenate([fold.test for fold in folds])
-    results: dict[str, Any] = {
-        "task": study.options.tune.task,
-        "protocol": study.options.tune.protocol,
-        "leaky": study.options.tune.protocol == LEAKY,
-        "label": label_name(study.options.tune.task, study.options.tune.label),
-        "classes": list(table.classes),
-        "simulated": table.simulated,
-        "windows": len(tested),
-        "people": len(np.unique(table.person[tested])),
-        "folds": [
-            {"fold": fold.name, "people": len(np.unique(table.person[fold.test])), "windows": len(fold.test)}
-            for fold in folds
-        ],
-        "encoders": study.about,
-        "selection": {
-            "rule": _rule(study.options.tune),
-            "metric": "auc",
-            "trials": {name: sum(record.row == name for record in records) for name in SEARCHED},
-            "val_auc": {name: [round(choice.val_auc, 6) for choice in choices] for name, choices in chosen.items()},
-        },
-        "notes": list(study.notes),
-        "rows": found,
-        "differences": differences(ordered, table, folds),
-    }
-    if row := published_result(results["task"], results["label"]):
-        results["published"] = row
+    label = label_name(study.options.tune.task, study.options.tune.label)
+    results = SweepResults(
+        task=study.options.tune.task,
+        protocol=study.options.tune.protocol,
+        leaky=study.options.tune.protocol == LEAKY,
+        label=label,
+        classes=list(table.classes),
+        simulated=table.simulated,
+        windows=len(tested),
+        people=len(np.unique(table.person[tested])),
+        folds=[FoldSize(fold.name, len(np.unique(table.person[fold.test])), len(fold.test)) for fold in folds],
+        encoders=study.about,
+        selection=Selection(
+            rule=_rule(study.options.tune),
+            trials={name: sum(record.row == name for record in records) for name in SEARCHED},
+            val_auc={name: [round(choice.val_auc, 6) for choice in choices] for name, choices in chosen.items()},
+        ),
+        notes=list(study.notes),
+        rows=found,
+        differences=differences(ordered, table, folds),
+        published=published_result(study.options.tune.task, label),
+    )
     if repeats := study.options.tune.permutations:
         say(f"training fused heads on labels permuted by recording within people, {repeats} times")
-        observed = next(row["auc"] for row in found if row["name"] == "fused")
-        results["permuted"] = permuted_part(observed, control(study, chosen["fused"], repeats))
+        observed = next(row.auc for row in found if row.name == "fused")
+        results = replace(results, permuted=permuted_part(observed, control(study, chosen["fused"], repeats)))
     plane = None
     if study.features:
-        say("what the fused heads lean on: each signal, channel and patch withheld in turn")
-        results["leaned"] = occlusion(study, chosen["fused"], trained_heads(study, "fused", chosen["fused"]))
-        say("frozen features on a plane")
-        results["embedding"], plane = embedding(study)
-    return Outcome(results, predictions(ordered, table, folds), plane)
+        say("occlusion of each signal, channel and patch in the input of the fused heads")
+        effects = occlusion(study, chosen["fused"], trained_heads(study, "fused", chosen["fused"]))
+        say("embedding of frozen features")
+        shares, plane = embedding(study)
+        results = replace(results, occlusion=effects, embedding=shares)
+    return Outcome(to_json(results), predictions(ordered, table, folds), plane)
 
 
 def _handmade_row(study: Study) -> Row:

@@ -25,11 +25,17 @@ from physio_dist.evaluation.backbones import FOLD, exported_hash, urls_of
 from physio_dist.evaluation.search_space import Trial
 from physio_dist.evaluation.trials import SEARCHED, TrialRecord
 from physio_dist.runs.run_dir import CONFIG, RunDir
+from physio_dist.runs.run_files import DATA as DATA
+from physio_dist.runs.run_files import DataFacts, ShardSetFacts
+from physio_dist.runs.sweep_results import EMBEDDING as EMBEDDING
+from physio_dist.runs.sweep_results import PREDICTIONS as PREDICTIONS
+from physio_dist.runs.sweep_results import RESULTS as RESULTS
+from physio_dist.runs.sweep_results import TRIALS as TRIALS
+from physio_dist.runs.sweep_results import TrialResult
+from physio_dist.runs.typed_json import from_json, to_json
 from physio_dist.stats.scores import METRICS
 
-TRIALS, RESULTS, PREDICTIONS, EMBEDDING, DATA, BOARD = (
-    "trials.jsonl", "results.json", "predictions.safetensors", "embedding.safetensors", "data.json", "tensorboard",
-)  # fmt: skip
+BOARD = "tensorboard"
 # They say where and how fast a sweep runs, not what it finds.
 MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.placement_timeout_s", "tune.ray_storage", "tune.feature_cache"])
 # A run in a bucket is looked at from elsewhere while it grows.
@@ -77,7 +83,7 @@ def _facts_now(options: TuneConfig, folds: list[str]) -> dict[str, Any]:
 
 
 def facts_of(data: str, encoders: dict[str, Any]) -> dict[str, Any]:
-    """``data.json``: what the report tells of the inputs, and what must be the same when a sweep goes on.
+    """``data.json``: facts of the inputs for the report, which must be the same when a sweep goes on.
 
     Args:
         data: URL of the shard set.
@@ -85,16 +91,13 @@ def facts_of(data: str, encoders: dict[str, Any]) -> dict[str, Any]:
     """
     shards = open_set(data)
     channels = {name: list(info.channels) for name, info in shards.signals.items()}
-    return {
-        "indexes": [
-            {
-                "url": shards.url, "fingerprint": shards.fingerprint, "splits": shards.splits, "people": shards.people,
-                "rate": shards.rate, "channels": [name for names in channels.values() for name in names],
-                "signals": channels, "simulated": shards.simulated, "sources": list(shards.sources),
-            }
-        ],
-        "encoders": encoders,
-    }  # fmt: skip
+    index = ShardSetFacts(
+        url=shards.url, fingerprint=shards.fingerprint, splits=shards.splits, people=shards.people, rate=shards.rate,
+        channels=[name for names in channels.values() for name in names], signals=channels,
+        simulated=shards.simulated, sources=list(shards.sources),
+    )  # fmt: skip
+    facts: dict[str, Any] = to_json(DataFacts([index], encoders))
+    return facts
 
 
 def refuse_other_inputs(run: RunDir, facts: dict[str, Any]) -> None:
@@ -146,30 +149,27 @@ def best(history: Iterable[dict[str, Any]]) -> float | None:
 
 def to_line(record: TrialRecord, max_epochs: int) -> dict[str, Any]:
     """A record as a line of ``trials.jsonl``; :func:`from_line` is its inverse."""
-    history = [{name: _number(value) for name, value in line.items()} for line in record.history]
+    history, best_auc = record.history, best(record.history)
     names = sorted({name for line in history for name in line} - {"epoch", "val_auc"})
-    return {
-        "trial": record.trial, "row": record.row, "config": record.config, "val_auc": best(history),
-        "epochs": len(history), "stopped": len(history) < max_epochs, "seconds": record.seconds,
-        "history": [[line["epoch"], line["val_auc"]] for line in history],
-        "folds": {name: [line.get(name) for line in history] for name in names}, "last": record.last,
-    }  # fmt: skip
+    document: dict[str, Any] = to_json(
+        TrialResult(
+            trial=record.trial, row=record.row, config=record.config,
+            val_auc=math.nan if best_auc is None else best_auc, epochs=len(history), stopped=len(history) < max_epochs,
+            seconds=record.seconds, history=[(line["epoch"], line["val_auc"]) for line in history],
+            folds={name: [line.get(name, math.nan) for line in history] for name in names}, last=record.last,
+        )
+    )  # fmt: skip
+    return document
 
 
-def from_line(line: dict[str, Any]) -> TrialRecord:
-    """A line of ``trials.jsonl`` as a record."""
-
-    def value(number: Any) -> Any:
-        return math.nan if number is None else number
-
+def from_line(document: Any) -> TrialRecord:
+    """A line of ``trials.jsonl`` as a record; ``UserError`` where it is damaged."""
+    line = from_json(TrialResult, document, TRIALS)
     history = [
-        {
-            "epoch": epoch, "val_auc": value(auc),
-            **{name: value(values[index]) for name, values in line["folds"].items()},
-        }
-        for index, (epoch, auc) in enumerate(line["history"])
-    ]  # fmt: skip
-    return TrialRecord(line["trial"], line["row"], line["config"], history, line["last"], line["seconds"])
+        {"epoch": epoch, "val_auc": auc, **{name: values[index] for name, values in line.folds.items()}}
+        for index, (epoch, auc) in enumerate(line.history)
+    ]
+    return TrialRecord(line.trial, line.row, line.config, history, line.last, line.seconds)
 
 
 @dataclass
@@ -219,7 +219,7 @@ class TrialLog:
         records = []
         for line in text.splitlines():
             # A line that is damaged is of a trial that runs again.
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
+            with contextlib.suppress(ValueError, IndexError, UserError):
                 records.append(from_line(json.loads(line)))
         return [
             record

@@ -16,7 +16,7 @@ from physio_dist.errors import DataError, UserError
 from physio_dist.report.rundata import Floats, printable
 
 EMBEDDING = "embedding.safetensors"
-_LEANED = "results.json, leaned"
+_LEANED = "results.json, occlusion"
 AGAIN = "run the sweep again, or put back the files that belong together"
 
 
@@ -86,7 +86,7 @@ def _withheld(entry: Mapping[str, Any]) -> Withheld:
     ends = {"low": interval[0], "high": interval[1]}
     return Withheld(
         signal, printable(str(entry.get("channel", signal))), _number(entry, "auc_drop"), _number(ends, "low"),
-        _number(ends, "high"), _number(entry, "moved"), _number(entry, "start_s"), _number(entry, "seconds"),
+        _number(ends, "high"), _number(entry, "prob_shift"), _number(entry, "start_s"), _number(entry, "seconds"),
     )  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def load_sweep(read: Reader) -> Sweep:
         predictions=predictions,
         trials=trials,
         unfinished=unfinished,
-        leaned=parse_leaned(results.get("leaned")),
+        leaned=parse_leaned(results.get("occlusion")),
         planes=parse_planes(read(EMBEDDING), results.get("embedding"), len(classes)),
     )
 

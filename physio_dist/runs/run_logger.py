@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import sys
 import time
@@ -19,7 +18,9 @@ from tqdm import tqdm
 from physio_dist import __version__, storage
 from physio_dist.config import PretrainConfig
 from physio_dist.runs.run_dir import METRICS, PEOPLE_FILE, RunDir
+from physio_dist.runs.run_files import ATTEMPTS, DATA, EXAMPLES, Attempt, DataFacts, ShardSetFacts
 from physio_dist.runs.trackers import Tracker, open_tracker
+from physio_dist.runs.typed_json import to_json
 from physio_dist.runtime.distributed import DistInfo
 
 
@@ -28,14 +29,14 @@ class TrainingData:
     """The facts of a run's training data that are logged and written beside its checkpoints.
 
     Attributes:
-        indexes: of each shard set, what stands in the run's ``data.json``.
+        indexes: facts of each shard set.
         people: pseudonyms of everybody in the train split, as hexadecimal numbers, sorted.
         windows: in the train split.
         channels: of each window.
         simulated: whether any of it is.
     """
 
-    indexes: list[dict[str, Any]]
+    indexes: list[ShardSetFacts]
     people: list[str]
     windows: int
     channels: int
@@ -80,25 +81,24 @@ class RunLogger:
         board = self.run_dir.spool / "tensorboard"
         self._board = SummaryWriter(str(board), purge_step=start + 1 if start else None, flush_secs=10)
         self._tracker = open_tracker(self.options, self.run_dir, self.say)
-        storage.write_json(self.run_dir.file("data.json"), {"indexes": self.data.indexes})
+        storage.write_json(self.run_dir.file(DATA), to_json(DataFacts(self.data.indexes)))
         # Fusion must be able to tell later whether a person of its test set was seen here.
         storage.write_bytes(self.run_dir.file(PEOPLE_FILE), (json.dumps(self.data.people) + "\n").encode())
         self._note_attempt(start, device, versions)
 
     def _note_attempt(self, start: int, device: torch.device, versions: dict[str, str]) -> None:
-        name = self.run_dir.file("attempts.json")
+        name = self.run_dir.file(ATTEMPTS)
         try:
             earlier = storage.read_json(name)
         except storage.NotFoundError:
             earlier = []
         ours = {"physio-dist": __version__, "torch": torch.__version__, **versions}
-        note = {
-            "attempt": self.attempt, "from_step": start, "world": self.place.world,
-            "zero_stage": self.options.zero.stage, "precision": self.options.train.precision,
-            "device": device_name(device), "threads": torch.get_num_threads(),
-            "versions": {**ours, "python": platform.python_version(), "numpy": numpy.__version__},
-        }  # fmt: skip
-        storage.write_json(name, [*earlier, note])
+        attempt = Attempt(
+            attempt=self.attempt, from_step=start, world=self.place.world, zero_stage=self.options.zero.stage,
+            precision=self.options.train.precision, device=device_name(device), threads=torch.get_num_threads(),
+            versions={**ours, "python": platform.python_version(), "numpy": numpy.__version__},
+        )  # fmt: skip
+        storage.write_json(name, [*earlier, to_json(attempt)])
 
     def log_banner(self, start: int, micro: int, passes: int, parameters: int, device: torch.device) -> None:
         """Say what is about to happen."""
@@ -122,8 +122,7 @@ class RunLogger:
 
     def log(self, line: dict[str, Any]) -> None:
         """Take a line of metrics (first rank)."""
-        # JSON has no NaN.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        clean = to_json(line)
         self.newest = clean
         self.run_dir.add_line(METRICS, clean)
         numbers = {
@@ -142,7 +141,7 @@ class RunLogger:
 
     def examples(self, data: bytes) -> None:
         """Keep the newest validation's held-out windows."""
-        storage.write_bytes(self.run_dir.file("examples.safetensors"), data)
+        storage.write_bytes(self.run_dir.file(EXAMPLES), data)
 
     def log_progress(self, step: int, loss: float, rate: float, wait: float) -> None:
         """Tell a person (first rank)."""

@@ -30,6 +30,7 @@ from physio_dist.models.encoders.criss_cross import (
 from physio_dist.objectives.dual_mask import MaskConfig, sample_masks
 from physio_dist.runs import lease
 from physio_dist.runs.run_dir import RunDir, compare_config, write_config
+from physio_dist.runs.run_files import ShardSetFacts
 from physio_dist.runs.run_logger import RunLogger, TrainingData
 from physio_dist.runs.trackers import check_tracker
 from physio_dist.runtime import processes
@@ -131,10 +132,10 @@ def pretrain(
 def _training_data(source: ShardDataset) -> TrainingData:
     """What the run's logs and exports tell of its data."""
     indexes = [
-        {
-            "url": s.url, "fingerprint": s.fingerprint, "splits": s.splits, "people": s.people, "rate": s.rate,
-            "channels": list(s.signals[source.signal].channels), "simulated": s.simulated, "sources": list(s.sources),
-        }
+        ShardSetFacts(
+            url=s.url, fingerprint=s.fingerprint, splits=s.splits, people=s.people, rate=s.rate,
+            channels=list(s.signals[source.signal].channels), simulated=s.simulated, sources=list(s.sources),
+        )
         for s in source.sets
     ]  # fmt: skip
     seen = [table.person[table.split == 0] for table in source.sample_tables]

@@ -121,8 +121,8 @@ def test_good_and_bad_counters(tmp_path: Path) -> None:
 
 def test_the_papers_figures_stand_beside_its_labels_only() -> None:
     rows = {label: published_result("dreamer", label) for label in ("valence", "arousal", "dominance")}
-    assert {label: (row["metric"], row["value"]) for label, row in rows.items() if row} == {
+    assert {label: (row.metric, row.value) for label, row in rows.items() if row} == {
         "valence": ("f1", 0.8114), "arousal": ("auc", 0.8479), "dominance": ("auc", 0.8669),
     }  # fmt: skip
-    assert all(row and "divided between training and test" in row["unknown"] for row in rows.values())
+    assert all(row and "divided between training and test" in row.unknown for row in rows.values())
     assert published_result("labels", "arousal") is None and published_result("eegmat", "task") is None

@@ -30,8 +30,8 @@ def permuted_under(study: Study, protocol: str, folds: int) -> tuple[float, floa
     config = {**CONFIG, "width": 64, "dropout": 0.0, "lr": 0.02}
     areas = control(study, [Choice(config, 12, 0.5)] * len(made), REPEATS)
     part = permuted_part(0.7, areas)
-    assert part["n"] == REPEATS and part["mean"] == pytest.approx(np.mean(areas), abs=1e-5)
-    return part["mean"], part["p_leak"]
+    assert part.n == REPEATS and part.mean == pytest.approx(np.mean(areas), abs=1e-5)
+    return part.mean, part.p_leak
 
 
 def watched() -> tuple[LabelTable, np.ndarray]:

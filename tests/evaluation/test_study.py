@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,9 @@ def test_bounds_know_how_frequent_the_classes_are() -> None:
 
 def test_p_counts_the_observed_labels_among_the_permutations() -> None:
     part = permuted_part(0.7, [0.5, 0.7, 0.6, 0.8])
-    assert (part["n"], part["auc"], part["p"], part["mean"]) == (4, [0.5, 0.7, 0.6, 0.8], 0.6, 0.65)
-    assert permuted_part(0.9, [0.5] * 19)["p"] == 0.05
-    assert permuted_part(None, [0.5])["p"] is None and permuted_part(0.5, [])["p"] is None
+    assert (part.n, part.auc, part.p, part.mean) == (4, [0.5, 0.7, 0.6, 0.8], 0.6, 0.65)
+    assert permuted_part(0.9, [0.5] * 19).p == 0.05
+    assert math.isnan(permuted_part(math.nan, [0.5]).p) and math.isnan(permuted_part(0.5, []).p)
 
 
 def export(url: str, signal: str, seed: int = 0, people: list[str] | None = None, **more: Any) -> str:

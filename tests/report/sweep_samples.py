@@ -126,7 +126,7 @@ def leaned_of(people: int = 12) -> dict[str, Any]:
 
     def entry(lost: float, signal: str, **more: Any) -> dict[str, Any]:
         ci = [round(lost - 0.02, 6), round(lost + 0.015, 6)] if people > 1 else None
-        return {"signal": signal, **more, "auc_drop": lost, "ci": ci, "moved": abs(lost) / 2}
+        return {"signal": signal, **more, "auc_drop": lost, "ci": ci, "prob_shift": abs(lost) / 2}
 
     channels = {"ecg": ["I", "II"], "eeg": ["Fp1", "Fp2", "Cz"]}
     return {
@@ -239,7 +239,7 @@ def results_of(
         "selection": "for each row and fold the best AUC on that fold's validation people",
         "rows": rows,
         "notes": ["One person has windows of one class only."],
-        "leaned": leaned_of(),
+        "occlusion": leaned_of(),
         "embedding": {
             "neighbours": 10,
             **{

@@ -151,7 +151,7 @@ def test_planes_by_person_and_by_label(tmp_path):
 
 
 def test_a_sweep_of_an_earlier_version_says_what_it_lacks(tmp_path):
-    raw = results_with(leaned=None, embedding=None)
+    raw = results_with(occlusion=None, embedding=None)
     page = page_of(write_sweep(tmp_path, results=raw, embedding=None))
     assert "does not tell what the fused heads lean on" in page.text
     assert "The run holds no embedding.safetensors" in page.text
@@ -161,12 +161,12 @@ def test_one_person_and_one_channel_are_drawn(tmp_path):
     leaned = leaned_of(people=1)
     leaned["channels"] = leaned["channels"][:1]
     leaned["patches"] = []
-    page = page_of(write_sweep(tmp_path, results=results_with(leaned=leaned)))
+    page = page_of(write_sweep(tmp_path, results=results_with(occlusion=leaned)))
     assert "without the EEG +0.213." in page.text
-    leaned["signals"] = [one | {"auc_drop": None, "moved": None} for one in leaned["signals"]]
+    leaned["signals"] = [one | {"auc_drop": None, "prob_shift": None} for one in leaned["signals"]]
     assert (
         "does not tell what the fused heads lean on"
-        in page_of(write_sweep(tmp_path, results=results_with(leaned=leaned))).text
+        in page_of(write_sweep(tmp_path, results=results_with(occlusion=leaned))).text
     )
 
 
@@ -174,7 +174,7 @@ def test_one_person_and_one_channel_are_drawn(tmp_path):
     "value", [[1], {"signals": 3}, {"channels": [{"ci": 3}]}, {"patches": [{"auc_drop": "much"}]}, {"signals": [2]}]
 )
 def test_what_cannot_be_understood_is_told(value):
-    with pytest.raises(UserError, match="leaned"):
+    with pytest.raises(UserError, match="occlusion"):
         parse_leaned(value)
 
 
@@ -198,10 +198,10 @@ def test_many_channels_are_cut_and_counted(tmp_path):
     leaned = leaned_of()
     names = [name for name in ELECTRODES if name not in ("Nz", "Iz")]
     leaned["channels"] = [
-        {"signal": "eeg", "channel": name, "auc_drop": 0.001 * i, "ci": None, "moved": 0.0}
+        {"signal": "eeg", "channel": name, "auc_drop": 0.001 * i, "ci": None, "prob_shift": 0.0}
         for i, name in enumerate(names)
     ]  # fmt: skip
-    page = page_of(write_sweep(tmp_path, results=results_with(leaned=leaned)))
+    page = page_of(write_sweep(tmp_path, results=results_with(occlusion=leaned)))
     assert f"The {plots.MOST_BARS} channels missed most, of {len(names)}." in page.text
     entry = Withheld("eeg", "x", -0.5, float("nan"), float("nan"), 0.0)
     with style():

@@ -338,7 +338,7 @@ def test_undefined_scores_are_dashes(tmp_path):
 def test_only_nulls(tmp_path):
     empty = dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "auc", "pr_auc", "auc_ci", "confusion"))
     raw = changed(**{name: empty | {"per_fold": [], "spread": {}} for name in TITLES})
-    raw = json.dumps(json.loads(raw) | {"leaned": None}).encode()
+    raw = json.dumps(json.loads(raw) | {"occlusion": None}).encode()
     _, page = page_of(write_sweep(tmp_path, results=raw, predictions=None, trials=None, embedding=None))
     assert "Majority class – – – – – –" in page.text
     assert "results.json holds no confusion matrix." in page.text

@@ -25,6 +25,7 @@ from physio_dist.evaluation.pooling import pool_features
 from physio_dist.evaluation.results import same_bytes
 from physio_dist.evaluation.trials import Study
 from physio_dist.models.fusion.base import reduction
+from physio_dist.runs.sweep_results import EmbeddingSummary, NeighbourShares
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,14 +37,14 @@ _NEIGHBOURS = 10
 _PERPLEXITY = 30.0
 
 
-def embedding(study: Study) -> tuple[dict[str, Any], bytes]:
+def embedding(study: Study) -> tuple[EmbeddingSummary, bytes]:
     """``embedding`` in ``results.json`` and ``embedding.safetensors``, of the signals of which there are some windows.
 
     Features are the richest that heads may get, mean and standard deviation over patches of each channel by itself,
     standardised, in their first principal components; where folds have encoders of their own, those of the first one.
     """
     table = study.table
-    about: dict[str, Any] = {}
+    shares: dict[str, NeighbourShares] = {}
     some = np.sort(permutation(len(table.label), "embedding", study.options.run.seed)[:_MOST_WINDOWS])
     tensors: dict[str, npt.NDArray[Any]] = {}
     for signal in SIGNALS:
@@ -63,11 +64,11 @@ def embedding(study: Study) -> tuple[dict[str, Any], bytes]:
                 init="pca", random_state=0, perplexity=min(_PERPLEXITY, (len(rows) - 1) / 3), method="barnes_hut"
             ).fit_transform(x)
         label, person = table.label[rows], table.person[rows]
-        about[signal] = {"windows": len(rows), "people": len(np.unique(person)), **neighbours(x, person, label)}
+        shares[signal] = NeighbourShares(len(rows), len(np.unique(person)), **neighbours(x, person, label))
         tensors |= {f"{signal}.place": place.astype(np.float32), f"{signal}.person": person, f"{signal}.label": label}
     header = {"classes": json.dumps(list(table.classes))}
     file = save_safetensors({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata=header)
-    return {"neighbours": _NEIGHBOURS, **about}, same_bytes(file)
+    return EmbeddingSummary(_NEIGHBOURS, **shares), same_bytes(file)
 
 
 def _filled(values: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
@@ -80,7 +81,7 @@ def _filled(values: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> np
 
 def neighbours(
     x: Floats, person: npt.NDArray[np.uint64], label: npt.NDArray[np.int64], k: int = _NEIGHBOURS
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     """Of the ``k`` nearest windows of each how many are of the same person; and of the ``k`` nearest ones of *other*
     people how many have the same label, because somebody's windows of one recording share label and person.
 
@@ -90,7 +91,7 @@ def neighbours(
 
     Returns:
         ``person``, ``label``: shares, means over windows; ``person_chance``, ``label_chance``: what neighbours drawn at
-        random would show. None where nobody else is there.
+        random would show. NaN where nobody else is there.
     """
     distance = cdist(x, x)
     np.fill_diagonal(distance, np.inf)
@@ -101,7 +102,7 @@ def neighbours(
     found = {"person": _share(distance, same, ~np.eye(len(x), dtype=bool), k)}
     found["label"] = _share(np.where(others, distance, np.inf), alike, others, k)
     return {
-        name + suffix: None if math.isnan(value) else round(value, _DIGITS)
+        name + suffix: round(value, _DIGITS)
         for name, pair in found.items() for suffix, value in zip(("", "_chance"), pair, strict=True)
     }  # fmt: skip
 

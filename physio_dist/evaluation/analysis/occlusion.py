@@ -24,7 +24,8 @@ from physio_dist.evaluation.trials import Choice, Study
 from physio_dist.models.encoders.criss_cross import PATCH
 from physio_dist.models.fusion.base import Head
 from physio_dist.models.fusion.heads import input_kind
-from physio_dist.stats.auc import compare_all_pairs, difference, pooled_auc
+from physio_dist.runs.sweep_results import ChannelOcclusion, Occlusion, OcclusionResults, PatchOcclusion
+from physio_dist.stats.auc import Difference, compare_all_pairs, difference, pooled_auc
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -38,8 +39,8 @@ _MOST_WINDOWS = 4096
 _WINDOWS = 256
 
 
-def occlusion(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Sequence[Head]]]) -> dict[str, Any]:
-    """``leaned`` in ``results.json``.
+def occlusion(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[Sequence[Head]]]) -> OcclusionResults:
+    """``occlusion`` in ``results.json``.
 
     Args:
         study: see :func:`physio_dist.evaluation.study.prepare`; it says where its frozen features are.
@@ -74,21 +75,19 @@ def occlusion(study: Study, choices: Sequence[Choice], heads: Sequence[Sequence[
     whole = {item: np.concatenate(parts) for item, parts in answers.items()}
     base = whole.pop(_NOTHING)
     ours = compare_all_pairs(label, person, base.astype(np.float64))
-    found: dict[str, list[dict[str, Any]]] = {"signals": [], "channels": [], "patches": []}
+    results = OcclusionResults(len(where), len(np.unique(person)), _rounded(pooled_auc(ours)))
     shards = open_set(study.options.tune.data)
     for (signal, what, number), probability in whole.items():
         lost = difference(ours, compare_all_pairs(label, person, probability.astype(np.float64)))
-        entry: dict[str, Any] = {"signal": signal}
+        effect = _effect(signal, lost, float(np.abs(probability - base).sum(axis=1).mean()) / 2)
         if what == "channels":
-            entry["channel"] = shards.signals[signal].channels[number]
+            results.channels.append(ChannelOcclusion(channel=shards.signals[signal].channels[number], **effect))
         elif what == "patches":
-            entry |= {"start_s": number * PATCH / shards.rate, "seconds": PATCH / shards.rate}
-        interval = [_rounded(lost.low), _rounded(lost.high)]
-        entry |= {"auc_drop": _rounded(lost.value), "ci": None if None in interval else interval}
-        entry["moved"] = _rounded(float(np.abs(probability - base).sum(axis=1).mean()) / 2)
-        found[what].append(entry)
-    area = _rounded(pooled_auc(ours))
-    return {"windows": len(where), "people": len(np.unique(person)), "auc": area, **found}
+            seconds = PATCH / shards.rate
+            results.patches.append(PatchOcclusion(start_s=number * seconds, seconds=seconds, **effect))
+        else:
+            results.signals.append(Occlusion(**effect))
+    return results
 
 
 def _some(study: Study) -> Ints:
@@ -98,8 +97,17 @@ def _some(study: Study) -> Ints:
     return np.sort(np.concatenate([order[tested][:_MOST_WINDOWS], order[~tested][:_MOST_WINDOWS]]))
 
 
-def _rounded(value: float) -> float | None:
-    return round(value, _DIGITS) if math.isfinite(value) else None
+def _effect(signal: str, lost: Difference, shift: float) -> dict[str, Any]:
+    return {
+        "signal": signal,
+        "auc_drop": _rounded(lost.value),
+        "ci": None if math.isnan(lost.low) else (_rounded(lost.low), _rounded(lost.high)),
+        "prob_shift": _rounded(shift),
+    }
+
+
+def _rounded(value: float) -> float:
+    return round(value, _DIGITS)
 
 
 class _Opened:

@@ -21,7 +21,7 @@ WORKDIR /home/physio/physio-dist
 ENV PHYSIO_DIST_VENV=/home/physio/venv PATH=/home/physio/venv/bin:$PATH
 ARG TORCH="torch>=2.6"
 ARG RAY="ray[default,train,tune]"
-COPY --chown=physio:physio pyproject.toml README.md LICENSE ./
+COPY --chown=physio:physio pyproject.toml constraints.txt README.md LICENSE ./
 COPY --chown=physio:physio physio_dist physio_dist
 COPY --chown=physio:physio tools tools
 COPY --chown=physio:physio configs configs

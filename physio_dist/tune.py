@@ -2,8 +2,15 @@
 
 import sys
 
-from physio_dist.ray_backend.tune_driver import main
 from physio_dist.runtime.exit_status import status_of
+
+
+def main() -> None:
+    """Run the driver; Ray is imported here, so that a missing extra ends in one message."""
+    from physio_dist.ray_backend import tune_driver
+
+    tune_driver.main()
+
 
 if __name__ == "__main__":
     sys.exit(status_of(main))

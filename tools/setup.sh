@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Makes .venv and installs physio-dist into it: `bash tools/setup.sh [EXTRA ...]`, for example `test`.
+# Makes .venv and installs physio-dist into it: `bash tools/setup.sh [EXTRA ...]`. Without arguments it installs the extra
+# `all`; `test` is all plus what the tests need.
 #
 # PHYSIO_DIST_VENV   where the environment lies (default: .venv beside this checkout)
 # PHYSIO_DIST_TORCH  what to ask pip for (default: a release with a CPU build where there is no NVIDIA driver)
+# PHYSIO_DIST_CONSTRAINTS  versions for pip (default: constraints.txt; empty for the newest ones that fit)
 # PIP_EXTRA_INDEX_URL and pip's other variables work as usual, for example to name PyTorch's index of CPU builds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${PHYSIO_DIST_VENV:-.venv}
 python=${PYTHON:-python3}
+constraints=${PHYSIO_DIST_CONSTRAINTS-constraints.txt}
 
 say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 
@@ -24,8 +27,8 @@ need_debian() {  # need_debian COMMAND PACKAGE: install a Debian package if the 
 }
 
 need_debian "$python" python3
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-    echo "tools/setup.sh: $("$python" --version) is too old: physio-dist needs Python 3.10 or newer (set PYTHON=...)" >&2
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "tools/setup.sh: $("$python" --version) is too old: physio-dist needs Python 3.11 or newer (set PYTHON=...)" >&2
     exit 2
 fi
 if ! "$python" -c 'import ensurepip' >/dev/null 2>&1; then
@@ -38,9 +41,10 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 # What was installed, and for what: a second start is quick.
+[ $# != 0 ] || set -- all
 extras=$(IFS=,; echo "$*")
 stamp="$venv/.physio-dist-installed"
-wanted=$(cat pyproject.toml tools/setup.sh | sha256sum; echo "${PHYSIO_DIST_TORCH:-} $PWD")
+wanted=$(cat pyproject.toml tools/setup.sh ${constraints:+"$constraints"} | sha256sum; echo "${PHYSIO_DIST_TORCH:-} $PWD")
 if [ -f "$stamp" ] && grep -qxF "[$extras]" "$stamp" && [ "$(sed 1,/^---$/d "$stamp")" = "$wanted" ]; then
     exit 0
 fi
@@ -57,8 +61,8 @@ fi
 say "installing $torch"
 # shellcheck disable=SC2086  # several words may be meant
 "$venv/bin/pip" install --quiet --disable-pip-version-check $torch
-say "installing physio-dist${extras:+[$extras]}"
-"$venv/bin/pip" install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+say "installing physio-dist[$extras]"
+"$venv/bin/pip" install --quiet --disable-pip-version-check ${constraints:+-c "$constraints"} --editable ".[$extras]"
 
 # Hosts of their own, for tests of clusters. A server that comes with its package is not to be started.
 if [[ " $* " == *" test "* ]]; then

@@ -10,8 +10,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
-from physio_dist.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, PhysioError
+from physio_dist.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, PhysioError
+
+_EXTRAS = {
+    "deepspeed": "train", "tensorboard": "train", "webdataset": "train", "ray": "ray", "wfdb": "readers",
+    "h5py": "readers", "edfio": "readers", "matplotlib": "report", "jinja2": "report", "optuna": "optuna",
+}  # fmt: skip
+"""Library -> the extra of pyproject.toml that installs it."""
 
 _WORDS = {0: "done", 1: "failed", 2: "wrong input or configuration", 3: "data failed verification", 75: "stopped"}
 
@@ -25,6 +32,15 @@ def status_of(action: Callable[[], None]) -> int:
     except PhysioError as error:
         _tell_once(str(error), error.exit_status)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in _EXTRAS:
+            return _internal_error()
+        _tell_once(
+            f"{_command()} needs {library}, which is not installed: pip install 'physio-dist[{_EXTRAS[library]}]'",
+            EXIT_USER,
+        )
+        return EXIT_USER
     except SystemExit as end:
         # argparse has said what it had to say.
         return end.code if isinstance(end.code, int) else EXIT_FAULT
@@ -37,9 +53,21 @@ def status_of(action: Callable[[], None]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAULT
     except Exception:
-        traceback.print_exc()
-        _tell_once("this is a fault of physio-dist: please report it with the lines above", EXIT_FAULT)
-        return EXIT_FAULT
+        return _internal_error()
+
+
+def _internal_error() -> int:
+    traceback.print_exc()
+    _tell_once("this is a fault of physio-dist: please report it with the lines above", EXIT_FAULT)
+    return EXIT_FAULT
+
+
+def _command() -> str:
+    """The command of this process as somebody would type it, for example ``physio-dist report``."""
+    name = Path(sys.argv[0]).stem
+    if name in ("physio-dist", "cli", "__main__"):
+        return " ".join(["physio-dist", *sys.argv[1:2]])
+    return f"python -m physio_dist.{name}"
 
 
 def interrupt_on_sigterm() -> None:

@@ -20,6 +20,9 @@ _EXTRAS = {
 }  # fmt: skip
 """Library -> the extra of pyproject.toml that installs it."""
 
+# Their extra has the libraries that they share with training, too.
+_RAY_COMMANDS = ("python -m physio_dist.launch", "python -m physio_dist.tune")
+
 _WORDS = {0: "done", 1: "failed", 2: "wrong input or configuration", 3: "data failed verification", 75: "stopped"}
 
 
@@ -36,10 +39,9 @@ def status_of(action: Callable[[], None]) -> int:
         library = (error.name or "").partition(".")[0]
         if library not in _EXTRAS:
             return _internal_error()
-        _tell_once(
-            f"{_command()} needs {library}, which is not installed: pip install 'physio-dist[{_EXTRAS[library]}]'",
-            EXIT_USER,
-        )
+        command = _command()
+        extra = "ray" if command in _RAY_COMMANDS else _EXTRAS[library]
+        _tell_once(f"{command} needs {library}, which is not installed: pip install 'physio-dist[{extra}]'", EXIT_USER)
         return EXIT_USER
     except SystemExit as end:
         # argparse has said what it had to say.

@@ -14,6 +14,7 @@ from physio_dist.runtime.exit_status import status_of
     ("library", "argv", "words"),
     [
         ("ray", ["/src/physio_dist/tune.py"], ("python -m physio_dist.tune", "'physio-dist[ray]'")),
+        ("deepspeed", ["/src/physio_dist/launch.py"], ("python -m physio_dist.launch", "'physio-dist[ray]'")),
         ("matplotlib", ["/bin/physio-dist", "report", "RUN"], ("physio-dist report", "'physio-dist[report]'")),
         ("wfdb", ["/src/physio_dist/__main__.py", "shard"], ("physio-dist shard", "'physio-dist[readers]'")),
     ],

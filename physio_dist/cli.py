@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 def _shard(given: argparse.Namespace) -> None:
     from physio_dist.data.convert import converter
 
-    options = config.load(config.ShardConfig, None, given.options, config.check_shard)
+    options = config.load(config.ShardConfig, None, given.options)
     out = job_paths.require_durable(given.out, "--out")
     if not options.ray:
         converter.tell(converter.convert(given.reader, given.input, out, options), print)
@@ -113,7 +113,7 @@ def _shard(given: argparse.Namespace) -> None:
 def _index(given: argparse.Namespace) -> None:
     from physio_dist.data import verify
 
-    options = config.load(verify.IndexOptions, None, given.options, lambda _: None)
+    options = config.load(verify.IndexOptions, None, given.options)
     made = verify.index_existing(given.url, options)
     print(f"{made.nsamples} samples of {made.people} people in {len(made.shards)} shards")
     print(storage.join(made.url, "index.json"))
@@ -176,7 +176,7 @@ def _embed(given: argparse.Namespace) -> None:
 def _folds(given: argparse.Namespace) -> None:
     from physio_dist.evaluation import fold_resplits
 
-    options = config.load(fold_resplits.FoldsConfig, given.config, given.options, fold_resplits.check_folds)
+    options = config.load(fold_resplits.FoldsConfig, given.config, given.options)
     views, written = fold_resplits.write_fold_resplits(options, job_paths.require_durable(given.out, "--out"))
     there = len(views) - written
     print(f"views of {views[0].data_url}" + (f", {there} of {len(views)} were there already" if there else ""))
@@ -223,13 +223,13 @@ def _rest(given: str) -> Recording | tuple[float, float]:
 
 
 def _probe(given: argparse.Namespace) -> None:
-    from physio_dist.config import ProbeConfig, check_probe
+    from physio_dist.config import ProbeConfig
     from physio_dist.evaluation import probe, reconstruction
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    options = config.load(ProbeConfig, given.config, given.options, check_probe)
+    options = config.load(ProbeConfig, given.config, given.options)
     job_paths.require_durable(options.run.dir, "run.dir")
     if options.probe.task == "labels":
         lines = probe.table_of(probe.probe(options, say))
@@ -255,7 +255,7 @@ def _trained(run: str) -> PretrainedRun:
 def _plan(given: argparse.Namespace) -> None:
     from physio_dist.planning import resource_planner
 
-    options = config.load(config.PretrainConfig, given.config, given.options, config.check_pretrain)
+    options = config.load(config.PretrainConfig, given.config, given.options)
     speed = given.samples_per_s
     if (speed is not None and not 0 < speed < float("inf")) or not given.gpu_memory_gb > 0:
         raise UserError("--samples-per-s and --gpu-memory-gb must be positive numbers")

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")
     given = parser.parse_intermixed_args(arguments)
-    options = config.load(config.PretrainConfig, given.config, given.overrides, config.check_pretrain)
+    options = config.load(config.PretrainConfig, given.config, given.overrides)
 
     from physio_dist.runtime.distributed import choose_accelerator
     from physio_dist.runtime.preemption import PreemptionHandler

@@ -217,7 +217,7 @@ put_aside runs/quickstart-fusion data.json \
     "$fingerprint" "$(hash_of runs/quickstart)" "$(hash_of runs/quickstart-eeg)"
 stage '5/5  a sweep of fusion heads over both frozen encoders, on Ray' \
     python -m physio_dist.tune --config configs/tune/quickstart.yaml "tune.data=$paired" "tune.label=$label" \
-    tune.ecg_encoder=runs/quickstart/encoder tune.eeg_encoder=runs/quickstart-eeg/encoder
+    tune.encoders.ecg=runs/quickstart/encoder tune.encoders.eeg=runs/quickstart-eeg/encoder
 results_table
 
 logged physio-dist report runs/quickstart runs/quickstart-eeg runs/quickstart-fusion

@@ -1,35 +1,26 @@
-"""Options of every command: a schema and its checks in a module each; ``loader`` merges them with a file and words."""
+"""Options of every command: typed dataclasses that check themselves; :mod:`.loader` reads them from YAML and words."""
 
-from physio_dist.config.cluster import ClusterOptions, check_cluster
-from physio_dist.config.loader import (
-    Parser,
-    between,
-    flatten,
-    load,
-    one_of,
-    option_types,
-    plain_name,
-    refuse_another,
-    to_yaml,
-)
+from physio_dist.config.cluster import ClusterOptions, WorkerRange
+from physio_dist.config.loader import Parser, load, option_fields, refuse_another, to_yaml
+from physio_dist.config.mask import MaskOptions
+from physio_dist.config.options import flatten
 from physio_dist.config.pretrain import (
     PRECISIONS,
     PRESETS,
     DataOptions,
-    MaskOptions,
     ModelOptions,
     PretrainConfig,
+    Resume,
     RunOptions,
+    ShardSource,
     TrainOptions,
     ZeroOptions,
-    check_pretrain,
-    mixture,
 )
-from physio_dist.config.probe import ProbeConfig, ProbeOptions, check_probe, runs_of
-from physio_dist.config.search import POOLINGS, SearchOptions, check_search
-from physio_dist.config.shard import EegOptions, ShardConfig, SplitOptions, WindowOptions, check_shard
-from physio_dist.config.task import TaskOptions, check_task
-from physio_dist.config.tune import TuneConfig, TuneOptions, check_tune
+from physio_dist.config.probe import ProbeConfig, ProbeOptions
+from physio_dist.config.search import POOLINGS, SearchOptions
+from physio_dist.config.shard import EegOptions, ShardConfig, SplitOptions, WindowOptions
+from physio_dist.config.task import TaskOptions
+from physio_dist.config.tune import FoldEncoders, TuneConfig, TuneOptions, parse_encoders
 
 __all__ = [
     "POOLINGS",
@@ -38,37 +29,30 @@ __all__ = [
     "ClusterOptions",
     "DataOptions",
     "EegOptions",
+    "FoldEncoders",
     "MaskOptions",
     "ModelOptions",
     "Parser",
     "PretrainConfig",
     "ProbeConfig",
     "ProbeOptions",
+    "Resume",
     "RunOptions",
     "SearchOptions",
     "ShardConfig",
+    "ShardSource",
     "SplitOptions",
     "TaskOptions",
     "TrainOptions",
     "TuneConfig",
     "TuneOptions",
     "WindowOptions",
+    "WorkerRange",
     "ZeroOptions",
-    "between",
-    "check_cluster",
-    "check_pretrain",
-    "check_probe",
-    "check_search",
-    "check_shard",
-    "check_task",
-    "check_tune",
     "flatten",
     "load",
-    "mixture",
-    "one_of",
-    "option_types",
-    "plain_name",
+    "option_fields",
+    "parse_encoders",
     "refuse_another",
-    "runs_of",
     "to_yaml",
 ]  # fmt: skip

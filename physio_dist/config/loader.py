@@ -1,28 +1,44 @@
-"""From a YAML file and ``key=value`` words to typed options, and back.
+"""Typed options from a YAML file and ``key=value`` words.
 
 Options come in three layers, later ones winning: a schema's defaults, a YAML file, and the words of the command line.
-The merge is OmegaConf's; the messages are ours. What options there are is told in ``config.py``.
+OmegaConf merges them; then each value is parsed and checked once, as its field declares
+(:func:`physio_dist.config.options.option`), and the schema's ``validate`` checks options against each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
+import functools
 import io
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from physio_dist import storage
-from physio_dist.errors import PhysioError, UserError, closest, nearest
+from physio_dist.config.options import flatten, plain_value, to_plain
+from physio_dist.errors import PhysioError, UserError, nearest
 
-T = TypeVar("T")
+
+class Options(Protocol):
+    """A command's options: a dataclass that checks itself."""
+
+    def validate(self) -> None:
+        """Refuse values that do not go together.
+
+        Raises:
+            UserError: names the option.
+        """
+
+
+T = TypeVar("T", bound=Options)
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line on which every mistake is a :class:`UserError`, and so told in one line with the status."""
+    """A command line on which every mistake is a :class:`UserError`: one line, and the exit status of user errors."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
@@ -31,15 +47,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` tells more")
 
 
-def load(schema: type[T], file: str | None, overrides: Sequence[str], check: Callable[[T], None]) -> T:
+def load(schema: type[T], file: str | None, overrides: Sequence[str]) -> T:
     """Defaults <- YAML file <- ``key=value`` words, as an instance of ``schema``.
 
     Raises:
-        UserError: an unreadable file, an unknown option (with the nearest known one), a value of the wrong
-            type, or a value that ``check`` refuses.
+        UserError: an unreadable file, an unknown option (with the nearest known one), a value of the wrong type, or one
+            that its field's checks or ``validate`` refuse.
     """
-    merged: Any = OmegaConf.structured(schema)
     types = option_types(schema)
+    merged: Any = OmegaConf.structured(_raw_schema(schema()))
     if file is not None:
         merged = _merge(merged, _read_yaml(file, types), types, where=file)
     for word in overrides:
@@ -50,18 +66,53 @@ def load(schema: type[T], file: str | None, overrides: Sequence[str], check: Cal
     try:
         if missing := sorted(str(name) for name in OmegaConf.missing_keys(merged)):
             raise UserError(f"option {missing[0]} is needed and has no default: give {missing[0]}=...")
-        options: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        values: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:  # ${...} that leads nowhere
         raise UserError(f"option {error.full_key or ''}: {_first_line(error)}") from None
-    check(options)
+    options: T = _parse(schema, values)
+    options.validate()
     return options
+
+
+def _raw_schema(options: Any) -> Any:
+    """Options as OmegaConf merges them: fields that are parsed later hold anything, required ones are missing."""
+    hints = get_type_hints(type(options))
+    columns: list[tuple[str, Any, Any]] = []
+    for item in dataclasses.fields(options):
+        value, hint = getattr(options, item.name), hints[item.name]
+        if item.metadata.get("parse"):
+            value, hint = plain_value(item, value), item.metadata["raw"]
+        elif dataclasses.is_dataclass(value):
+            value = _raw_schema(value)
+            hint = type(value)
+        if item.metadata.get("required"):
+            value = MISSING
+        columns.append((item.name, hint, dataclasses.field(default_factory=functools.partial(copy.copy, value))))
+    return dataclasses.make_dataclass(type(options).__name__, columns)()
+
+
+def _parse(schema: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """An instance of ``schema`` from merged values, each checked by its field."""
+    hints = get_type_hints(schema)
+    parsed: dict[str, Any] = {}
+    for item in dataclasses.fields(schema):
+        name, value = prefix + item.name, values[item.name]
+        if item.metadata.get("parse"):
+            value = item.metadata["parse"](name, value)
+        elif dataclasses.is_dataclass(hints[item.name]):
+            value = _parse(hints[item.name], value, f"{name}.")  # type: ignore[arg-type]
+        for check in item.metadata.get("checks", ()):
+            check(name, value)
+        parsed[item.name] = value
+    return schema(**parsed)
 
 
 def _layer(key: str, text: str, types: dict[str, Any]) -> Any:
     """One ``key=value`` of the command line as a layer of options."""
-    if key not in types:
+    # An option that holds anything before it is parsed may be a mapping, whose entries have names below its own.
+    if key not in types and types.get(key.rpartition(".")[0]) is not Any:
         raise UserError(f"unknown option {key!r} (command line): {nearest(key, types)}")
-    if "str" in str(types[key]) and get_origin(types[key]) is not list:
+    if "str" in str(types.get(key)) and get_origin(types[key]) is not list:
         # Taken as it is written: YAML would make numbers of 007 and 1e-3, and a truth of `on`.
         value: Any = None if text in ("", "null") and "None" in str(types[key]) else text
         layer = OmegaConf.create({})
@@ -74,39 +125,27 @@ def _layer(key: str, text: str, types: dict[str, Any]) -> Any:
 
 
 def option_types(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Every option of a schema as a dotted name, with its type."""
+    """Type of every option before it is parsed, by dotted name."""
     types: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for item in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(hints[item.name]):
-            types.update(option_types(hints[item.name], f"{prefix}{item.name}."))
+        hint = hints[item.name]
+        if item.metadata.get("parse"):
+            types[prefix + item.name] = item.metadata["raw"]
+        elif dataclasses.is_dataclass(hint):
+            types.update(option_types(hint, f"{prefix}{item.name}."))  # type: ignore[arg-type]
         else:
-            types[prefix + item.name] = hints[item.name]
+            types[prefix + item.name] = hint
     return types
 
 
 def to_yaml(options: Any) -> str:
-    """The resolved options as YAML, in schema order."""
-    return OmegaConf.to_yaml(OmegaConf.structured(options))
-
-
-def flatten(options: Any) -> dict[str, Any]:
-    """Resolved options as ``{dotted name: value}``; lists and free-form values stay whole."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: dict[str, Any], prefix: str) -> None:
-        for key, inner in value.items():
-            if isinstance(inner, dict):
-                walk(inner, f"{prefix}{key}.")
-            else:
-                flat[f"{prefix}{key}"] = inner
-
-    walk(dataclasses.asdict(options) if dataclasses.is_dataclass(options) else options, "")  # type: ignore[arg-type]
-    return flat
+    """Resolved options as YAML, in schema order."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(options)))
 
 
 def refuse_another(
-    url: str, options: Any, may_differ: Collection[str], grow: str | None = None,
+    url: str, options: Options, may_differ: Collection[str], grow: str | None = None,
     adapt: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Compare options with the configuration that a run was started with, if it was.
@@ -122,13 +161,14 @@ def refuse_another(
         UserError: an option differs that must not; all of them are named.
     """
     try:
-        there = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(url).decode()))
+        written = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(url).decode()))
     except storage.NotFoundError:
         return
-    old, new = flatten(there), flatten(options)
-    # What an earlier version did not know was then as it is by default now. An option may also be a mapping there.
+    old, new = flatten(written), flatten(options)
+    # An option that an earlier version lacked had today's default then. An option may also be a mapping there.
+    required = {name for name, item in option_fields(type(options)).items() if item.metadata.get("required")}
     for name, value in flatten(type(options)()).items():
-        if value != "???" and name not in old and not any(known.startswith(f"{name}.") for known in old):
+        if name not in required and name not in old and not any(key.startswith(f"{name}.") for key in old):
             old[name] = value
     adapt(old)
     adapt(new)
@@ -136,11 +176,23 @@ def refuse_another(
     if grow in differing and new[grow] > old[grow]:
         differing.remove(grow)
     if differing:
-        told = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing)
+        changes = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing)
         raise UserError(
-            f"{url.rpartition('/')[0]} was started with another configuration ({told}). Give the same options to go "
+            f"{url.rpartition('/')[0]} was started with another configuration ({changes}). Give the same options to go "
             "on, or choose another run.name"
         )
+
+
+def option_fields(schema: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Field of every option, by dotted name."""
+    found: dict[str, dataclasses.Field[Any]] = {}
+    hints = get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[item.name]) and not item.metadata.get("parse"):
+            found.update(option_fields(hints[item.name], f"{prefix}{item.name}."))  # type: ignore[arg-type]
+        else:
+            found[prefix + item.name] = item
+    return found
 
 
 def _read_yaml(file: str, types: dict[str, Any]) -> DictConfig:
@@ -170,30 +222,11 @@ def _merge(base: Any, layer: Any, types: dict[str, Any], where: str) -> Any:
     except ConfigKeyError as error:
         key = str(error.full_key)
         inside = [name for name in types if name.startswith(f"{key.split('.')[0]}.")]
-        known = inside or {name.split(".")[0] for name in types}
-        raise UserError(f"unknown option {key!r} ({where}): {nearest(key, known)}") from None
+        candidates = inside or {name.split(".")[0] for name in types}
+        raise UserError(f"unknown option {key!r} ({where}): {nearest(key, candidates)}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"option {error.full_key or ''} ({where}): {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def plain_name(name: str) -> None:
-    """Refuse a ``run.name`` that is no plain folder name."""
-    if not name or "/" in name or name.startswith("."):
-        raise UserError(f"run.name={name!r}: it must be a plain folder name")
-
-
-def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a value that is none of ``allowed``."""
-    if value not in allowed:
-        hint = closest(value, allowed)
-        raise UserError(f"{name}={value}: it must be one of {', '.join(allowed)}{'; ' if hint else ''}{hint}")
-
-
-def between(name: str, value: float, low: float, high: float) -> None:
-    """Refuse a value outside of ``[low, high]``, NaN among them."""
-    if not low <= value <= high:
-        raise UserError(f"{name}={value}: it must lie between {low:g} and {high:g}")

@@ -1,104 +1,186 @@
-"""Options of ``pretrain.py`` and ``launch.py``, their defaults and their checks."""
+"""Options of ``pretrain.py`` and ``launch.py``."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from physio_dist.config.cluster import ClusterOptions, check_cluster
-from physio_dist.config.loader import between, one_of, plain_name
+from physio_dist.config.cluster import ClusterOptions
+from physio_dist.config.mask import MaskOptions
+from physio_dist.config.options import NOT_NEGATIVE, POSITIVE, OneOf, Range, at_least, folder_name, inside, option
 from physio_dist.errors import UserError
+from physio_dist.storage.user_cache import user_cache_dir
 
 PRESETS = ("tiny", "base", "large", "xl")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
+_FRACTION = Range(0.0, 1.0, "it must be at least 0 and below 1", open_high=True)
+_ABOVE_ZERO = Range(0.0, math.inf, "it must be positive", open_low=True)
+
 
 @dataclass
 class RunOptions:
-    name: str = "pretrain"
-    dir: str = "runs"
-    seed: int = 0
+    """Where a run is written, and its seed."""
+
+    name: str = option("pretrain", "Folder of the run below `run.dir`.", folder_name)
+    dir: str = option("runs", "Folder of runs, a path or a URL.")
+    seed: int = option(0, "Seed of everything random: the same seed gives the same run.")
+
+
+class ShardSource(NamedTuple):
+    """One shard set of the training data.
+
+    Attributes:
+        url: folder of the shard set.
+        weight: share of the global batch, relative to the weights of the other sets.
+    """
+
+    url: str
+    weight: float = 1.0
+
+
+def _parse_index(name: str, value: Any) -> list[ShardSource]:
+    form = f"{name} must be a URL or a list of {{url: ..., weight: ...}}"
+    if isinstance(value, str) and value:
+        return [ShardSource(_set_url(value))]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{form}, not {value!r}")
+    sources = []
+    for item in value:
+        if not isinstance(item, dict) or not isinstance(item.get("url"), str) or set(item) - {"url", "weight"}:
+            raise UserError(f"{form}; this entry is not: {item!r}")
+        weight = item.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise UserError(f"{form}; the weight of {item['url']} must be a positive number, not {weight!r}")
+        sources.append(ShardSource(_set_url(item["url"]), float(weight)))
+    return sources
+
+
+def _set_url(url: str) -> str:
+    return url.removesuffix("/index.json").rstrip("/") or "/"
+
+
+def _plain_index(sources: list[ShardSource]) -> str | list[dict[str, Any]]:
+    # The weight of a single set has no effect, so that runs with different ones are the same run.
+    return sources[0].url if len(sources) == 1 else [source._asdict() for source in sources]
 
 
 @dataclass
 class DataOptions:
-    # A shard set's URL, or a list of {url, weight}.
-    index: Any = "???"
-    # The signal of the shard set that is trained on: ecg or eeg.
-    signal: str = "ecg"
-    cache_dir: str = "~/.cache/physio-dist"
-    cache_gb: float = 50.0
+    """Training data and the node's cache of it."""
+
+    index: list[ShardSource] = option(
+        [], "URL of a shard set, with or without `/index.json`, or a list of `{url, weight}`.",
+        required=True, parse=_parse_index, plain=_plain_index,
+    )  # fmt: skip
+    signal: str = option("ecg", "Signal of the shard set that is trained on.", OneOf(("ecg", "eeg")))
+    cache_dir: str = option(
+        lambda: str(user_cache_dir()), "Local folder in which each node caches shards.", shown="~/.cache/physio-dist"
+    )
+    cache_gb: float = option(50.0, "Size of that cache in GB.", _ABOVE_ZERO)
 
 
 @dataclass
 class ModelOptions:
-    preset: str = "base"
-    dropout: float = 0.1
+    """Size and dropout of the encoder."""
+
+    preset: str = option("base", "Named size of the encoder.", OneOf(PRESETS))
+    dropout: float = option(0.1, "Dropout probability.", inside(0.0, 0.9))
 
 
-@dataclass
-class MaskOptions:
-    # Share of patches hidden in time; probability that a lead, or the limb leads together, are hidden whole.
-    intra_ratio: float = 0.5
-    inter_ratio: float = 0.3
-    # Mean length in patches of what is hidden in time; 0 or 1: scattered; null: half of the samples each way.
-    span: float | None = None
-    # both in every sample, or alternating: each sample has one of the two.
-    mode: str = "both"
-    # Probability that a sample is shown with 8, 2 or 1 of its ECG leads only.
-    lead_dropout: float = 0.0
+def _check_spike_factor(name: str, value: float) -> None:
+    if value != 0 and not 1 < value < math.inf:
+        raise UserError(f"{name}={value}: it must be above 1, or 0 to look for no spikes")
+
+
+def _check_profile(name: str, value: list[int]) -> None:
+    if value and not (len(value) == 2 and 1 <= value[0] <= value[1]):
+        raise UserError(f"{name}={value}: it must be [first, last], steps that count from 1")
 
 
 @dataclass
 class TrainOptions:
-    steps: int = 1000
-    global_batch: int = 128
-    # A maximum: a rank's share of the global batch is cut into pieces of at most this many windows.
-    micro_batch: int = 32
-    precision: str = "bf16"
-    lr: float = 5e-4
-    min_lr: float = 1e-5
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    # What is minimised: the squared error relative to each lead's mean square, or the squared error itself.
-    loss: str = "relative"
-    beta1: float = 0.9
-    beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    # A loss, or a gradient norm above max_grad_norm, that is so many times the median of the last 128 steps is a spike;
-    # 0: no step is.
-    spike_factor: float = 10.0
-    # Leave steps with a spike out.
-    skip_spikes: bool = False
-    # Decay of a moving average of the weights, which an export then takes; 0 keeps none.
-    ema: float = 0.0
-    # Seconds without progress after which a rank says where it hangs.
-    hang_timeout_s: float = 600.0
-    # [first, last]: steps of the first rank that torch's profiler looks at, into profile.json of the run.
-    profile: list[int] = field(default_factory=list)
-    # none, mlflow or wandb, through their own libraries.
-    tracker: str = "none"
-    log_every: int = 10
-    save_every: int = 500
-    val_every: int = 200
-    # Held-out windows in each validation, at most.
-    val_samples: int = 1024
-    # Committed checkpoints that are kept; older ones are deleted.
-    keep_checkpoints: int = 3
-    log_sample_keys: bool = False
-    # CPU threads of a rank; 0 shares the machine's cores among its ranks.
-    threads: int = 0
+    """Optimization, logging and checkpoints."""
+
+    steps: int = option(1000, "Optimizer steps.", at_least(1))
+    global_batch: int = option(128, "Windows of a step, over all ranks.", at_least(1))
+    micro_batch: int = option(
+        32,
+        "Most windows of one forward pass, into which a rank's share of the global batch is split.",
+        at_least(1),
+    )
+    precision: str = option("bf16", "Floating-point type of the forward and backward pass.", OneOf(PRECISIONS))
+    lr: float = option(5e-4, "Peak learning rate.", POSITIVE)
+    min_lr: float = option(1e-5, "Learning rate at the end of the cosine schedule.", NOT_NEGATIVE)
+    warmup_steps: int = option(100, "Steps of linear warm-up.", NOT_NEGATIVE)
+    weight_decay: float = option(0.05, "Decoupled weight decay of AdamW.", NOT_NEGATIVE)
+    loss: str = option(
+        "relative",
+        "Squared error, `relative` to each lead's mean square or not.",
+        OneOf(("relative", "squared")),
+    )
+    beta1: float = option(0.9, "AdamW's beta1.", _FRACTION)
+    beta2: float = option(0.999, "AdamW's beta2.", _FRACTION)
+    max_grad_norm: float = option(1.0, "Norm that gradients are clipped to.", _ABOVE_ZERO)
+    spike_factor: float = option(
+        10.0,
+        "A loss, or a gradient norm above `max_grad_norm`, that exceeds the median of the last 128 steps by this "
+        "factor is a spike; 0: no step is.",
+        _check_spike_factor,
+    )
+    skip_spikes: bool = option(False, "Skip the optimizer step at a spike.")
+    ema: float = option(
+        0.0, "Decay of an exponential moving average of the weights, which an export then takes; 0: none.", _FRACTION
+    )
+    hang_timeout_s: float = option(
+        600.0, "Seconds without progress after which a rank prints the stacks of its threads.", _ABOVE_ZERO
+    )
+    profile: list[int] = option(
+        [], "`[first, last]` step that torch's profiler records on the first rank, into `profile.json` of the run.",
+        _check_profile,
+    )  # fmt: skip
+    tracker: str = option("none", "Experiment tracker, through its own library.", OneOf(("none", "mlflow", "wandb")))
+    log_every: int = option(10, "Steps between two lines of `metrics.jsonl`.", at_least(1))
+    save_every: int = option(500, "Steps between two checkpoints.", at_least(1))
+    val_every: int = option(200, "Steps between two validations.", at_least(1))
+    val_samples: int = option(1024, "Most held-out windows of a validation.", NOT_NEGATIVE)
+    keep_checkpoints: int = option(3, "Newest committed checkpoints that are kept.", at_least(1))
+    log_sample_keys: bool = option(False, "Write the sample keys of every step to `trace/rank-R.jsonl`.")
+    threads: int = option(0, "CPU threads of a rank; 0 divides the machine's cores among its ranks.", NOT_NEGATIVE)
 
 
 @dataclass
 class ZeroOptions:
-    stage: int = 1
+    """DeepSpeed ZeRO."""
+
+    stage: int = option(1, "ZeRO stage.", Range(0, 3, "ZeRO has the stages 0, 1, 2 and 3"))
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run starts.
+
+    Attributes:
+        existing: whether a run that is there already goes on; otherwise it is refused.
+        url: checkpoint that a run without one of its own starts from.
+    """
+
+    existing: bool = True
+    url: str | None = None
+
+
+def _parse_resume(_: str, value: str) -> Resume:
+    return Resume(existing=value != "none", url=None if value in ("auto", "none") else value)
+
+
+def _plain_resume(resume: Resume) -> str:
+    return resume.url or ("auto" if resume.existing else "none")
 
 
 @dataclass
 class PretrainConfig:
-    """The options of ``pretrain.py`` and ``launch.py``."""
+    """Options of ``pretrain.py`` and ``launch.py``."""
 
     run: RunOptions = field(default_factory=RunOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -107,81 +189,23 @@ class PretrainConfig:
     train: TrainOptions = field(default_factory=TrainOptions)
     zero: ZeroOptions = field(default_factory=ZeroOptions)
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
-    # auto: go on from the newest committed checkpoint; none: a new run; else the URL of a checkpoint.
-    resume: str = "auto"
+    resume: Resume = option(
+        Resume(), "`auto`: from the newest committed checkpoint; `none`: a new run; or the URL of a checkpoint.",
+        parse=_parse_resume, plain=_plain_resume, raw=str,
+    )  # fmt: skip
 
+    def validate(self) -> None:
+        """Refuse options that do not go together.
 
-def check_pretrain(options: PretrainConfig) -> None:
-    """Refuse values no run could use, before anything is read or started."""
-    train, mask = options.train, options.mask
-    one_of("model.preset", options.model.preset, PRESETS)
-    one_of("train.precision", train.precision, PRECISIONS)
-    one_of("data.signal", options.data.signal, ("ecg", "eeg"))
-    if options.zero.stage not in (0, 1, 2, 3):
-        raise UserError(f"zero.stage={options.zero.stage}: ZeRO has the stages 0, 1, 2 and 3")
-    between("model.dropout", options.model.dropout, 0.0, 0.9)
-    between("mask.intra_ratio", mask.intra_ratio, 0.0, 1.0)
-    between("mask.inter_ratio", mask.inter_ratio, 0.0, 1.0)
-    between("mask.span", 0.0 if mask.span is None else mask.span, 0.0, 1e6)
-    one_of("mask.mode", mask.mode, ("both", "alternating"))
-    between("mask.lead_dropout", mask.lead_dropout, 0.0, 1.0)
-    if mask.lead_dropout > 0 and options.data.signal != "ecg":
-        raise UserError(
-            f"mask.lead_dropout={mask.lead_dropout} is for data.signal=ecg: there are no such sets of electrodes"
-        )
-    for name in ("steps", "global_batch", "micro_batch", "log_every", "save_every", "val_every", "keep_checkpoints"):
-        if getattr(train, name) < 1:
-            raise UserError(f"train.{name}={getattr(train, name)}: it must be at least 1")
-    for name in ("warmup_steps", "weight_decay", "min_lr", "val_samples", "threads"):
-        if not 0 <= getattr(train, name) < math.inf:
-            raise UserError(f"train.{name}={getattr(train, name)}: it must not be negative, nor without end")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(train, name) < 1:
-            raise UserError(f"train.{name}={getattr(train, name)}: it must be at least 0 and below 1")
-    if not (train.lr > 0 and math.isfinite(train.lr)):
-        raise UserError(f"train.lr={train.lr}: it must be a positive number")
-    if not train.max_grad_norm > 0:
-        raise UserError(f"train.max_grad_norm={train.max_grad_norm}: it must be positive")
-    if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:
-        raise UserError(f"train.spike_factor={train.spike_factor}: it must be above 1, or 0 to look for no spikes")
-    if not 0 <= train.ema < 1:
-        raise UserError(f"train.ema={train.ema}: it must be at least 0 and below 1")
-    if not train.hang_timeout_s > 0:
-        raise UserError(f"train.hang_timeout_s={train.hang_timeout_s}: it must be positive")
-    if train.profile and not (len(train.profile) == 2 and 1 <= train.profile[0] <= train.profile[1]):
-        raise UserError(f"train.profile={train.profile}: it must be [first, last], steps that count from 1")
-    one_of("train.loss", train.loss, ("relative", "squared"))
-    one_of("train.tracker", train.tracker, ("none", "mlflow", "wandb"))
-    if train.skip_spikes and train.spike_factor == 0:
-        raise UserError("train.skip_spikes=true leaves out what train.spike_factor finds, which is 0 here: give both")
-    if not options.data.cache_gb > 0:
-        raise UserError(f"data.cache_gb={options.data.cache_gb}: it must be positive")
-    plain_name(options.run.name)
-    check_cluster(options.cluster)
-    mixture(options.data.index)
-
-
-def mixture(index: Any) -> list[tuple[str, float]]:
-    """``data.index`` as a list of (URL, weight).
-
-    Raises:
-        UserError: neither a URL nor a list of ``{url, weight}`` with positive weights.
-    """
-    form = "data.index must be a URL or a list of {url: ..., weight: ...}"
-    if isinstance(index, str) and index:
-        return [(_set_url(index), 1.0)]
-    if not isinstance(index, list) or not index:
-        raise UserError(f"{form}, not {index!r}")
-    parts: list[tuple[str, float]] = []
-    for item in index:
-        if not isinstance(item, dict) or not isinstance(item.get("url"), str) or set(item) - {"url", "weight"}:
-            raise UserError(f"{form}; this entry is not: {item!r}")
-        weight = item.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-            raise UserError(f"{form}; the weight of {item['url']} must be a positive number, not {weight!r}")
-        parts.append((_set_url(item["url"]), float(weight)))
-    return parts
-
-
-def _set_url(url: str) -> str:
-    return url.removesuffix("/index.json").rstrip("/") or "/"
+        Raises:
+            UserError: names the option.
+        """
+        if self.mask.lead_dropout > 0 and self.data.signal != "ecg":
+            raise UserError(
+                f"mask.lead_dropout={self.mask.lead_dropout} is for data.signal=ecg: there are no such sets of "
+                "electrodes"
+            )
+        if self.train.skip_spikes and self.train.spike_factor == 0:
+            raise UserError(
+                "train.skip_spikes=true leaves out what train.spike_factor finds, which is 0 here: give both"
+            )

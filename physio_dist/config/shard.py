@@ -1,87 +1,91 @@
-"""Options of ``physio-dist shard``, their defaults and their checks."""
+"""Options of ``physio-dist shard``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from physio_dist.config.cluster import LONGEST_S
-from physio_dist.config.loader import between, one_of
+from physio_dist.config.cluster import MAX_WAIT_S
+from physio_dist.config.options import OneOf, inside, option
 from physio_dist.errors import UserError
 
 
 @dataclass
 class SplitOptions:
-    val: float = 0.1
-    test: float = 0.1
+    """Shares of subjects held out, by hash."""
+
+    val: float = option(0.1, "Share of the subjects in the validation split.", inside(0.0, 1.0))
+    test: float = option(0.1, "Share of the subjects in the test split.", inside(0.0, 1.0))
 
 
 @dataclass
 class WindowOptions:
-    rate: int = 200
-    seconds: float = 10.0
-    # Pass band in Hz.
-    low: float = 0.5
-    high: float = 45.0
-    uv_per_bit: float = 1.0
+    """Windows, and the ECG's pass band; :class:`physio_dist.signals.windows.WindowSpec` checks them together."""
+
+    rate: int = option(200, "Sampling rate of the windows in Hz.")
+    seconds: float = option(10.0, "Length of a window in seconds.")
+    low: float = option(0.5, "Lower edge of the ECG's pass band in Hz.")
+    high: float = option(45.0, "Upper edge of the ECG's pass band in Hz.")
+    uv_per_bit: float = option(1.0, "Microvolts of one unit of the stored ECG.")
 
 
 @dataclass
 class EegOptions:
-    # Comma-separated electrode names, in the order they are stored; empty for the 19 of the 10-20 system.
-    channels: str = ""
-    # Pass band in Hz; the upper edge is lowered where a recording's rate does not allow it.
-    low: float = 0.3
-    high: float = 75.0
-    uv_per_bit: float = 0.1
+    """Channels and pass band of the EEG."""
+
+    channels: str = option(
+        "", "Electrode names, comma-separated, in storage order; empty for the 19 of the 10-20 system."
+    )
+    low: float = option(0.3, "Lower edge of the EEG's pass band in Hz.")
+    high: float = option(75.0, "Upper edge in Hz, lowered where a recording's sampling rate does not allow it.")
+    uv_per_bit: float = option(0.1, "Microvolts of one unit of the stored EEG.")
 
 
 @dataclass
 class ShardConfig:
     """The ``key=value`` options of ``physio-dist shard``."""
 
-    # Comma-separated: ecg, eeg or both. A record has to have all of them.
-    signals: str = "ecg"
-    # keep: unusable windows are kept, and their json says so; drop: they are left out.
-    unusable: str = "drop"
+    signals: str = option("ecg", "`ecg`, `eeg`, or `ecg,eeg`: every record needs all of them.")
+    unusable: str = option(
+        "drop", "`keep` unusable windows, marked in their json, or `drop` them.", OneOf(("keep", "drop"))
+    )
     split: SplitOptions = field(default_factory=SplitOptions)
     window: WindowOptions = field(default_factory=WindowOptions)
-    # Comma-separated lead names, in the order they are stored; empty for the standard twelve.
-    leads: str = ""
+    leads: str = option("", "ECG lead names, comma-separated, in storage order; empty for the standard twelve.")
     eeg: EegOptions = field(default_factory=EegOptions)
-    # reject: a record without one of the leads is left out; mask: it is kept, the lead marked invalid.
-    missing_channels: str = "reject"
-    # Leads that must be valid in a fit window (or all that a record has, if fewer).
-    min_leads: int = 10
-    # repair: two limb leads that bear each other's name are put right, and it is said; reject: left out.
-    swapped_leads: str = "repair"
-    # A CSV whose column `record` or `file` names records; the other columns become labels.
-    labels: str | None = None
-    # The CSV's column that tells people apart.
-    person: str | None = None
-    # Name of the corpus: people and records of two sources are never taken for the same.
-    source: str | None = None
-    # URL of a shard set (or several, comma-separated) whose recordings are left out here.
-    exclude: str | None = None
-    samples_per_shard: int = 1000
-    # Worker processes; 0 takes every core.
-    workers: int = 0
-    # Address of a Ray cluster that does the work, or auto; empty for processes of this machine.
-    ray: str = ""
-    # Seconds to wait for nodes that an autoscaler may bring, where the Ray cluster has no CPU at first.
-    placement_timeout_s: float = 0.0
+    missing_channels: str = option(
+        "reject", "A record without one of the leads is left out (`reject`), or kept with the lead marked invalid.",
+        OneOf(("reject", "mask")),
+    )  # fmt: skip
+    min_leads: int = option(10, "Leads that must be valid in a usable window (or all of a record's, if fewer).")
+    swapped_leads: str = option(
+        "repair", "Two limb leads with exchanged names are put right (`repair`), or the record is left out.",
+        OneOf(("repair", "reject")),
+    )  # fmt: skip
+    labels: str | None = option(
+        None, "CSV whose column `record` or `file` names records; the other columns become labels."
+    )
+    person: str | None = option(None, "Column of that CSV that identifies the subject.")
+    source: str | None = option(
+        None, "Name of the corpus: subjects and records of two sources are never taken for the same."
+    )
+    exclude: str | None = option(None, "Shard sets, comma-separated URLs, whose recordings are left out here.")
+    samples_per_shard: int = option(1000, "Windows of a shard.")
+    workers: int = option(0, "Worker processes; 0 takes every core.")
+    ray: str = option("", "Address of a Ray cluster that does the work, or `auto`; empty for local processes.")
+    placement_timeout_s: float = option(
+        0.0, "Seconds to wait for nodes that an autoscaler may add if the Ray cluster has no CPU at first.",
+        inside(0.0, MAX_WAIT_S),
+    )  # fmt: skip
 
+    def validate(self) -> None:
+        """Refuse options that do not go together.
 
-def check_shard(options: ShardConfig) -> None:
-    """Refuse options that no conversion could use."""
-    one_of("unusable", options.unusable, ("keep", "drop"))
-    one_of("missing_channels", options.missing_channels, ("reject", "mask"))
-    one_of("swapped_leads", options.swapped_leads, ("repair", "reject"))
-    for name, share in (("split.val", options.split.val), ("split.test", options.split.test)):
-        between(name, share, 0.0, 1.0)
-    if options.split.val + options.split.test > 1:
-        raise UserError("split.val and split.test add up to more than 1")
-    if options.person is not None and options.labels is None:
-        raise UserError(f"person={options.person} names a column of a CSV: give labels=FILE.csv too")
-    if options.samples_per_shard < 1 or options.workers < 0:
-        raise UserError("samples_per_shard must be at least 1 and workers must not be negative")
-    between("placement_timeout_s", options.placement_timeout_s, 0.0, LONGEST_S)
+        Raises:
+            UserError: names the option.
+        """
+        if self.split.val + self.split.test > 1:
+            raise UserError("split.val and split.test add up to more than 1")
+        if self.person is not None and self.labels is None:
+            raise UserError(f"person={self.person} names a column of a CSV: give labels=FILE.csv too")
+        if self.samples_per_shard < 1 or self.workers < 0:
+            raise UserError("samples_per_shard must be at least 1 and workers must not be negative")

@@ -1,92 +1,152 @@
-"""Options of ``tune.py``, their defaults and their checks."""
+"""Options of ``tune.py``."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from physio_dist.config.cluster import LONGEST_S
-from physio_dist.config.loader import between, one_of, plain_name
+from physio_dist.config.cluster import MAX_WAIT_S
+from physio_dist.config.options import POSITIVE, OneOf, Range, at_least, inside, option
 from physio_dist.config.pretrain import RunOptions
-from physio_dist.config.search import SearchOptions, check_search
-from physio_dist.config.task import TaskOptions, check_task
-from physio_dist.errors import UserError
+from physio_dist.config.search import SearchOptions
+from physio_dist.config.task import TaskOptions
+from physio_dist.errors import UserError, nearest
+
+SIGNALS = ("ecg", "eeg")
+_FOLD = "{fold}"
+
+
+@dataclass(frozen=True)
+class FoldEncoders:
+    """URL of the frozen encoder that each fold takes for one signal.
+
+    Attributes:
+        url: of all folds, with ``{fold}`` for the fold's name; empty if ``by_fold`` lists them.
+        by_fold: fold's name -> URL.
+    """
+
+    url: str = ""
+    by_fold: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def differ(self) -> bool:
+        """Whether folds may take different encoders."""
+        return not self.url or _FOLD in self.url
+
+    def urls(self, folds: Sequence[str]) -> dict[str, str]:
+        """Fold's name -> URL, for the given folds, or for those listed."""
+        return {name: self.url.replace(_FOLD, name) for name in folds} if self.url else dict(self.by_fold)
+
+    def map(self, change: Callable[[str], str]) -> FoldEncoders:
+        """A copy with every URL changed."""
+        return FoldEncoders(
+            change(self.url) if self.url else "", {fold: change(url) for fold, url in self.by_fold.items()}
+        )
+
+
+def parse_encoders(name: str, value: Any) -> dict[str, FoldEncoders]:
+    """Encoders by signal from ``{ecg: URL, eeg: URL}``, each value a URL or ``{fold: URL}``.
+
+    Raises:
+        UserError: a value of another form, or an unknown signal.
+    """
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} must be {{ecg: URL, eeg: URL}}, not {value!r}")
+    encoders = {}
+    for signal, urls in value.items():
+        if signal not in SIGNALS:
+            raise UserError(f"unknown option '{name}.{signal}': {nearest(str(signal), SIGNALS)}")
+        each = list(urls.values()) if isinstance(urls, Mapping) else [urls]
+        if not each or not all(isinstance(url, str) and url for url in each):
+            raise UserError(f"{name}.{signal} must be a folder or {{fold: folder}}, not {urls!r}")
+        by_fold = isinstance(urls, Mapping)
+        encoders[str(signal)] = (
+            FoldEncoders(by_fold={str(fold): url for fold, url in urls.items()}) if by_fold else FoldEncoders(urls)
+        )
+    return encoders
+
+
+def _plain_encoders(encoders: Mapping[str, FoldEncoders]) -> dict[str, Any]:
+    return {signal: each.url or dict(each.by_fold) for signal, each in encoders.items()}
 
 
 @dataclass
 class TuneOptions(TaskOptions):
-    # Shard set with both signals and labels.
-    data: str = "???"
-    # An export's folder, with {fold} for the fold's name, or {fold: folder}; for EEG also a CBraMod checkpoint by URL.
-    ecg_encoder: Any = "???"
-    eeg_encoder: Any = "???"
-    # Configurations that are tried; each for every kind of input.
-    trials: int = 32
-    # latin_hypercube draws all of them beforehand; optuna proposes by what was found, for each row and fold apart.
-    search: str = "latin_hypercube"
-    # asha stops what falls behind; fifo lets every trial finish.
-    scheduler: str = "asha"
-    max_epochs: int = 40
-    # Configurations that each fold selects, best first, and whose heads' probabilities are averaged at the test.
-    ensemble_size: int = 1
-    # CPUs of a trial.
-    cpus: float = 1.0
-    # Seconds to wait for nodes that an autoscaler may bring, where there is no room for a trial at first.
-    placement_timeout_s: float = 0.0
-    # Folder of Ray Tune's own state; empty for run.dir/run.name/ray.
-    ray_storage: str = ""
-    # Folder in which frozen features are kept for this sweep and later ones; empty for run.dir/features.
-    feature_cache: str = ""
-    # Evaluations with labels permuted by recording within people, as a control for leakage.
-    permutations: int = 0
-    # Fit the temperature of each head's probabilities on its validation people.
-    calibrate: bool = False
-    # Rows with one modality replaced by noise, as a control: they should gain nothing over the other alone.
-    noise_control: bool = False
-    # A row more: both encoders and a linear head over them trained end to end, what freezing costs.
-    finetune: bool = False
-    finetune_epochs: int = 5
-    # Of the encoders; the head's is ten times that.
-    finetune_lr: float = 1e-4
+    """A sweep: data, encoders, trials."""
+
+    data: str = option("", "Shard set with both signals and labels.", required=True)
+    encoders: dict[str, FoldEncoders] = option(
+        {},
+        "`{ecg: URL, eeg: URL}`: folders that `physio-dist export` wrote, with `{fold}` for the fold's name, or "
+        "`{fold: URL}`; for EEG also a CBraMod checkpoint, or `cbramod`.",
+        parse=parse_encoders, plain=_plain_encoders,
+    )  # fmt: skip
+    trials: int = option(32, "Configurations that are tried, for each kind of input.", at_least(1))
+    search: str = option(
+        "latin_hypercube",
+        "`latin_hypercube` samples all configurations beforehand; `optuna` suggests them by earlier results, for each "
+        "row and fold.",
+        OneOf(("latin_hypercube", "optuna")),
+    )
+    scheduler: str = option(
+        "asha", "`asha` stops trials that fall behind; `fifo` lets every trial finish.", OneOf(("asha", "fifo"))
+    )
+    max_epochs: int = option(40, "Most epochs of a trial.", at_least(1))
+    ensemble_size: int = option(
+        1,
+        "Configurations that each fold selects, best first, whose probabilities are averaged at the test.",
+        at_least(1),
+    )
+    cpus: float = option(
+        1.0, "CPUs of a trial.", Range(0.0, float("inf"), "it must be positive", open_low=True, open_high=True)
+    )
+    placement_timeout_s: float = option(
+        0.0, "Seconds to wait for nodes that an autoscaler may add if there is no room for a trial at first.",
+        inside(0.0, MAX_WAIT_S),
+    )  # fmt: skip
+    ray_storage: str = option("", "Folder of Ray Tune's own state; empty for `run.dir/run.name/ray`.")
+    feature_cache: str = option(
+        "", "Folder of frozen features, for this sweep and later ones; empty for `run.dir/features`."
+    )
+    permutations: int = option(
+        0, "Evaluations with labels permuted by recording within subjects, as a control for leakage.", at_least(0)
+    )
+    calibrate: bool = option(False, "Fit the temperature of each head's probabilities on its validation subjects.")
+    noise_control: bool = option(
+        False, "Add rows with one modality replaced by noise, which should gain nothing over the other alone."
+    )
+    finetune: bool = option(False, "Add a row with both encoders and a linear head trained end to end.")
+    finetune_epochs: int = option(5, "Most epochs of that row.", at_least(1))
+    finetune_lr: float = option(1e-4, "Learning rate of that row's encoders; the head's is ten times that.", POSITIVE)
+
+    def validate(self) -> None:
+        """Refuse options that do not go together."""
+        super().validate()
+        if not self.data:
+            raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
+        if self.ensemble_size > self.trials:
+            raise UserError(
+                f"tune.ensemble_size={self.ensemble_size}: only tune.trials={self.trials} configurations are tried"
+            )
 
 
 @dataclass
 class TuneConfig:
-    """The options of ``tune.py``."""
+    """Options of ``tune.py``."""
 
     run: RunOptions = field(default_factory=lambda: RunOptions(name="sweep"))
     tune: TuneOptions = field(default_factory=TuneOptions)
     search: SearchOptions = field(default_factory=SearchOptions)
 
+    def validate(self) -> None:
+        """Refuse options that do not go together.
 
-def check_tune(options: TuneConfig) -> None:
-    """Refuse values no sweep could use, before anything is read or started."""
-    tune = options.tune
-    plain_name(options.run.name)
-    check_task(tune)
-    one_of("tune.scheduler", tune.scheduler, ("asha", "fifo"))
-    one_of("tune.search", tune.search, ("latin_hypercube", "optuna"))
-    if not tune.data:
-        raise UserError("tune.data is empty: give the URL of a shard set with ECG and EEG")
-    least_of = {
-        "folds": 2, "val_folds": 2, "trials": 1, "max_epochs": 1, "ensemble_size": 1, "permutations": 0,
-        "finetune_epochs": 1,
-    }  # fmt: skip
-    for name, least in least_of.items():
-        if getattr(tune, name) < least:
-            raise UserError(f"tune.{name}={getattr(tune, name)}: it must be at least {least}")
-    if tune.ensemble_size > tune.trials:
-        raise UserError(
-            f"tune.ensemble_size={tune.ensemble_size}: only tune.trials={tune.trials} configurations are tried"
-        )
-    if not 0 < tune.finetune_lr < math.inf:
-        raise UserError(f"tune.finetune_lr={tune.finetune_lr}: it must be a positive number")
-    if not 0 < tune.cpus < math.inf:
-        raise UserError(f"tune.cpus={tune.cpus}: it must be positive")
-    between("tune.placement_timeout_s", tune.placement_timeout_s, 0.0, LONGEST_S)
-    for name, value in (("ecg_encoder", tune.ecg_encoder), ("eeg_encoder", tune.eeg_encoder)):
-        folders = list(value.values()) if isinstance(value, dict) else [value]
-        if not folders or not all(isinstance(folder, str) and folder for folder in folders):
-            raise UserError(f"tune.{name} must be a folder or {{fold: folder}}, not {value!r}")
-    check_search(options.search)
+        Raises:
+            UserError: names the option.
+        """
+        self.tune.validate()
+        for signal in SIGNALS:
+            if signal not in self.tune.encoders:
+                name = f"tune.encoders.{signal}"
+                raise UserError(f"option {name} is needed and has no default: give {name}=...")

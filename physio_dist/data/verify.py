@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist import __version__, storage
+from physio_dist.config.options import Range, option
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import (
     INDEX,
@@ -35,6 +36,7 @@ from physio_dist.signals.montage import ECG_12, identity_error
 # Samples that are looked at for the order of their leads, and what their limb leads may miss of their identities.
 _JUDGED = 50
 _IDENTITY_ERROR = 0.05
+_POSITIVE = Range(0.0, math.inf, "it must be positive", open_low=True, open_high=True)
 
 
 def verify(url: str) -> Iterator[str]:
@@ -120,23 +122,34 @@ def _dead(
 
 @dataclass
 class IndexOptions:
-    """The ``key=value`` options of ``physio-dist index``.
+    """The ``key=value`` options of ``physio-dist index``."""
 
-    Attributes:
-        channels: comma-separated, in the order of the arrays' rows. Empty for the twelve leads of an ECG in the
-            standard order, if the limb leads' identities bear it out.
-        rate: Hz.
-        uv_per_bit: microvolts of one unit of the arrays.
-        person: field of the samples' json that tells people apart; ``person`` if that is there.
-        val, test: shares of people held out.
-    """
+    channels: str = option(
+        "",
+        "Names of the arrays' rows, comma-separated, in their order; empty for the twelve standard leads of an ECG, if "
+        "the limb leads fulfil their identities.",
+    )
+    rate: float = option(200.0, "Sampling rate in Hz.", _POSITIVE)
+    uv_per_bit: float = option(1.0, "Microvolts of one unit of the arrays.", _POSITIVE)
+    person: str | None = option(None, "Field of the samples' json that identifies the subject; default `person`.")
+    val: float = option(0.1, "Share of the subjects in the validation split.")
+    test: float = option(0.1, "Share of the subjects in the test split.")
 
-    channels: str = ""
-    rate: float = 200.0
-    uv_per_bit: float = 1.0
-    person: str | None = None
-    val: float = 0.1
-    test: float = 0.1
+    def validate(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            UserError: names the option.
+        """
+        names = self.names()
+        if not all(names) or len(set(names)) < len(names):
+            raise UserError(f"channels={self.channels}: it must name every row of the arrays, each only once")
+        if not (self.val >= 0 and self.test >= 0 and self.val + self.test <= 1):
+            raise UserError(f"val={self.val} and test={self.test}: shares of people, together at most 1")
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the arrays' rows; none where the options leave them open."""
+        return tuple(word.strip() for word in self.channels.split(",")) if self.channels else ()
 
 
 def index_existing(url: str, options: IndexOptions) -> ShardSet:
@@ -149,7 +162,7 @@ def index_existing(url: str, options: IndexOptions) -> ShardSet:
         DataError: a damaged tar.
     """
     url = storage.absolute(url)
-    channels = _check(options)
+    channels = options.names()
     names = storage.names(url)
     if INDEX in names and _is_ours(storage.join(url, INDEX)):
         raise UserError(f"{url} has an {INDEX} already; `physio-dist verify {url}` checks it")
@@ -184,18 +197,6 @@ class _Adopted:
     people: list[str | None] = field(default_factory=list)
     valid: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-
-
-def _check(options: IndexOptions) -> tuple[str, ...]:
-    channels = tuple(word.strip() for word in options.channels.split(",")) if options.channels else ()
-    if not all(channels) or len(set(channels)) < len(channels):
-        raise UserError(f"channels={options.channels}: it must name every row of the arrays, each only once")
-    for name in ("rate", "uv_per_bit"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise UserError(f"{name}={getattr(options, name)}: it must be positive")
-    if not (options.val >= 0 and options.test >= 0 and options.val + options.test <= 1):
-        raise UserError(f"val={options.val} and test={options.test}: shares of people, together at most 1")
-    return channels
 
 
 def _is_ours(where: str) -> bool:

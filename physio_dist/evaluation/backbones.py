@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -25,9 +24,6 @@ from physio_dist.models.export import (
     save_encoder,
 )
 from physio_dist.runs.run_dir import PEOPLE_FILE
-
-FOLD = "{fold}"
-"""Stands for the name of a fold in the URL of its encoder."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +131,6 @@ def _checkpoint(url: str) -> Backbone:
     )  # fmt: skip
 
 
-def urls_of(given: Any, folds: Sequence[str]) -> dict[str, str]:
-    """URL of each fold's encoder, of what a sweep was given: a mapping, or one URL, in which ``{fold}`` is the fold."""
-    if isinstance(given, Mapping):
-        return {str(name): str(url) for name, url in given.items()}
-    return {name: str(given).replace(FOLD, name) for name in folds}
-
-
 def exported_hash(url: str) -> str | None:
     """The hash of an export's weights as it tells it; None for a checkpoint, which would have to be fetched."""
     if cbramod.is_checkpoint(encoder_url(url)):
@@ -200,9 +189,9 @@ def refuse_overlap(
     tested = {int(person) for person in test_people}
     if known := len(tested & backbone.people):
         advice = advice or (
-            f"Give an encoder pretrained without them, tune.{backbone.signal}_encoder={{{fold_name}: FOLDER}} for this "
-            "fold (`physio-dist folds` makes a view of the shard set to pretrain it on); or pretrain on a shard set "
-            "that keeps them in its test split (split.test) and sweep with tune.protocol=holdout"
+            f"Give an encoder pretrained without them, tune.encoders.{backbone.signal}='{{{fold_name}: FOLDER}}' for "
+            "this fold (`physio-dist folds` makes a view of the shard set to pretrain it on); or pretrain on a shard "
+            "set that keeps them in its test split (split.test) and sweep with tune.protocol=holdout"
         )
         raise UserError(
             f"{backbone.url} was pretrained on {known} of the {len(tested)} test people of fold {fold_name}: its "

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from physio_dist import storage
-from physio_dist.config import TuneConfig, TuneOptions, check_tune
-from physio_dist.config.loader import between
+from physio_dist.config import TuneConfig
+from physio_dist.config.options import inside, option
 from physio_dist.data.format.index import SPLITS, ShardSet, open_set
 from physio_dist.data.format.people import split_of
 from physio_dist.data.format.resplit import publish_resplits, with_splits
@@ -24,36 +23,31 @@ _TURNS = ("grouped_kfold", "loso", "person_and_clip")
 
 
 @dataclass
-class _Sweep(TuneOptions):
-    # Encoders are what the views are for.
-    ecg_encoder: Any = "none yet"
-    eeg_encoder: Any = "none yet"
+class SplitOptions:
+    """Subjects held out of pretraining beside the test subjects."""
 
-
-@dataclass
-class _Split:
-    # Share of the people who are not tested.
-    val: float = 0.1
+    val: float = option(0.1, "Share of the subjects not tested in the validation split.", inside(0.0, 1.0))
 
 
 @dataclass
 class FoldsConfig(TuneConfig):
-    """The options of ``physio-dist folds``: a sweep's, and how many people are held out of pretraining beside."""
+    """Options of ``physio-dist folds``: a sweep's, whose encoders need not exist yet, and ``split.val``."""
 
-    tune: _Sweep = field(default_factory=_Sweep)
-    split: _Split = field(default_factory=_Split)
+    split: SplitOptions = field(default_factory=SplitOptions)
 
+    def validate(self) -> None:
+        """Refuse options of which no views could be made.
 
-def check_folds(options: FoldsConfig) -> None:
-    """Refuse values of which no views could be made, before anything is read."""
-    check_tune(options)
-    if options.tune.protocol not in _TURNS:
-        raise UserError(
-            f"tune.protocol={options.tune.protocol} has no people who take turns, so there is nothing to make a view "
-            f"for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's own test "
-            "split: pretrain on tune.data itself"
-        )
-    between("split.val", options.split.val, 0.0, 1.0)
+        Raises:
+            UserError: names the option.
+        """
+        self.tune.validate()
+        if self.tune.protocol not in _TURNS:
+            raise UserError(
+                f"tune.protocol={self.tune.protocol} has no people who take turns, so there is nothing to make a view "
+                f"for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's own "
+                "test split: pretrain on tune.data itself"
+            )
 
 
 def open_folds(options: TuneConfig) -> tuple[ShardSet, LabelTable, tuple[Fold, ...]]:

@@ -81,7 +81,8 @@ class LabelTable:
 
 def shard_cache() -> ShardCache:
     """Open the node's shard cache at its default place."""
-    return ShardCache(DataOptions.cache_dir, DataOptions.cache_gb * 1e9)
+    options = DataOptions()
+    return ShardCache(options.cache_dir, options.cache_gb * 1e9)
 
 
 def require_paired(shards: ShardSet) -> None:

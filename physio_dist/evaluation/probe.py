@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from physio_dist import config, storage
-from physio_dist.config.probe import ProbeConfig, check_probe
+from physio_dist.config.probe import ProbeConfig
 from physio_dist.data.format.index import ShardSet, open_set
 from physio_dist.data.handle import open_dataset
 from physio_dist.errors import DataError, UserError
@@ -58,7 +58,6 @@ def probe(options: ProbeConfig, say: Say) -> dict[str, Any]:
         UserError: options, data and encoder do not go together, or the encoder knows test people.
         DataError: data, encoder or features are damaged.
     """
-    check_probe(options)
     given, where = options.probe, begin(options)
     shards = open_set(given.data)
     backbone = open_backbone(given.encoder)

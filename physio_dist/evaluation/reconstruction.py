@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from physio_dist import storage
-from physio_dist.config.probe import ProbeConfig, check_probe, runs_of
+from physio_dist.config.probe import ProbeConfig
 from physio_dist.data.format.index import open_set
 from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.dataset import ShardDataset
@@ -75,10 +75,9 @@ def reconstruction(
         UserError: data and run do not go together, or the run knows people it is to be tested on.
         DataError: data or checkpoint are damaged.
     """
-    check_probe(options)
     given, where = options.probe, begin(options)
     shards = open_set(given.data)
-    trained = [read_run(url) for url in runs_of(given)]
+    trained = [read_run(url) for url in given.runs]
     source = open_dataset([(shards.url, 1.0)], trained[0].signal["signal"], shard_cache())
     train, test = source.members("train")[0], source.members(given.split)[0]
     if not len(test) or not len(train):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist import storage
-from physio_dist.config import TuneConfig, TuneOptions, check_tune
+from physio_dist.config import TuneConfig, TuneOptions
 from physio_dist.config.probe import ProbeOptions
 from physio_dist.config.task import LEAKY
 from physio_dist.data.format.index import ShardSet, open_set
@@ -20,7 +20,7 @@ from physio_dist.data.handle import open_dataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.analysis.embedding import embedding
 from physio_dist.evaluation.analysis.occlusion import occlusion
-from physio_dist.evaluation.backbones import Backbone, open_backbone, refuse_overlap, untrained, urls_of
+from physio_dist.evaluation.backbones import Backbone, open_backbone, refuse_overlap, untrained
 from physio_dist.evaluation.clips import subtract_baseline
 from physio_dist.evaluation.features import Features, check_fits, embed, open_features
 from physio_dist.evaluation.finetune import finetune
@@ -102,7 +102,6 @@ def prepare(options: TuneConfig, features_url: str, say: Say) -> Study:
         UserError: options, data and encoders do not go together, or an encoder knows test people.
         DataError: data or features are damaged.
     """
-    check_tune(options)
     tune, seed = options.tune, options.run.seed
     shards, table, folds = open_folds(options)
     valid = _valid(shards, table)
@@ -170,18 +169,17 @@ def _backbones(
     options: TuneConfig, signal: str, folds: tuple[Fold, ...], table: LabelTable, shards: ShardSet
 ) -> list[Backbone]:
     """The encoder of each fold."""
-    given = getattr(options.tune, f"{signal}_encoder")
     names = [fold.name for fold in folds]
-    urls = urls_of(given, names)
+    urls = options.tune.encoders[signal].urls(names)
     missing, unknown = [n for n in names if n not in urls], sorted(set(urls) - set(names))
     if missing or unknown:
         what = f"has none for fold {', '.join(missing)}" if missing else f"names unknown folds {', '.join(unknown)}"
-        raise UserError(f"tune.{signal}_encoder {what}; the folds are {', '.join(names)}")
+        raise UserError(f"tune.encoders.{signal} {what}; the folds are {', '.join(names)}")
     opened = {url: open_backbone(url, signal) for url in dict.fromkeys(urls.values())}
     for url, backbone in opened.items():
         check_fits(backbone, shards)
         if backbone.module.config.d != opened[urls[names[0]]].module.config.d:
-            raise UserError(f"tune.{signal}_encoder: {url} has another number of features than fold {names[0]}'s")
+            raise UserError(f"tune.encoders.{signal}: {url} has another number of features than fold {names[0]}'s")
     for fold in folds:
         refuse_overlap(opened[urls[fold.name]], np.unique(table.person[fold.test]).tolist(), fold.name)
     return [opened[urls[name]] for name in names]

@@ -17,11 +17,11 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from physio_dist import storage
-from physio_dist.config import TuneConfig, refuse_another
+from physio_dist.config import FoldEncoders, TuneConfig, refuse_another
 from physio_dist.config.task import LEAKY, SHARED_PEOPLE
 from physio_dist.data.format.index import open_set
 from physio_dist.errors import UserError
-from physio_dist.evaluation.backbones import FOLD, exported_hash, urls_of
+from physio_dist.evaluation.backbones import exported_hash
 from physio_dist.evaluation.search_space import Trial
 from physio_dist.evaluation.trials import SEARCHED, TrialRecord
 from physio_dist.runs.run_dir import CONFIG, RunDir
@@ -70,15 +70,15 @@ def finished(run: RunDir, options: TuneConfig) -> dict[str, Any] | None:
 def _facts_now(options: TuneConfig, folds: list[str]) -> dict[str, Any]:
     """As much of ``data.json`` as can be told without opening an encoder; None where it cannot."""
 
-    def told(given: Any) -> Any:
-        if isinstance(given, dict) or FOLD in given:
-            return {fold: exported_hash(url) for fold, url in urls_of(given, folds).items()}
-        return exported_hash(given)
+    def hashes(encoders: FoldEncoders) -> dict[str, str | None] | str | None:
+        if encoders.differ:
+            return {fold: exported_hash(url) for fold, url in encoders.urls(folds).items()}
+        return exported_hash(encoders.url)
 
     tune = options.tune
     return {
         "indexes": [{"fingerprint": open_set(tune.data).fingerprint}],
-        "encoders": {"ecg": told(tune.ecg_encoder), "eeg": told(tune.eeg_encoder)},
+        "encoders": {signal: hashes(encoders) for signal, encoders in tune.encoders.items()},
     }
 
 
@@ -113,7 +113,7 @@ def refuse_other_inputs(run: RunDir, facts: dict[str, Any]) -> None:
 
     def hashes(document: dict[str, Any]) -> dict[str, Any]:
         prints = [one["fingerprint"] for one in document["indexes"]]
-        return {"tune.data": prints, **{f"tune.{name}_encoder": _sha(of) for name, of in document["encoders"].items()}}
+        return {"tune.data": prints, **{f"tune.encoders.{name}": _sha(of) for name, of in document["encoders"].items()}}
 
     old, new = hashes(there), hashes(facts)
     if changed := [name for name in new if new[name] is not None and old.get(name) != new[name]]:

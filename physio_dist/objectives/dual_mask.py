@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from physio_dist.config.mask import MaskOptions
 from physio_dist.errors import UserError
 
 # Constants of splitmix64 (Steele, Lea, Flood 2014).
@@ -30,7 +31,6 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
-MODES = ("both", "alternating")
 # Of `relative`: the mean square of 10 uV, in units of (100 uV)^2, below which a lead counts as having nothing to tell.
 _QUIET = 0.01
 Layouts = tuple[tuple[tuple[int, ...], ...], ...]
@@ -38,44 +38,14 @@ Layouts = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True)
-class MaskConfig:
-    """How much is hidden, and how.
+class MaskConfig(MaskOptions):
+    """Options of the mask, and what they mean for the data's channels.
 
-    ``intra_ratio``: share of patches hidden in time in every group of leads; ``inter_ratio``: probability
-    that a single lead, or the limb leads together, are hidden as a whole. ``span``: mean length of what is
-    hidden in time, in patches; None hides one span in half of the samples and scattered patches in the
-    others, 0 and 1 scattered patches in all. ``mode``: ``both`` parts in every sample, or ``alternating``:
-    each sample has one of them, drawn evenly. ``lead_dropout``: probability that a sample is shown with the
-    leads of one of ``layouts`` only.
-
-    Raises ``UserError`` for ratios outside 0 <= ratio < 1 (at 1 everything would be hidden) or both 0, and
-    for options that make no sense alone or together.
+    Attributes:
+        layouts: sets of channels that ``lead_dropout`` shows a sample with.
     """
 
-    intra_ratio: float
-    inter_ratio: float
-    span: float | None = None
-    mode: str = "both"
-    lead_dropout: float = 0.0
     layouts: Layouts = ()
-
-    def __post_init__(self) -> None:
-        for name in ("intra_ratio", "inter_ratio"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise UserError(f"mask.{name} is {value}: it has to be at least 0 and below 1")
-        if self.intra_ratio == 0.0 and self.inter_ratio == 0.0:
-            raise UserError("mask.intra_ratio and mask.inter_ratio are both 0: nothing would be hidden")
-        if self.span is not None and not 0.0 <= self.span < math.inf:
-            raise UserError(f"mask.span is {self.span}: it has to be a number of patches, or null")
-        if self.mode not in MODES:
-            raise UserError(f"mask.mode is {self.mode}: it has to be {' or '.join(MODES)}")
-        if not 0.0 <= self.lead_dropout <= 1.0:
-            raise UserError(f"mask.lead_dropout is {self.lead_dropout}: it has to lie between 0 and 1")
-        if self.mode == "alternating" and 0.0 in (self.intra_ratio, self.inter_ratio):
-            raise UserError("mask.mode=alternating needs mask.intra_ratio and mask.inter_ratio above 0")
-        if self.lead_dropout > 0.0 and self.intra_ratio == 0.0:
-            raise UserError("mask.lead_dropout needs mask.intra_ratio above 0: a lead alone can only be hidden in time")
 
 
 @dataclass(frozen=True)

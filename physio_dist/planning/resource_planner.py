@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from physio_dist import storage
-from physio_dist.config import PretrainConfig, mixture
+from physio_dist.config import PretrainConfig
 from physio_dist.data.format.index import SAMPLE_TABLE, ShardSet
 from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.data.loading.mixture import open_sets, order_of
@@ -72,12 +72,12 @@ def plan(options: PretrainConfig, cluster: Cluster) -> dict[str, Any]:
         raise UserError(f"--gpu {cluster.gpu}: its peak is not known; known are {', '.join(PEAKS)}")
     batch = options.train.global_batch
     rank_slice(batch, 0, cluster.world)
-    parts = mixture(options.data.index)
-    sets = open_sets([url for url, _ in parts], options.data.signal)
+    sources = options.data.index
+    sets = open_sets([source.url for source in sources], options.data.signal)
     info = sets[0].signals[options.data.signal]
     signal = len(info.channels), info.samples
     tables = [read_sample_table(one) for one in sets]
-    order = order_of(sets, tables, [weight for _, weight in parts], "train", batch, options.run.seed)
+    order = order_of(sets, tables, [source.weight for source in sources], "train", batch, options.run.seed)
     rate = cluster.samples_per_s
     alone = on_paper(options, cluster, signal)
     if rate is None:

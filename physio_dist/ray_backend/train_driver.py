@@ -29,8 +29,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from physio_dist import config
 from physio_dist.config import PretrainConfig
-from physio_dist.config.cluster import gpu as gpu_of
-from physio_dist.config.cluster import workers as workers_of
 from physio_dist.config.loader import Parser
 from physio_dist.errors import EXIT_FAULT, EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
 from physio_dist.ray_backend import cluster
@@ -68,15 +66,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="YAML file; the ones that ship are in configs/pretrain/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")
     given = parser.parse_intermixed_args(arguments)
-    options = config.load(PretrainConfig, given.config, given.overrides, config.check_pretrain)
+    options = config.load(PretrainConfig, given.config, given.overrides)
     options = map_urls(options, job_paths.resolve_durable)
-    workers = workers_of(options.cluster)
-    if workers[0] > options.train.global_batch:
-        raise UserError(f"{workers[0]} ranks cannot share train.global_batch={options.train.global_batch}")
+    workers = options.cluster.workers
+    if workers.min > options.train.global_batch:
+        raise UserError(f"{workers.min} ranks cannot share train.global_batch={options.train.global_batch}")
     exit_status.interrupt_on_sigterm()
     cluster.connect(_say)
     try:
-        Launch(options, workers[0], min(workers[1], options.train.global_batch)).run()
+        Launch(options, workers.min, min(workers.max, options.train.global_batch)).run()
     finally:
         ray.shutdown()
     _say("done")
@@ -92,8 +90,8 @@ class Launch:
 
     def __init__(self, options: PretrainConfig, least: int, most: int) -> None:
         self.options, self.least, self.most = options, least, most
-        gpu = gpu_of(options.cluster)
-        self.gpus = 1.0 if gpu == "true" or (gpu == "auto" and cluster.free_slots(0.0, 1.0) > 0) else 0.0
+        gpu = options.cluster.gpu
+        self.gpus = 1.0 if gpu or (gpu is None and cluster.free_slots(0.0, 1.0) > 0) else 0.0
         self.cpus = options.cluster.cpus_per_worker
         self.url = f"{options.run.dir.rstrip('/')}/{options.run.name}"
         self._gauges = MetricsExporter(self.url)

@@ -5,6 +5,7 @@ The trials are in ``search.py``.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -127,13 +128,10 @@ def _settle(options: TuneConfig) -> None:
     chosen, where = options.tune, options.run
     where.dir = job_paths.resolve_durable(where.dir, "run.dir")
     chosen.data = job_paths.resolve_durable(chosen.data.removesuffix("/index.json"), "tune.data")
-    for name in ("ecg_encoder", "eeg_encoder"):
-        value = getattr(chosen, name)
-        if isinstance(value, dict):
-            value = {fold: _durable(url, name) for fold, url in value.items()}
-        else:
-            value = _durable(value, name)
-        setattr(chosen, name, value)
+    chosen.encoders = {
+        signal: encoders.map(functools.partial(_durable, name=f"encoders.{signal}"))
+        for signal, encoders in chosen.encoders.items()
+    }
     chosen.feature_cache = job_paths.resolve_durable(
         chosen.feature_cache or storage.join(where.dir, "features"), "tune.feature_cache"
     )
@@ -164,6 +162,6 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     exit_status.interrupt_on_sigterm()
     try:
-        run(config.load(TuneConfig, given.config, given.overrides, config.check_tune), _say)
+        run(config.load(TuneConfig, given.config, given.overrides), _say)
     finally:
         ray.shutdown()

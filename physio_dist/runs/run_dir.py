@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from physio_dist import storage
-from physio_dist.config import PretrainConfig, mixture, refuse_another, to_yaml
+from physio_dist.config import PretrainConfig, refuse_another, to_yaml
 from physio_dist.config.cluster import ClusterOptions
 from physio_dist.errors import UserError
+from physio_dist.storage.user_cache import user_cache_dir
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -44,19 +44,14 @@ MAY_DIFFER = frozenset(
 
 def map_urls(options: PretrainConfig, change: Callable[[str, str], str]) -> PretrainConfig:
     """A copy of the options with every URL replaced by ``change(URL, name of the option)``."""
-    index = _map_index(options.data.index, change)
+    index = [source._replace(url=change(source.url, "data.index")) for source in options.data.index]
+    resume = options.resume
     return replace(
         options,
         run=replace(options.run, dir=change(options.run.dir, "run.dir")),
         data=replace(options.data, index=index, cache_dir=change(options.data.cache_dir, "data.cache_dir")),
-        resume=options.resume if options.resume in ("auto", "none") else change(options.resume, "resume"),
+        resume=resume if resume.url is None else replace(resume, url=change(resume.url, "resume")),
     )
-
-
-def _map_index(index: Any, change: Callable[[str, str], str]) -> Any:
-    if isinstance(index, list):
-        return [{**item, "url": change(item["url"], "data.index")} for item in index]
-    return change(index, "data.index")
 
 
 def _absolute(url: str, _: str) -> str:
@@ -88,8 +83,7 @@ class RunDir:
         """
         if self._local:
             return
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        of_run = cache / "physio-dist" / "runs" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        of_run = user_cache_dir("runs", hashlib.sha256(self.url.encode()).hexdigest()[:16])
         self.spool = of_run / f"rank-{self.rank}" / str(attempt)
         shutil.rmtree(self.spool.parent, ignore_errors=True)
 
@@ -162,21 +156,9 @@ def compare_config(run: RunDir, options: PretrainConfig) -> None:
     Raises:
         UserError: an option differs that must not (all of them are named), or ``resume=none`` on an existing run.
     """
-    if options.resume == "none" and storage.exists(run.file(CONFIG)):
+    if not options.resume.existing and storage.exists(run.file(CONFIG)):
         raise UserError(f"{run.url} exists already: choose another run.name, or leave out resume=none to go on with it")
-
-    def same_form(flat: dict[str, Any]) -> None:
-        if flat.get("data.index"):
-            flat["data.index"] = _plain_index(flat["data.index"])
-
-    refuse_another(run.file(CONFIG), options, MAY_DIFFER, grow="train.steps", adapt=same_form)
-
-
-def _plain_index(index: Any) -> Any:
-    """The one of several ways to write the same ``data.index`` in which two are compared, and told."""
-    parts = [(_absolute(url, ""), weight) for url, weight in mixture(index)]
-    # Of one set its weight says nothing.
-    return parts[0][0] if len(parts) == 1 else [{"url": url, "weight": weight} for url, weight in parts]
+    refuse_another(run.file(CONFIG), map_urls(options, _absolute), MAY_DIFFER, grow="train.steps")
 
 
 def write_config(run: RunDir, options: PretrainConfig) -> None:

@@ -12,12 +12,12 @@ from filelock import FileLock
 from physio_dist.storage import StorageError, get_file, sha256_of, to_storage_error, write_bytes
 
 
-def cache_folder(kind: str) -> Path:
-    """Where downloads of a kind are kept: ``XDG_CACHE_HOME`` (else ``~/.cache``) ``/physio-dist/<kind>``."""
+def user_cache_dir(*parts: str) -> Path:
+    """``$XDG_CACHE_HOME/physio-dist``, by default ``~/.cache/physio-dist``, or a path below it."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # A relative one is to be ignored, says the XDG base directory specification.
     root = Path(base) if base.startswith("/") else Path("~/.cache").expanduser()
-    return root / "physio-dist" / kind
+    return root.joinpath("physio-dist", *parts)
 
 
 def read_cached(url: str, kind: str) -> bytes | None:
@@ -25,7 +25,7 @@ def read_cached(url: str, kind: str) -> bytes | None:
 
     The name of a kept file tells its content's hash, so that one rename publishes both.
     """
-    for path in sorted(cache_folder(kind).glob(f"{_name(url)}-*")):
+    for path in sorted(user_cache_dir(kind).glob(f"{_name(url)}-*")):
         with contextlib.suppress(OSError):
             data = path.read_bytes()
             if path.name == f"{_name(url)}-{hashlib.sha256(data).hexdigest()}":
@@ -35,7 +35,7 @@ def read_cached(url: str, kind: str) -> bytes | None:
 
 def write_cached(url: str, kind: str, data: bytes) -> None:
     """Keep what was read from a URL; a cache that cannot be written only costs another download."""
-    folder = cache_folder(kind)
+    folder = user_cache_dir(kind)
     with contextlib.suppress(OSError, StorageError):
         name = f"{_name(url)}-{hashlib.sha256(data).hexdigest()}"
         for stale in folder.glob(f"{_name(url)}-*"):
@@ -53,7 +53,7 @@ def fetch_cached(url: str, kind: str, sha256: str) -> Path | None:
     Raises:
         StorageError: it cannot be read, or the cache cannot be written.
     """
-    path = cache_folder(kind) / sha256
+    path = user_cache_dir(kind) / sha256
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{sha256}.lock")):

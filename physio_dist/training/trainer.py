@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from physio_dist import storage
-from physio_dist.config import PretrainConfig, mixture
+from physio_dist.config import PretrainConfig
 from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.loading.dataset import Batch, ShardDataset
@@ -85,7 +85,7 @@ def pretrain(
     encoder = preset(options.model.preset, options.model.dropout)
     run_dir = RunDir(storage.join(options.run.dir, options.run.name), place.rank)
     cache = ShardCache(options.data.cache_dir, options.data.cache_gb * 1e9)
-    source = open_dataset(mixture(options.data.index), options.data.signal, cache)
+    source = open_dataset(options.data.index, options.data.signal, cache)
     mask = replace(mask, layouts=lead_layouts(source.info.channels))
     _check_signal(source, mask)
     order = source.order("train", options.train.global_batch, options.run.seed)
@@ -203,11 +203,11 @@ def _agree_on_checkpoint(
     found: Checkpoint | None = None
     if place.rank == 0:
         found = checkpoint.newest(run_dir.url, say)
-        if found is None and options.resume not in ("auto", "none"):
-            given = options.resume.rstrip("/")
+        if found is None and options.resume.url is not None:
+            given = options.resume.url.rstrip("/")
             found = checkpoint.read(given) if checkpoint.is_committed(given) else checkpoint.newest(given, say)
             if found is None:
-                raise UserError(f"resume={options.resume}: there is no committed checkpoint")
+                raise UserError(f"resume={options.resume.url}: there is no committed checkpoint")
     url = _broadcast(found.url if found else None)
     return found if found is not None or url is None else checkpoint.read(url)
 

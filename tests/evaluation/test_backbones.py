@@ -191,9 +191,9 @@ def test_the_cache_lies_where_users_keep_theirs(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("HOME", str(tmp_path))
     for base, folder in (("/a", "/a"), ("", f"{tmp_path}/.cache"), ("relative", f"{tmp_path}/.cache")):
         monkeypatch.setenv("XDG_CACHE_HOME", base)
-        assert str(user_cache.cache_folder("weights")) == f"{folder}/physio-dist/weights"
+        assert str(user_cache.user_cache_dir("weights")) == f"{folder}/physio-dist/weights"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert str(user_cache.cache_folder("weights")) == f"{tmp_path}/.cache/physio-dist/weights"
+    assert str(user_cache.user_cache_dir("weights")) == f"{tmp_path}/.cache/physio-dist/weights"
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_anybody(
@@ -329,6 +329,6 @@ def test_people_of_pretraining_may_not_be_tested(tmp_path: Path) -> None:
             refuse_overlap(opened, make(), "7")  # type: ignore[arg-type]
         told = str(caught.value)
         assert f"{tmp_path} was pretrained on 2 of the 3 test people of fold 7" in told
-        assert "tune.ecg_encoder={7: FOLDER}" in told
+        assert "tune.encoders.ecg='{7: FOLDER}'" in told
         assert "split.test" in told
     refuse_overlap(untrained(opened, 0), [3], "7")

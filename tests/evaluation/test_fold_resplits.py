@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from physio_dist.data.format.index import open_set
 from physio_dist.data.format.people import split_of
 from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
-from physio_dist.evaluation.backbones import urls_of
-from physio_dist.evaluation.fold_resplits import FoldsConfig, check_folds, fold_split, open_folds, write_fold_resplits
+from physio_dist.evaluation.fold_resplits import FoldsConfig, fold_split, open_folds, write_fold_resplits
 from tests.conftest import S3
 from tests.evaluation.study_samples import facts_of, paired
 
@@ -36,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def options(data: str, *more: str) -> FoldsConfig:
     words = [f"tune.data={data}", "tune.task=eegmat", "tune.folds=4", "tune.val_folds=2", "run.seed=5", *more]
-    return config.load(FoldsConfig, None, words, check_folds)
+    return config.load(FoldsConfig, None, words)
 
 
 @pytest.mark.parametrize("more", [(), ("tune.protocol=loso",), ("split.val=0", "run.seed=6")])
@@ -109,15 +107,6 @@ def test_who_is_held_out_does_not_depend_on_who_is_tested(data: str) -> None:
         mine = np.isin(sample_table.person, tested)
         split = fold_split(sample_table, tested, 0.4)
         assert (split[mine] == 2).all() and np.array_equal(split[~mine], plain[~mine])
-
-
-def test_a_pattern_or_a_mapping_names_the_encoder_of_each_fold() -> None:
-    cases: list[tuple[Any, dict[str, str]]] = [
-        ("s3://b/eeg-{fold}/encoder", {"0": "s3://b/eeg-0/encoder", "1": "s3://b/eeg-1/encoder"}),
-        ("/one", {"0": "/one", "1": "/one"}), ({0: "/a", "1": "/b"}, {"0": "/a", "1": "/b"}),
-    ]  # fmt: skip
-    for given, urls in cases:
-        assert urls_of(given, ["0", "1"]) == urls
 
 
 def test_the_command_in_a_bucket(tmp_path: Path, s3_here: S3, cli: Cli) -> None:

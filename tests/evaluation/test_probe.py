@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from physio_dist import config, storage
-from physio_dist.config.probe import ProbeConfig, check_probe
+from physio_dist.config.probe import ProbeConfig
 from physio_dist.data.format.people import pseudonym
 from physio_dist.errors import UserError
 from physio_dist.evaluation import probe, reconstruction
@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(place: Path, *words: str) -> ProbeConfig:
     given = [f"run.dir={place / 'runs'}", f"probe.data={place / 'set'}", f"probe.encoder={place / 'encoder'}"]
     few = ["probe.label=volume", "probe.folds=3", "probe.val_folds=2", "probe.seeds=2", "probe.fractions=[0.1,1.0]"]
-    return config.load(ProbeConfig, None, [*given, *few, *words], check_probe)
+    return config.load(ProbeConfig, None, [*given, *few, *words])
 
 
 def test_every_row_is_there_with_its_spread_and_the_same_again(place: Path) -> None:
@@ -192,7 +192,7 @@ def four_leads(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def recon(tmp_path: Path, data: str, *words: str) -> ProbeConfig:
     given = [f"run.dir={tmp_path}", "probe.task=reconstruction", f"probe.data={data}", "probe.runs=[one,other]"]
-    return config.load(ProbeConfig, None, [*given, *words], check_probe)
+    return config.load(ProbeConfig, None, [*given, *words])
 
 
 def test_reconstruction_is_measured_lead_by_lead_against_its_rivals(tmp_path: Path, four_leads: str) -> None:

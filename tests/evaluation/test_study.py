@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load as load_tensors
 
 from physio_dist import storage
-from physio_dist.config import TuneConfig
+from physio_dist.config import TuneConfig, parse_encoders
 from physio_dist.errors import UserError
 from physio_dist.evaluation.features import open_features
 from physio_dist.evaluation.handcrafted import paired_features
@@ -235,11 +235,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options_of(folder: Path, **more: Any) -> TuneConfig:
     options = TuneConfig()
     options.tune.data, options.tune.task = str(folder / "set"), "eegmat"
-    options.tune.ecg_encoder, options.tune.eeg_encoder = str(folder / "ecg"), str(folder / "eeg")
+    set_encoders(options, ecg=str(folder / "ecg"), eeg=str(folder / "eeg"))
     options.tune.folds, options.tune.val_folds, options.tune.max_epochs = 3, 2, 2
     for name, value in more.items():
-        setattr(options.tune, name, value)
+        if name in ("ecg", "eeg"):
+            set_encoders(options, **{name: value})
+        else:
+            setattr(options.tune, name, value)
     return options
+
+
+def set_encoders(options: TuneConfig, **encoders: Any) -> None:
+    options.tune.encoders = {**options.tune.encoders, **parse_encoders("tune.encoders", encoders)}
 
 
 def test_a_study_is_prepared_from_a_set_and_encoders(made: Path) -> None:
@@ -312,7 +319,7 @@ def test_a_modality_that_is_missing_in_all_windows_is_told(tmp_path: Path, made:
 
 def test_a_folder_a_fold(made: Path) -> None:
     given = {0: str(made / "eeg"), "1": str(made / "eeg2"), 2: str(made / "eeg")}
-    options = options_of(made, eeg_encoder=given)
+    options = options_of(made, eeg=given)
     options.search.pooling = ["mean"]
     study = prepare(options, str(made / "features"), quiet)
     eeg = study.encoders["eeg"]
@@ -324,22 +331,22 @@ def test_a_folder_a_fold(made: Path) -> None:
     assert study.keys_of("eeg", "mean", 1) == {"eeg": f"eeg/{eeg[1]}/mean"}
     for name, of in given.items():
         (made / f"fold-{name}").symlink_to(of)
-    options.tune.eeg_encoder = str(made / "fold-{fold}")
+    set_encoders(options, eeg=str(made / "fold-{fold}"))
     assert prepare(options, str(made / "features"), quiet).encoders == study.encoders
-    options.tune.eeg_encoder = str(made / "flod-{fold}")
+    set_encoders(options, eeg=str(made / "flod-{fold}"))
     with pytest.raises(UserError, match=r"/flod-0"):
         prepare(options, str(made / "features"), quiet)
 
 
 def test_an_encoder_that_knows_test_people_is_refused_in_their_fold_only(made: Path) -> None:
     with pytest.raises(UserError, match=r"pretrained on [12] of the 2 test people of fold"):
-        prepare(options_of(made, ecg_encoder=str(made / "knows")), str(made / "features"), quiet)
+        prepare(options_of(made, ecg=str(made / "knows")), str(made / "features"), quiet)
     study = prepare(options_of(made), str(made / "features"), quiet)
     known = {int(one, 16) for one in storage.read_json(str(made / "knows" / "people.json"))}
     knows = {fold.name: bool(known & set(study.table.person[fold.test].tolist())) for fold in study.folds}
     assert True in knows.values() and False in knows.values()
     clean = {name: str(made / ("ecg" if knows[name] else "knows")) for name in knows}
-    assert prepare(options_of(made, ecg_encoder=clean), str(made / "features"), quiet)
+    assert prepare(options_of(made, ecg=clean), str(made / "features"), quiet)
 
 
 def test_dreamers_windows_lose_the_rest_before_their_clip(made: Path, tmp_path: Path) -> None:
@@ -353,7 +360,7 @@ def test_dreamers_windows_lose_the_rest_before_their_clip(made: Path, tmp_path: 
     ]  # fmt: skip
     paired(str(tmp_path / "set"), facts)
     options = options_of(tmp_path, task="dreamer", label="arousal", neutral="drop", protocol="leaky_window")
-    options.tune.ecg_encoder, options.tune.eeg_encoder = str(made / "ecg"), str(made / "eeg")
+    set_encoders(options, ecg=str(made / "ecg"), eeg=str(made / "eeg"))
     options.search.pooling = ["mean"]
     said: list[str] = []
     as_they_are = prepare(options, str(tmp_path / "features"), said.append)
@@ -385,8 +392,8 @@ def test_dreamers_windows_lose_the_rest_before_their_clip(made: Path, tmp_path: 
 def test_labels_that_are_constant_over_people_cannot_be_permuted(made: Path, tmp_path: Path) -> None:
     facts = [{"person": f"p{i // 2}", "record": str(i), "labels": {"x": i // 2 % 2}} for i in range(16)]
     paired(str(tmp_path / "set"), facts)
-    options = options_of(tmp_path, task="labels", label="x", permutations=3, ecg_encoder=str(made / "ecg"))
-    options.tune.eeg_encoder = str(made / "eeg")
+    options = options_of(tmp_path, task="labels", label="x", permutations=3, ecg=str(made / "ecg"))
+    set_encoders(options, eeg=str(made / "eeg"))
     with pytest.raises(UserError, match="nobody has recordings of two classes"):
         prepare(options, str(tmp_path / "features"), quiet)
 
@@ -394,7 +401,7 @@ def test_labels_that_are_constant_over_people_cannot_be_permuted(made: Path, tmp
 def test_an_encoder_of_other_corpora_is_noted(made: Path, tmp_path: Path) -> None:
     for name, sources in (("same", ["built", "more"]), ("other", ["elsewhere"])):
         url = export(str(tmp_path / name), "ecg", people=["00000000000000ff"], sources=sources)
-        notes = prepare(options_of(made, ecg_encoder=url), str(made / "features"), quiet).notes
+        notes = prepare(options_of(made, ecg=url), str(made / "features"), quiet).notes
         told = [note for note in notes if "people are compared by corpus and id" in note]
         assert len(told) == (name == "other")
     assert "pretrained on elsewhere, this set is built" in told[0]
@@ -409,13 +416,12 @@ def test_what_does_not_go_together_is_told(made: Path, tmp_path: Path) -> None:
     eeg = str(made / "eeg")
     slow = export(str(tmp_path / "slow"), "eeg", rate=100.0)
     for more, words in (
-        ({"eeg_encoder": {0: eeg, 1: eeg}}, ["tune.eeg_encoder has none for fold 2", "0, 1, 2"]),
-        ({"eeg_encoder": {0: eeg, 1: eeg, 2: eeg, 3: eeg}}, ["unknown folds 3"]),
-        ({"eeg_encoder": {0: eeg, 1: eeg, 2: wide}}, ["another number of features"]),
-        ({"eeg_encoder": slow}, ["100 Hz"]),
-        ({"ecg_encoder": eeg}, ["eeg", "ecg was asked for"]),
+        ({"eeg": {0: eeg, 1: eeg}}, ["tune.encoders.eeg has none for fold 2", "0, 1, 2"]),
+        ({"eeg": {0: eeg, 1: eeg, 2: eeg, 3: eeg}}, ["unknown folds 3"]),
+        ({"eeg": {0: eeg, 1: eeg, 2: wide}}, ["another number of features"]),
+        ({"eeg": slow}, ["100 Hz"]),
+        ({"ecg": eeg}, ["eeg", "ecg was asked for"]),
         ({"folds": 7}, ["tune.folds=7", "6 people"]),
-        ({"folds": 1}, ["tune.folds=1"]),
         ({"label": "tusk"}, ["tusk", "'task'"]),
         ({"protocol": "holdout"}, ["test split"]),
     ):

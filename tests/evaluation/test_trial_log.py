@@ -21,12 +21,12 @@ from physio_dist.runs.run_dir import CONFIG, RunDir
 from tests.conftest import S3
 
 EPOCHS = 4
-GIVEN = ("tune.data=/d", "tune.ecg_encoder=/a", "tune.eeg_encoder=/b", "tune.label=x", "tune.trials=2", "run.dir=/r")
+GIVEN = ("tune.data=/d", "tune.encoders.ecg=/a", "tune.encoders.eeg=/b", "tune.label=x", "tune.trials=2", "run.dir=/r")
 
 
 def options(*more: str) -> TuneConfig:
     words = [*GIVEN, f"tune.max_epochs={EPOCHS}", *more]
-    return config.load(TuneConfig, None, words, config.check_tune)
+    return config.load(TuneConfig, None, words)
 
 
 def begun(url: str, attempt: int = 1) -> RunDir:
@@ -220,7 +220,7 @@ def test_a_finished_sweep_of_other_inputs_is_not_told_as_this_one(run: RunDir, i
     inputs["encoders"] = {"ecg": "e", "eeg": None}
     assert trial_log.finished(run, options()) == {"rows": []}
     inputs["encoders"] = {"ecg": "other", "eeg": None}
-    with pytest.raises(UserError, match=r"what tune.ecg_encoder leads to has changed"):
+    with pytest.raises(UserError, match=r"what tune.encoders.ecg leads to has changed"):
         trial_log.finished(run, options())
 
 
@@ -237,16 +237,16 @@ def test_hashes_of_encoders_compare_however_they_are_told(of: Any, told: Any) ->
 
 
 def test_encoders_by_fold_are_the_same_the_next_time(run: RunDir) -> None:
-    given = options("tune.eeg_encoder={0: /a, 1: /b}")
+    given = options("tune.encoders.eeg={0: /a, 1: /b}")
     storage.write_bytes(run.file(CONFIG), config.to_yaml(given).encode())
     assert trial_log.finished(run, given) is None
-    with pytest.raises(UserError, match=r"tune.eeg_encoder.1: /b there, /c now"):
-        trial_log.finished(run, options("tune.eeg_encoder={0: /a, 1: /c}"))
+    with pytest.raises(UserError, match=r"tune.encoders.eeg.1: /b there, /c now"):
+        trial_log.finished(run, options("tune.encoders.eeg={0: /a, 1: /c}"))
 
 
 def test_encoders_by_a_pattern_are_compared_fold_by_fold(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = options("tune.ecg_encoder=/ecg-{fold}")
-    assert given.tune.ecg_encoder == "/ecg-{fold}"
+    given = options("tune.encoders.ecg=/ecg-{fold}")
+    assert given.tune.encoders["ecg"].url == "/ecg-{fold}"
     monkeypatch.setattr(trial_log, "open_set", lambda _: SimpleNamespace(fingerprint="f"))
     monkeypatch.setattr(trial_log, "exported_hash", {"/ecg-0": "a", "/ecg-1": "b"}.get)
     results = {"rows": [], "folds": [{"fold": "0"}, {"fold": "1"}]}
@@ -259,7 +259,7 @@ def test_encoders_by_a_pattern_are_compared_fold_by_fold(run: RunDir, monkeypatc
     assert trial_log.finished(run, given) == results
     by_fold["1"]["sha256"] = "c"
     storage.write_json(run.file(trial_log.DATA), known)
-    with pytest.raises(UserError, match=r"what tune.ecg_encoder leads to has changed"):
+    with pytest.raises(UserError, match=r"what tune.encoders.ecg leads to has changed"):
         trial_log.finished(run, given)
 
 
@@ -278,7 +278,7 @@ def test_only_the_same_sweep_is_gone_on_with(run: RunDir, inputs: dict[str, Any]
 
 
 def test_a_run_of_pretraining_is_no_sweep(run: RunDir) -> None:
-    given = config.load(config.PretrainConfig, None, ["data.index=/d"], config.check_pretrain)
+    given = config.load(config.PretrainConfig, None, ["data.index=/d"])
     storage.write_bytes(run.file(CONFIG), config.to_yaml(given).encode())
     with pytest.raises(UserError, match="is a run of pretraining: choose another"):
         trial_log.finished(run, options())
@@ -291,7 +291,11 @@ def facts(data: str = "f", ecg: str = "e") -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("now", "named"),
-    [(facts(data="x"), "tune.data"), (facts(ecg="x"), "tune.ecg_encoder"), (facts("x", "x"), "tune.data and tune.ecg")],
+    [
+        (facts(data="x"), "tune.data"),
+        (facts(ecg="x"), "tune.encoders.ecg"),
+        (facts("x", "x"), "tune.data and tune.encoders.ecg"),
+    ],
 )
 def test_other_inputs_at_the_same_url_are_refused(run: RunDir, now: dict[str, Any], named: str) -> None:
     trial_log.refuse_other_inputs(run, facts())

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from physio_dist.config.mask import MASK_MODES
 from physio_dist.errors import UserError
 from physio_dist.objectives.baselines import predict_interpolation, predict_zero
-from physio_dist.objectives.dual_mask import MODES, DualMask, MaskConfig, dual_mask_loss, sample_masks
+from physio_dist.objectives.dual_mask import DualMask, MaskConfig, dual_mask_loss, sample_masks
 from physio_dist.signals.montage import lead_layouts, mask_groups
 
 TWELVE = [[0, 1, 2, 3, 4, 5], *([lead] for lead in range(6, 12))]
@@ -96,7 +97,7 @@ OPTIONS = st.builds(
     intra_ratio=st.sampled_from([0.1, 0.5, 0.9]),
     inter_ratio=st.sampled_from([0.1, 0.5, 0.9]),
     span=st.sampled_from([None, 0.0, 1.0, 2.0, 3.5, 40.0]),
-    mode=st.sampled_from(MODES),
+    mode=st.sampled_from(MASK_MODES),
     lead_dropout=st.sampled_from([0.0, 0.5, 1.0]),
 )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from physio_dist import storage
-from physio_dist.config import PretrainConfig
+from physio_dist.config import PretrainConfig, ShardSource
 from physio_dist.data.format.index import ShardSet
 from physio_dist.errors import UserError
 from physio_dist.models.encoders.criss_cross import count_parameters, preset
@@ -26,7 +26,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def options(url: str, **train: object) -> PretrainConfig:
     made = PretrainConfig()
-    made.data.index = url
+    made.data.index = [ShardSource(url)]
     made.model.preset = "tiny"
     made.train.global_batch, made.train.steps, made.train.micro_batch = 8, 100, 4
     for name, value in train.items():

@@ -37,7 +37,7 @@ def test_inside_a_job_relative_paths_are_refused(tmp_path: Path, monkeypatch: py
     "words",
     [
         "shard simulate people=2 --out out", "embed --encoder nowhere --data nowhere --out out", "export nowhere out",
-        "folds --config configs/tune/eegmat.yaml --out out tune.data=nowhere tune.ecg_encoder=x tune.eeg_encoder=x",
+        "folds --config configs/tune/eegmat.yaml --out out tune.data=nowhere tune.encoders.ecg=x tune.encoders.eeg=x",
         "probe --config configs/probe/quality.yaml run.dir=out",
     ],
     ids=lambda words: words.partition(" ")[0],

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from physio_dist import config, storage
-from physio_dist.config import PretrainConfig
+from physio_dist import config
+from physio_dist.config import MaskOptions, PretrainConfig, Resume, ShardSource
 from physio_dist.errors import UserError
 from physio_dist.runs import lease
 from physio_dist.runs.run_dir import RunDir, compare_config, map_urls, write_config
@@ -22,7 +22,7 @@ from physio_dist.runs.trackers import check_tracker
 
 def options(**train: object) -> PretrainConfig:
     made = PretrainConfig()
-    made.data.index = "shards"
+    made.data.index = [ShardSource("shards")]
     for name, value in train.items():
         setattr(made.train, name, value)
     return made
@@ -44,7 +44,9 @@ def test_what_may_differ_on_resume_and_what_may_not(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     write_config(run, options())
     compare_config(run, options())
-    changed = options(micro_batch=4, precision="fp32", log_every=3, save_every=9, keep=1, trace=True, steps=5000)
+    changed = options(
+        micro_batch=4, precision="fp32", log_every=3, save_every=9, keep_checkpoints=1, log_sample_keys=True, steps=5000
+    )
     # What the log of a run with spikes advises, from the newest checkpoint on.
     changed.train.skip_spikes, changed.train.spike_factor = True, 5.0
     changed.zero.stage = 3
@@ -55,7 +57,7 @@ def test_what_may_differ_on_resume_and_what_may_not(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"train.{name}"):
             compare_config(run, options(**{"steps": 5000, name: value}))
     other = options(steps=5000)
-    other.run.seed, other.model.dropout, other.data.index = 5, 0.0, "others"
+    other.run.seed, other.model.dropout, other.data.index = 5, 0.0, [ShardSource("others")]
     with pytest.raises(UserError, match=r"data\.index.*model\.dropout.*run\.seed"):
         compare_config(run, other)
 
@@ -67,7 +69,7 @@ def test_a_run_of_a_version_that_knew_fewer_options_goes_on_with_their_defaults(
     (tmp_path / "config.yaml").write_text(text.replace("  lead_dropout: 0.0\n", ""))
     compare_config(run, options())
     other = options()
-    other.mask.lead_dropout = 0.5
+    other.mask = MaskOptions(lead_dropout=0.5)
     with pytest.raises(UserError, match=r"mask\.lead_dropout: 0\.0 there, 0\.5 now"):
         compare_config(run, other)
 
@@ -75,9 +77,9 @@ def test_a_run_of_a_version_that_knew_fewer_options_goes_on_with_their_defaults(
 def test_a_path_is_the_same_by_either_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run, near, far = RunDir(str(tmp_path / "run"), 0), options(), options()
-    near.data.index, far.data.index = "sets/a", str(tmp_path / "sets" / "a")
+    near.data.index, far.data.index = [ShardSource("sets/a")], [ShardSource(str(tmp_path / "sets" / "a"))]
     for there, now in ((near, far), (far, near)):
-        storage.write_bytes(run.file("config.yaml"), config.to_yaml(there).encode())
+        write_config(run, there)
         compare_config(run, now)
 
 
@@ -92,12 +94,12 @@ def test_a_path_is_the_same_by_either_name(tmp_path: Path, monkeypatch: pytest.M
     ],
 )  # fmt: skip
 def test_the_same_sets_may_be_written_in_other_words(tmp_path: Path, there: object, now: object) -> None:
-    run, first, second = RunDir(str(tmp_path / "run"), 0), options(), options()
-    first.data.index, second.data.index = there, now
+    run = RunDir(str(tmp_path / "run"), 0)
+    first, second = (config.load(PretrainConfig, None, [f"data.index={json.dumps(form)}"]) for form in (there, now))
     for one, other in ((first, second), (second, first)):
         write_config(run, one)
         compare_config(run, other)
-    second.data.index = "/a/set/index.json/more"
+    second.data.index = [ShardSource("/a/set/index.json/more")]
     with pytest.raises(UserError, match=r"data\.index: .*/a/set.* there, /a/set/index\.json/more now"):
         compare_config(run, second)
 
@@ -109,32 +111,32 @@ def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.M
     write_config(run, options())
     assert f"index: {tmp_path}/shards\n" in (tmp_path / "run" / "config.yaml").read_text()
     elsewhere = options()
-    elsewhere.run.dir, elsewhere.data.index = str(tmp_path / "other"), str(tmp_path / "shards")
+    elsewhere.run.dir, elsewhere.data.index = str(tmp_path / "other"), [ShardSource(str(tmp_path / "shards"))]
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "sub")
     compare_config(run, elsewhere)
     with pytest.raises(UserError, match=r"data\.index"):
         compare_config(run, options())
-    elsewhere.data.index = [{"url": "../shards", "weight": 2.0}, {"url": "s3://bucket/more"}]
+    elsewhere.data.index = [ShardSource("../shards", 2.0), ShardSource("s3://bucket/more")]
     write_config(run, elsewhere)
-    elsewhere.data.index = [{"url": str(tmp_path / "sub/../shards"), "weight": 2.0}, {"url": "s3://bucket/more"}]
+    elsewhere.data.index = [ShardSource(str(tmp_path / "sub/../shards"), 2.0), ShardSource("s3://bucket/more")]
     compare_config(run, elsewhere)
-    elsewhere.data.index[0]["weight"] = 1.0
+    elsewhere.data.index[0] = elsewhere.data.index[0]._replace(weight=1.0)
     with pytest.raises(UserError, match=r"data\.index"):
         compare_config(run, elsewhere)
 
 
 def test_every_url_of_the_options_is_mapped() -> None:
     given = options()
-    given.data.index = [{"url": "a", "weight": 2.0}, {"url": "b"}]
-    given.run.dir, given.data.cache_dir, given.resume = "c", "d", "e"
+    given.data.index = [ShardSource("a", 2.0), ShardSource("b")]
+    given.run.dir, given.data.cache_dir, given.resume = "c", "d", Resume(url="e")
     seen = map_urls(given, lambda url, option: f"{option}:{url}")
-    assert seen.data.index == [{"url": "data.index:a", "weight": 2.0}, {"url": "data.index:b"}]
-    assert (seen.run.dir, seen.data.cache_dir, seen.resume) == ("run.dir:c", "data.cache_dir:d", "resume:e")
+    assert seen.data.index == [ShardSource("data.index:a", 2.0), ShardSource("data.index:b")]
+    assert (seen.run.dir, seen.data.cache_dir, seen.resume.url) == ("run.dir:c", "data.cache_dir:d", "resume:e")
     assert given.run.dir == "c"
-    for word in ("auto", "none"):
-        given.resume = word
-        assert map_urls(given, lambda url, option: "x").resume == word
+    for existing in (True, False):
+        given.resume = Resume(existing)
+        assert map_urls(given, lambda url, option: "x").resume == Resume(existing)
 
 
 def test_a_tracker_whose_library_is_not_there_is_refused() -> None:

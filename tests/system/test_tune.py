@@ -47,7 +47,7 @@ SMALL = ("tune.folds=3", "tune.val_folds=2", "tune.trials=4", "tune.max_epochs=6
 
 
 def converted(raw: Path, out: Path, *words: str) -> str:
-    given = config.load(config.ShardConfig, None, ["workers=1", "leads=ECG", *words], config.check_shard)
+    given = config.load(config.ShardConfig, None, ["workers=1", "leads=ECG", *words])
     converter.convert("edf", str(raw), str(out), given)
     return str(out)
 
@@ -75,7 +75,7 @@ class Place:
 
     def words(self, *more: str) -> list[str]:
         features = f"tune.feature_cache={self.folder / 'features'}"
-        encoders = (f"tune.ecg_encoder={self.ecg}", f"tune.eeg_encoder={self.eeg}")
+        encoders = (f"tune.encoders.ecg={self.ecg}", f"tune.encoders.eeg={self.eeg}")
         return [f"tune.data={self.data}", *encoders, features, *more]
 
 
@@ -397,7 +397,7 @@ def test_optuna_sees_one_fold_at_a_time_and_goes_on_after_a_killed_driver(sweep:
     assert all(after[trial["trial"]] == trial for trial in before)
     proposed = [name for name in after if name.count("-") == 2]
     assert len(after) == 64 and len(proposed) == 4 * 2 * 3
-    search = config.load(config.TuneConfig, str(ROOT / CONFIG), run.place.words(*options), config.check_tune).search
+    search = config.load(config.TuneConfig, str(ROOT / CONFIG), run.place.words(*options)).search
     for name in proposed:
         row, number, fold = name.split("-")
         tag = f"fold_{fold}"
@@ -552,15 +552,15 @@ def no_eeg(place: Place, folder: Path) -> list[str]:
 def knows_test_people(place: Place, folder: Path) -> list[str]:
     shards = open_set(place.data)
     person = int(read_sample_table(shards).person[0])
-    return [f"tune.eeg_encoder={exported(folder / 'knows', 'eeg', list(shards.signals['eeg'].channels), [person])}"]
+    return [f"tune.encoders.eeg={exported(folder / 'knows', 'eeg', list(shards.signals['eeg'].channels), [person])}"]
 
 
 def no_encoder(place: Place, folder: Path) -> list[str]:
-    return [f"tune.ecg_encoder={folder}/nowhere"]
+    return [f"tune.encoders.ecg={folder}/nowhere"]
 
 
 def wrong_signal(place: Place, _: Path) -> list[str]:
-    return [f"tune.ecg_encoder={place.eeg}"]
+    return [f"tune.encoders.ecg={place.eeg}"]
 
 
 def credentials(place: Place, _: Path) -> list[str]:
@@ -601,7 +601,7 @@ def test_bad_input_is_refused_before_anything_is_started(
     ("option", "absolute"),
     [
         ("run.dir=runs", ""), ("tune.ray_storage=state", ""), ("tune.feature_cache=kept", ""), ("tune.data=set", ""),
-        ("tune.ecg_encoder=ecg", ""), ("tune.eeg_encoder={0: /e, 1: eeg}", ""),
+        ("tune.encoders.ecg=ecg", ""), ("tune.encoders.eeg={0: /e, 1: eeg}", ""),
     ],
     ids=lambda value: value.partition("=")[0],
 )  # fmt: skip

@@ -24,7 +24,7 @@ import ray
 import torch
 from common import BenchError, finish, interleave, last_line, rounded, say, table
 
-from physio_dist.config import TuneConfig, check_tune
+from physio_dist.config import TuneConfig
 from physio_dist.config import loader as configuration
 from physio_dist.data.format.index import open_set
 from physio_dist.evaluation import study
@@ -93,12 +93,12 @@ class Sweeps:
         self._features = str(folder / "features")
         words = [
             f"tune.data={data}", f"tune.task={given.task}", f"tune.label={given.label}", f"run.dir={folder / 'runs'}",
-            *(f"tune.{signal}_encoder={url}" for signal, url in self._encoders.items()),
+            *(f"tune.encoders.{signal}={url}" for signal, url in self._encoders.items()),
             f"tune.folds={given.folds}", "tune.protocol=grouped_kfold", f"tune.feature_cache={self._features}",
             f"tune.trials={self._configurations}", f"tune.scheduler={given.scheduler}",
         ]  # fmt: skip
         self._words = words
-        self._options = configuration.load(TuneConfig, CONFIG, [*words, "run.name=peer"], check_tune)
+        self._options = configuration.load(TuneConfig, CONFIG, [*words, "run.name=peer"])
         say("computes features once")
         self.study = study.prepare(self._options, self._features, lambda text: None)
 
@@ -135,8 +135,7 @@ def synthetic(given: argparse.Namespace, gigabytes: float) -> Study:
     those = LabelTable([], numbers, person, numbers, numbers % 2, ("a", "b"), np.zeros(windows, np.uint8), True)
     made = configuration.load(
         TuneConfig, CONFIG,
-        ["tune.data=none", "tune.ecg_encoder=none", "tune.eeg_encoder=none", "tune.max_epochs=2"], check_tune,
-    )  # fmt: skip
+        ["tune.data=none", "tune.encoders.ecg=none", "tune.encoders.eeg=none", "tune.max_epochs=2"])  # fmt: skip
     folds = tuple(folds_of(those, "grouped_kfold", 2, 2, 0))
     names = [name for signal in SIGNALS for name in (signal, f"untrained_{signal}")]
     encoders: dict[str, tuple[str, ...]] = dict.fromkeys(names, ("x", "x"))

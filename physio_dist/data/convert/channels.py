@@ -48,8 +48,9 @@ def spec_behind(shards: ShardSet) -> WindowSpec | None:
     told = shards.made_by.get("options")
     if not isinstance(told, dict):
         return None
-    given = [f"{name}={'' if value is None else value}" for name, value in told.items()]
-    options = load(ShardConfig, None, given, lambda _: None)
+    # The column of a table that the index does not name says nothing about windows.
+    given = [f"{name}={'' if value is None else value}" for name, value in told.items() if name != "person"]
+    options = load(ShardConfig, None, given)
     of = {name: ",".join(info.channels) for name, info in shards.signals.items()}
     eeg = replace(options.eeg, channels=of.get("eeg", ""))
     return spec_of(replace(options, signals=",".join(of), leads=of.get("ecg", ""), eeg=eeg))

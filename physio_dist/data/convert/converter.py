@@ -34,6 +34,7 @@ from physio_dist.data.format.sample_table import SampleTable, key_table, publish
 from physio_dist.errors import DataError, UserError
 from physio_dist.runtime.progress import Progress
 from physio_dist.signals.readers import reader as reader_named
+from physio_dist.storage.user_cache import user_cache_dir
 
 REJECTS = "rejects.jsonl"
 MARKER = "_writing.json"
@@ -210,9 +211,8 @@ def _spools(out: str, what: str) -> tuple[str, str]:
     beside = storage.join(out, f".work-{digest[:16]}")
     if storage.is_local(out):
         return beside, beside
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     where = hashlib.sha256(out.encode()).hexdigest()[:8]
-    return beside, str(cache / "physio-dist" / "convert" / f"{digest[:16]}-{where}")
+    return beside, str(user_cache_dir("convert", f"{digest[:16]}-{where}"))
 
 
 def _seen(job: Job, spool: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from physio_dist.config.task import LEAKY
 from physio_dist.data.convert.channels import spec_behind
 from physio_dist.data.format.index import open_set
 from physio_dist.errors import DataError, UserError
-from physio_dist.evaluation.backbones import files_of, open_backbone, urls_of
+from physio_dist.evaluation.backbones import files_of, open_backbone
 from physio_dist.evaluation.label_table import SIGNALS, label_name
 from physio_dist.evaluation.splits import Fold, inner_splits
 from physio_dist.evaluation.trials import (
@@ -202,8 +202,8 @@ def _encoders(study: Study) -> tuple[dict[str, list[str]], dict[str, bytes]]:
     folders: dict[str, list[str]] = {}
     files: dict[str, bytes] = {}
     for signal in SIGNALS:
-        given, hashes = getattr(study.options.tune, f"{signal}_encoder"), study.encoders[signal]
-        urls = urls_of(given, [fold.name for fold in study.folds])
+        hashes = study.encoders[signal]
+        urls = study.options.tune.encoders[signal].urls([fold.name for fold in study.folds])
         several = len(set(hashes)) > 1
         folders[signal] = [f"{signal}-{sha256[:12]}" if several else signal for sha256 in hashes]
         for fold, sha256, folder in zip(study.folds, hashes, folders[signal], strict=True):

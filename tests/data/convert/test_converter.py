@@ -23,7 +23,7 @@ from physio_dist.errors import UserError
 
 
 def made(reader: str, source: Path | str, out: Path, *options: str) -> Summary:
-    given = config.load(config.ShardConfig, None, ["workers=1", *options], config.check_shard)
+    given = config.load(config.ShardConfig, None, ["workers=1", *options])
     return convert(reader, str(source), str(out), given)
 
 

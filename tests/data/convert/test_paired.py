@@ -34,7 +34,7 @@ PAIRED = ("signals=ecg,eeg", "leads=ECG")
 
 
 def made(source: Path | str, out: Path, *options: str, reader: str = "edf") -> Summary:
-    given = config.load(config.ShardConfig, None, ["workers=1", *options], config.check_shard)
+    given = config.load(config.ShardConfig, None, ["workers=1", *options])
     return convert(reader, str(source), str(out), given)
 
 
@@ -177,7 +177,7 @@ def test_records_without_one_of_the_modalities_are_left_out_with_a_reason(some: 
 )
 def test_senseless_options_are_refused(options: list[str], told: str) -> None:
     with pytest.raises(UserError) as caught:
-        spec_of(config.load(config.ShardConfig, None, options, config.check_shard))
+        spec_of(config.load(config.ShardConfig, None, options))
     assert told in str(caught.value)
 
 
@@ -209,7 +209,7 @@ def test_simulated_pairs_have_one_lead_if_asked_and_say_the_state(tmp_path: Path
 
 def test_simulated_ecg_pays_for_no_eeg_and_is_the_same_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def part(name: str, *options: str) -> Path:
-        given = config.load(config.ShardConfig, None, list(options), config.check_shard)
+        given = config.load(config.ShardConfig, None, list(options))
         make_part(plan_job("simulate", "people=3,trials=2,windows=2,seed=1", given).part(0), str(tmp_path / name))
         return tmp_path / name
 

@@ -23,7 +23,7 @@ import wfdb
 from scipy.signal import resample_poly
 
 from physio_dist import config, storage
-from physio_dist.config import TuneConfig
+from physio_dist.config import TuneConfig, parse_encoders
 from physio_dist.data.convert import converter
 from physio_dist.data.format.sample_table import key_table
 from physio_dist.errors import DataError, UserError
@@ -79,16 +79,16 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(raw: Path, out: Path, *words: str) -> str:
-    given = config.load(config.ShardConfig, None, ["workers=1", "signals=ecg,eeg", *words], config.check_shard)
+    given = config.load(config.ShardConfig, None, ["workers=1", "signals=ecg,eeg", *words])
     converter.convert("edf", str(raw), str(out), given)
     return str(out)
 
 
-def prepared(folder: Path, data: str, **more: Any) -> Study:
+def prepared(folder: Path, data: str, eeg: str = "", **more: Any) -> Study:
     options = TuneConfig()
     options.tune.data, options.tune.task, options.tune.calibrate = data, "eegmat", True
-    options.tune.ecg_encoder = export(str(folder / "ecg"), "ecg", 1)
-    options.tune.eeg_encoder = export(str(folder / "eeg"), "eeg", 2)
+    encoders = {"ecg": export(str(folder / "ecg"), "ecg", 1), "eeg": eeg or export(str(folder / "eeg"), "eeg", 2)}
+    options.tune.encoders = parse_encoders("tune.encoders", encoders)
     options.tune.folds, options.tune.val_folds, options.tune.max_epochs = 3, 2, 3
     options.search.pooling = ["channels_mean_std", "attention", "channels_attention"]
     options.search.head, options.search.modality_dropout = ["concat", "gated", "cross_attention"], [0.0, 0.3]
@@ -104,7 +104,7 @@ def study(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     for name, seed in (("0", 2), ("1", 3), ("2", 2)):
         export(str(folder / f"eeg-{name}"), "eeg", seed)
     data = convert(raw, folder / "set", "leads=I,II,V1", "min_leads=2", "unusable=keep", "eeg.high=45")
-    return prepared(folder, data, eeg_encoder=f"{folder}/eeg-{{fold}}")
+    return prepared(folder, data, eeg=f"{folder}/eeg-{{fold}}")
 
 
 Tensors = dict[str, np.ndarray]
@@ -442,7 +442,7 @@ def test_a_bucket_holds_one_too(study: Study, raw: Path, s3_here: S3) -> None:
 def test_a_checkpoint_becomes_an_export(raw: Path, study: Study, tmp_path: Path, data_dir: Path) -> None:
     """An encoder that came as a CBraMod checkpoint lies in the folder as our own files, and says the same."""
     data = study.options.tune.data
-    other = prepared(tmp_path, data, eeg_encoder=str(data_dir / "cbramod-reference" / "two_layers.pth"))
+    other = prepared(tmp_path, data, eeg=str(data_dir / "cbramod-reference" / "two_layers.pth"))
     records = records_of(other, HEADS["plain"])
     classifier_files.save_classifier(other, records, str(tmp_path / "run" / "classifier"), quiet)
     tensors = heard(other, records)

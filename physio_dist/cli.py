@@ -111,10 +111,10 @@ def _shard(given: argparse.Namespace) -> None:
 
 
 def _index(given: argparse.Namespace) -> None:
-    from physio_dist.data import verify
+    from physio_dist.data.index_existing import IndexOptions, index_existing
 
-    options = config.load(verify.IndexOptions, None, given.options)
-    made = verify.index_existing(given.url, options)
+    options = config.load(IndexOptions, None, given.options)
+    made = index_existing(given.url, options)
     print(f"{made.nsamples} samples of {made.people} people in {len(made.shards)} shards")
     print(storage.join(made.url, "index.json"))
 

@@ -33,9 +33,9 @@ MIN_SPAN_UV = 40.0
 that dithers around a constant. One in a thousand leads that readers call acceptable is below 110 uV."""
 MAX_IDENTITY_ERROR = 0.15
 """Relative residual above which limb leads contradict each other. Rounding alone leaves 0.02-0.03 (largest of 1000 real
-records at 1 to 5 uV a bit); two exchanged names leave 0.2-0.9."""
-EXCHANGED_ERROR = 0.05
-"""Exchanging two names explains a residual if it brings it below this, and to a fifth, and no other exchange does."""
+records at 1 to 5 uV a bit); two swapped names leave 0.2-0.9."""
+SWAPPED_ERROR = 0.05
+"""Swapping two names explains a residual if it brings it below this, and to a fifth, and no other swap does."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,32 @@ EEG_LIMITS = Limits(span=2.0, largest=800.0, rail=100.0)
 between 23 and 783 uV, amplitudes at 36 in the median, below 166 in all but one channel of a thousand, and below 576. An
 amplifier's rail is a few hundred microvolts away where the recorder takes the offset out before it digitises."""
 EEG_SHARE = 0.75
-"""Share of EEG channels that have to be valid for a window to be fit: of 19 electrodes five may be loose."""
+"""Share of EEG channels that have to be valid for a window to be usable: of 19 electrodes five may be loose."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """``valid`` is bool ``[channel]``; ``reasons`` say what is wrong, by fault, with the channels' names."""
+class Channels:
+    """The channels of a recording, in the order of its rows.
+
+    Attributes:
+        names: of the channels.
+        limb: rows that were recorded as limb leads; computed ones obey the identities by construction. None in EEG.
+        absent: bool ``[channel]``, channels that the recording does not have.
+    """
+
+    names: Sequence[str]
+    limb: Sequence[int]
+    absent: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ChannelQuality:
+    """Quality of one window's channels.
+
+    Attributes:
+        valid: bool ``[channel]``.
+        reasons: faults, each with the names of the channels that have it.
+    """
 
     valid: NDArray[np.bool_]
     reasons: tuple[str, ...]
@@ -75,7 +95,7 @@ class Verdict:
 def bridge_gaps(raw: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Straight lines over non-finite samples, and where those samples are.
 
-    Gaps of any length are filled, for the filter's sake; which of them leave a window usable is up to `judge`.
+    Gaps of any length are filled, for the filter's sake; which of them leave a window usable is up to `assess`.
     Channels without any value become zero.
 
     Args:
@@ -131,13 +151,13 @@ def railed_share(raw: NDArray[np.float64], rate: float, rail: float) -> NDArray[
     return share
 
 
-def exchanged_names(limb: NDArray[np.float64], leads: Sequence[str], samples: int) -> tuple[str, str] | None:
+def swapped_names(limb: NDArray[np.float64], leads: Sequence[str], samples: int) -> tuple[str, str] | None:
     """The two limb leads that carry each other's name, where the identities leave no doubt about it.
 
     Every window has a voice, so that a fault in some of them does not hide what the others show.
 
     Args:
-        limb: in-band ``[len(leads), time]``, all six limb leads; with fewer, an exchange has other explanations.
+        limb: in-band ``[len(leads), time]``, all six limb leads; with fewer, a swap has other explanations.
         samples: samples in a window.
     """
     if len(leads) < len(LEAD_MATRIX):
@@ -146,13 +166,13 @@ def exchanged_names(limb: NDArray[np.float64], leads: Sequence[str], samples: in
     for start in range(0, limb.shape[1] - samples + 1, samples):
         window = limb[:, start : start + samples]
         before = identity_error(window, leads)
-        if before <= EXCHANGED_ERROR:
+        if before <= SWAPPED_ERROR:
             # Dead leads agree with any name, so only a window of living ones speaks for the names as they are.
             votes[None] += int(np.ptp(window, axis=1).min() >= MIN_SPAN_UV)
             continue
         after = sorted((identity_error(window, _swap(leads, a, b)), (a, b)) for a, b in combinations(leads, 2))
         best, names = after[0]
-        if best < EXCHANGED_ERROR and 5 * best < before and 2 * best < after[1][0]:
+        if best < SWAPPED_ERROR and 5 * best < before and 2 * best < after[1][0]:
             votes[names] += 1
     return votes.most_common(1)[0][0] if votes else None
 
@@ -179,27 +199,24 @@ def contradicting(limb: NDArray[np.float64], leads: Sequence[str]) -> tuple[list
     return counted, before
 
 
-def judge(
+def assess(
     raw: NDArray[np.float64],
     missing: NDArray[np.bool_],
     rate: float,
     band: NDArray[np.float64],
-    leads: Sequence[str],
-    limb: Sequence[int],
-    absent: NDArray[np.bool_],
+    channels: Channels,
     limits: Limits,
-) -> Verdict:
-    """The verdict on each channel of one window.
+) -> ChannelQuality:
+    """Decide which channels of one window are valid.
 
     Args:
         raw: ``[channel, time]`` in microvolts as recorded at ``rate``, gaps bridged (`bridge_gaps`).
         missing: ``[channel, time]`` as `bridge_gaps` gives it.
         band: ``[channel, time]`` in microvolts after the band-pass, at any rate.
-        leads: the channels' names.
-        limb: rows that were recorded as limb leads; computed ones obey the identities by construction. None in EEG.
-        absent: bool ``[channel]``, channels that the recording does not have.
+        channels: of the rows.
         limits: those of the modality.
     """
+    leads = channels.names
     valid = np.ones(len(leads), np.bool_)
     reasons = []
 
@@ -209,21 +226,21 @@ def judge(
             reasons.append(f"{fault}: {', '.join(leads[i] for i in np.flatnonzero(bad).tolist())}")
             valid[bad] = False
 
-    fail(absent, "not in the record")
+    fail(channels.absent, "not in the record")
     long = in_runs(missing, int(MAX_GAP_S * rate) + 1).any(axis=1)
     fail(long | (missing.mean(axis=1) > MAX_MISSING), "missing samples")
     fail((held_share(raw, rate) > MAX_HELD) | (np.ptp(band, axis=1) < limits.span), "flat")
     fail(railed_share(raw, rate, limits.rail) > MAX_RAILED, "saturated")
     fail(np.abs(band).max(axis=1) > limits.largest, f"beyond {limits.largest / 1000:g} mV")
-    if limb:
-        rows = list(limb)
+    if channels.limb:
+        rows = list(channels.limb)
         counted = band[rows].copy()
         counted[~valid[rows]] = np.nan
         wrong, error = contradicting(counted, [leads[i] for i in rows])
         bad = np.zeros(len(leads), np.bool_)
         bad[[rows[i] for i in wrong]] = True
         fail(bad, f"contradicts the limb leads' identities (residual {error:.2f})")
-    return Verdict(valid, tuple(reasons))
+    return ChannelQuality(valid, tuple(reasons))
 
 
 def _swap(leads: Sequence[str], a: str, b: str) -> list[str]:

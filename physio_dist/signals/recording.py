@@ -17,7 +17,7 @@ MICROVOLTS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0, "nv": 1e-3
 
 
 class RecordError(Exception):
-    """One record is unfit or unreadable.
+    """One record is unusable or unreadable.
 
     ``str(error)`` is the reason that goes into ``rejects.jsonl``, so it never holds free text from a file
     header: a header may name the patient. ``person`` is the id in the source, where it is known by then, so that

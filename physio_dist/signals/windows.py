@@ -50,16 +50,17 @@ class WindowSpec:
         leads: ECG leads, in the order in which they are written.
         band: pass band of the zero-phase Butterworth filter in Hz, at -6 dB, since the filter runs both ways.
         uv_per_bit: microvolts in one step of the written integers.
-        missing: what becomes of a recording without some of the leads: ``"reject"`` it, or ``"mask"`` the leads.
-        min_leads: ECG leads that have to be valid for a window to be fit, or all that the recording has if these are
+        missing_channels: what becomes of a recording without some of the channels: ``"reject"`` it, or ``"mask"`` the
+            channels.
+        min_leads: ECG leads that have to be valid for a window to be usable, or all that the recording has if these are
             fewer. Ten tolerates two loose chest electrodes, not one loose limb electrode, which spoils five limb
             leads. Of the real ECGs of Challenge 2011 it refuses 69 of 166 that readers called unacceptable and 4
             of 773 that they called acceptable; eight refuses 54 and 1, twelve 137 and 61.
-        exchanged: what becomes of a recording whose limb leads fit only if two of them trade names: ``"repair"`` puts
-            them right and says so in every window's reasons, ``"reject"`` refuses it.
+        swapped_leads: what becomes of a recording whose limb leads are consistent only if two of them swap names:
+            ``"repair"`` swaps them and says so in every window's reasons, ``"reject"`` refuses it.
         signals: the modalities of a window, each of which a recording has to have; empty for whatever it has.
         eeg_channels: electrodes, in the order in which they are written; empty for the channels of the file. Three
-            quarters of those that the recording has must be valid for a window to be fit.
+            quarters of those that the recording has must be valid for a window to be usable.
         eeg_band: as ``band``; its upper edge is lowered for a recording whose rate, or the windows', does not allow it.
         eeg_uv_per_bit: as ``uv_per_bit``.
 
@@ -72,15 +73,29 @@ class WindowSpec:
     leads: tuple[str, ...] = ECG_12
     band: tuple[float, float] = (0.5, 45.0)
     uv_per_bit: float = 1.0
-    missing: str = "reject"
+    missing_channels: str = "reject"
     min_leads: int = 10
-    exchanged: str = "repair"
+    swapped_leads: str = "repair"
     signals: tuple[str, ...] = ()
     eeg_channels: tuple[str, ...] = ()
     eeg_band: tuple[float, float] = (0.3, 75.0)
     eeg_uv_per_bit: float = 0.1
 
     def __post_init__(self) -> None:
+        self._check_times_and_bands()
+        self._check_channels()
+        for name, limits in (("uv_per_bit", quality.ECG_LIMITS), ("eeg_uv_per_bit", quality.EEG_LIMITS)):
+            least = limits.largest / _INT16
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"{name}={getattr(self, name)} has to be at least {least:.3f}: signals up to "
+                    f"{limits.largest / 1000:g} mV count as valid, and would be cut off in 16 bits"
+                )
+        for name, choices in (("missing_channels", ("reject", "mask")), ("swapped_leads", ("repair", "reject"))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)} has to be {' or '.join(choices)}")
+
+    def _check_times_and_bands(self) -> None:
         if self.rate < 1 or not 0 < self.seconds < math.inf:
             raise UserError(f"rate={self.rate} and seconds={self.seconds} have to be above zero")
         if not math.isclose(self.rate * self.seconds, self.samples, rel_tol=1e-9):
@@ -89,13 +104,8 @@ class WindowSpec:
             raise UserError(f"band={self.band} has to rise and lie between 0 and half of rate={self.rate}")
         if not 0 < self.eeg_band[0] < self.eeg_band[1] < math.inf:
             raise UserError(f"eeg_band={self.eeg_band} has to rise and lie above 0")
-        for name, limits in (("uv_per_bit", quality.ECG_LIMITS), ("eeg_uv_per_bit", quality.EEG_LIMITS)):
-            least = limits.largest / _INT16
-            if not least <= getattr(self, name) < math.inf:
-                raise UserError(
-                    f"{name}={getattr(self, name)} has to be at least {least:.3f}: signals up to "
-                    f"{limits.largest / 1000:g} mV count as valid, and would be cut off in 16 bits"
-                )
+
+    def _check_channels(self) -> None:
         if not self.leads or _repeats(self.leads):
             raise UserError(f"leads={','.join(self.leads)} has to name at least one lead, and each only once")
         if _repeats(self.eeg_channels):
@@ -104,9 +114,6 @@ class WindowSpec:
             raise UserError(f"signals={','.join(self.signals)} has to be some of {', '.join(MODALITIES)}, each once")
         if self.min_leads < 1:
             raise UserError(f"min_leads={self.min_leads} has to be at least 1")
-        for name, choices in (("missing", ("reject", "mask")), ("exchanged", ("repair", "reject"))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}={getattr(self, name)} has to be {' or '.join(choices)}")
 
     @property
     def samples(self) -> int:
@@ -136,14 +143,14 @@ class Window:
         start_s: its start in the recording, in seconds.
         data: int16 ``[channel, time]`` by modality, in steps of ``uv_per_bit``; invalid channels are zero.
         valid: bool ``[channel]`` by modality.
-        fit: whether enough channels are valid.
-        reasons: what is wrong with which channel, also of fit windows, and last, of unfit ones, the verdict's reason.
+        usable: whether enough channels are valid.
+        reasons: faults and the channels that have them, also of usable windows; of unusable ones last why they are.
     """
 
     start_s: float
     data: dict[str, NDArray[np.int16]]
     valid: dict[str, NDArray[np.bool_]]
-    fit: bool
+    usable: bool
     reasons: tuple[str, ...]
 
 
@@ -170,8 +177,8 @@ def windows_of(recording: Recording, spec: WindowSpec) -> list[Window]:
 
     Raises:
         RecordError: the recording lacks a modality of ``spec``, is shorter than a window, sampled too slowly for the
-            band, lacks leads or electrodes (with ``missing="reject"``, or all of them), names one twice, or its limb
-            leads contradict each other in every window.
+            band, lacks channels (with ``missing_channels="reject"``, or all of them), names one twice, or its limb leads
+            contradict each other in every window.
     """
     if not recording.signals:
         raise RecordError("the recording has no signals")
@@ -185,7 +192,7 @@ def windows_of(recording: Recording, spec: WindowSpec) -> list[Window]:
     count = min(part.band.shape[1] for part in parts.values()) // spec.samples
     windows = [_window(parts, i, spec) for i in range(count)]
     broken = [next((r for r in window.reasons if r.startswith("contradicts")), None) for window in windows]
-    if all(broken) and not any(window.fit for window in windows):
+    if all(broken) and not any(window.usable for window in windows):
         raise RecordError(f"in every window: {broken[0]}")
     return windows
 
@@ -243,7 +250,7 @@ def _prepare(modality: str, signal: Signal, spec: WindowSpec) -> _Prepared:
             extra = [lead for lead in LIMB if lead in here and lead not in keys]
         names = tuple(ecg_name(name) or electrode(name) or name for name in (*wanted, *extra))
         data, missing = select(signal, names)
-        if missing and (spec.missing == "reject" or len(missing) == len(wanted)):
+        if missing and (spec.missing_channels == "reject" or len(missing) == len(wanted)):
             raise RecordError(_lacking(modality, missing, signal))
     written = len(names) - len(extra)
     raw, gaps = quality.bridge_gaps(data)
@@ -263,11 +270,11 @@ def _with_limb_leads(part: _Prepared, signal: Signal, spec: WindowSpec) -> _Prep
     computed = [i for i, name in enumerate(part.names) if name in LIMB and name not in here]
     sources = dict.fromkeys(computed, (row[pair[0]], row[pair[1]])) if pair else {}
     order, notes = np.arange(len(part.names)), tuple[str, ...]()
-    traded = quality.exchanged_names(part.band[limb], [part.names[i] for i in limb], spec.samples)
+    traded = quality.swapped_names(part.band[limb], [part.names[i] for i in limb], spec.samples)
     if traded is not None:
         note = f"{traded[0]} and {traded[1]} bear each other's name"
-        if spec.exchanged == "reject":
-            raise RecordError(f"{note}: the limb leads' identities hold only with the two exchanged")
+        if spec.swapped_leads == "reject":
+            raise RecordError(f"{note}: the limb leads' identities hold only with the two swapped")
         a, b = row[traded[0]], row[traded[1]]
         order[[a, b]] = order[[b, a]]
         notes = (f"{note} in the file; put right",)
@@ -347,15 +354,14 @@ def _band_pass(band: tuple[float, float], rate: int) -> NDArray[np.float64]:
 
 
 def _window(parts: dict[str, _Prepared], index: int, spec: WindowSpec) -> Window:
-    data, valid, reasons, fit = {}, {}, list[str](), True
+    data, valid, reasons, usable = {}, {}, list[str](), True
     for modality, part in parts.items():
         new = slice(index * spec.samples, (index + 1) * spec.samples)
         old = slice(round(index * spec.seconds * part.rate), round((index + 1) * spec.seconds * part.rate))
         band, is_ecg = part.band[:, new], modality == "ecg"
         limits = quality.ECG_LIMITS if is_ecg else quality.EEG_LIMITS
-        verdict = quality.judge(
-            part.raw[:, old], part.missing[:, old], part.rate, band, part.names, part.limb, part.absent, limits
-        )
+        channels = quality.Channels(part.names, part.limb, part.absent)
+        verdict = quality.assess(part.raw[:, old], part.missing[:, old], part.rate, band, channels, limits)
         good = verdict.valid.copy()
         for i, (a, b) in part.sources.items():
             good[i] &= verdict.valid[a] and verdict.valid[b]
@@ -370,6 +376,6 @@ def _window(parts: dict[str, _Prepared], index: int, spec: WindowSpec) -> Window
         if spoilt:
             reasons.append(f"computed from invalid leads: {', '.join(spoilt)}")
         if good.sum() < needed:
-            fit = False
+            usable = False
             reasons.append(f"{good.sum()} {modality} channels valid of {part.written}, {needed} needed")
-    return Window(index * spec.seconds, data, valid, fit, tuple(reasons))
+    return Window(index * spec.seconds, data, valid, usable, tuple(reasons))

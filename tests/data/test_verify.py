@@ -22,8 +22,9 @@ from physio_dist.data.format import tar
 from physio_dist.data.format.index import ShardInfo, ShardSet, fingerprint_of, open_set
 from physio_dist.data.format.sample_table import publish, read_sample_table
 from physio_dist.data.handle import open_dataset
+from physio_dist.data.index_existing import IndexOptions, index_existing
 from physio_dist.data.loading.cache import ShardCache
-from physio_dist.data.verify import IndexOptions, index_existing, verify
+from physio_dist.data.verify import verify
 from physio_dist.errors import DataError, UserError
 from physio_dist.signals.montage import ECG_12
 from tests.data.conftest import signal_of

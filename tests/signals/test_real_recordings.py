@@ -36,7 +36,7 @@ def check(windows: list[Window]) -> None:
         assert data.shape == (12, 2000)
         assert data[valid].any(axis=1).all()
         assert not data[~valid].any()
-        assert window.fit or window.reasons
+        assert window.usable or window.reasons
         assert valid.all() or window.reasons
         limb = data[:6].astype(float)
         limb[~valid[:6]] = np.nan
@@ -56,7 +56,7 @@ def test_challenge_2011(data_dir: Path) -> None:
     for record, windows in kept.items():
         check(windows)
         (window,) = windows
-        verdicts[acceptable[record], window.fit] += 1
+        verdicts[acceptable[record], window.usable] += 1
         exchanged += "aVL and aVF bear each other's name in the file; put right" in window.reasons
     # In this copy of the set every record's aVL is the channel called aVF; where leads are dead it cannot be seen.
     assert exchanged > 900
@@ -70,7 +70,7 @@ def test_challenge_2021(data_dir: Path) -> None:
     kept, rejected, hashes = convert("wfdb", data_dir / "cinc2021", WindowSpec())
     assert len(kept) == 50
     assert rejected == {}
-    assert sum(window.fit for windows in kept.values() for window in windows) >= 48
+    assert sum(window.usable for windows in kept.values() for window in windows) >= 48
     for windows in kept.values():
         check(windows)
         assert not any("bear each other's name" in reason for reason in windows[0].reasons)
@@ -85,7 +85,7 @@ def test_code15(data_dir: Path, seconds: float, kept_count: int) -> None:
     assert len(kept) == kept_count
     assert len(rejected) == 10 - kept_count
     assert set(rejected.values()) <= {"7.335 s long, shorter than a window of 10 s"}
-    assert all(window.fit for windows in kept.values() for window in windows)
+    assert all(window.usable for windows in kept.values() for window in windows)
 
 
 def test_cpsc2018(data_dir: Path) -> None:
@@ -94,7 +94,7 @@ def test_cpsc2018(data_dir: Path) -> None:
     assert {record: len(windows) for record, windows in kept.items()}["A1988"] == 5
     for windows in kept.values():
         check(windows)
-        assert all(window.fit for window in windows)
+        assert all(window.usable for window in windows)
 
 
 def test_committed_ecgs_of_four_sources_are_fit(recordings: Path) -> None:
@@ -103,7 +103,7 @@ def test_committed_ecgs_of_four_sources_are_fit(recordings: Path) -> None:
         assert (len(kept), rejected) == (count, {})
         for windows in kept.values():
             check(windows)
-            assert [window.fit for window in windows] == [True]
+            assert [window.usable for window in windows] == [True]
     record = reader("wfdb").read(str(recordings / "cinc2021"), "HR06000")
     assert record.labels == {"age": 59, "sex": "F", "dx": ["164934002", "426783006"]}
 
@@ -113,6 +113,6 @@ def test_committed_eeg_and_ecg_give_one_fit_pair(recordings: Path) -> None:
     kept, rejected, _ = convert("edf", recordings / "eegmat-15s", spec)
     assert (list(kept), rejected) == (["Subject00_2"], {})
     (window,) = kept["Subject00_2"]
-    assert window.fit and window.valid["eeg"].all()
+    assert window.usable and window.valid["eeg"].all()
     assert [window.data[name].shape for name in ("ecg", "eeg")] == [(1, 2000), (19, 2000)]
     assert reader("edf").read(str(recordings / "eegmat-15s"), "Subject00_2").labels == {"task": "arithmetic"}

@@ -86,7 +86,7 @@ def test_offset_and_drift_of_electrodes_do_not_matter() -> None:
     drifting = beating.copy()
     drifting[:6] += np.array([LEAD_MATRIX[lead] for lead in LIMB]) @ two
     for before, after in zip(still, windows_of(recording(drifting, 500), WindowSpec()), strict=True):
-        assert after.fit and not after.reasons
+        assert after.usable and not after.reasons
         difference = before.data["ecg"].astype(int) - after.data["ecg"]
         assert np.abs(difference).max() <= 10
 
@@ -141,7 +141,7 @@ def test_faulty_leads_are_named_and_zeroed(
     assert faulty.reasons[0].startswith(fault)
     assert faulty.reasons[0].endswith(f": {lead}")
     assert not faulty.data["ecg"][row].any()
-    assert faulty.fit
+    assert faulty.usable
     assert all(window.valid["ecg"].all() and window.data["ecg"].any(axis=1).all() for window in windows[4:])
 
 
@@ -160,21 +160,21 @@ def test_many_short_gaps_are_a_fault(clean: Recording) -> None:
     assert windows_of(clean, WindowSpec())[0].reasons == ()
 
 
-def test_too_few_valid_leads_are_unfit(clean: Recording) -> None:
+def test_too_few_valid_leads_are_unusable(clean: Recording) -> None:
     for lead in ("V1", "V2", "V3"):
         changed(clean, lead, 0, 10, 7.0)
     first, *others = windows_of(clean, WindowSpec())
-    assert not first.fit
+    assert not first.usable
     assert first.reasons == ("flat: V1, V2, V3", "9 ecg channels valid of 12, 10 needed")
-    assert all(window.fit for window in others)
-    assert windows_of(clean, WindowSpec(min_leads=9))[0].fit
+    assert all(window.usable for window in others)
+    assert windows_of(clean, WindowSpec(min_leads=9))[0].usable
     chest = WindowSpec(leads=("V1", "V4"))
-    assert not windows_of(clean, chest)[0].fit, "of two leads both are needed"
+    assert not windows_of(clean, chest)[0].usable, "of two leads both are needed"
 
 
-def test_dead_recording_is_unfit_with_every_lead_named() -> None:
+def test_dead_recording_is_unusable_with_every_lead_named() -> None:
     (window,) = windows_of(recording(np.full((12, 5000), -80_000.0), 500), WindowSpec())
-    assert not window.fit
+    assert not window.usable
     assert window.reasons[0] == "flat: " + ", ".join(ECG_12)
     assert not window.data["ecg"].any()
 
@@ -186,10 +186,10 @@ def test_exchanged_names_are_put_right_and_told(clean: Recording) -> None:
     windows = windows_of(swapped, WindowSpec())
     assert all(w.reasons == ("aVL and aVF bear each other's name in the file; put right",) for w in windows)
     for window, wanted in zip(windows, truth, strict=True):
-        assert window.fit
+        assert window.usable
         np.testing.assert_array_equal(window.data["ecg"], wanted.data["ecg"])
     with pytest.raises(RecordError, match="aVL and aVF bear each other's name"):
-        windows_of(swapped, WindowSpec(exchanged="reject"))
+        windows_of(swapped, WindowSpec(swapped_leads="reject"))
     window = windows_of(changed(swapped, "aVF", 0, 10, 3.0), WindowSpec())[0]
     assert window.reasons[1:] == ("flat: aVL",), "the fault follows the lead, not the name"
 
@@ -203,7 +203,7 @@ def test_permuted_limb_leads_are_rejected(clean: Recording) -> None:
 def test_inverted_lead_is_named(clean: Recording) -> None:
     clean.signals["ecg"].data[3] *= -1
     for window in windows_of(clean, WindowSpec()):
-        assert window.fit
+        assert window.usable
         assert not window.valid["ecg"][3]
         assert "identities" in window.reasons[0]
 
@@ -212,14 +212,14 @@ def test_missing_leads_are_rejected_or_masked(clean: Recording) -> None:
     six = recording(clean.signals["ecg"].data[:6], 200, ECG_12[:6])
     with pytest.raises(RecordError, match=r"lead V1, V2, V3, V4, V5, V6 is missing; the record has I, II, III, aVR"):
         windows_of(six, WindowSpec())
-    window = windows_of(six, WindowSpec(missing="mask"))[0]
-    assert window.fit
+    window = windows_of(six, WindowSpec(missing_channels="mask"))[0]
+    assert window.usable
     assert window.valid["ecg"].tolist() == [True] * 6 + [False] * 6
     assert window.data["ecg"].shape == (12, 2000)
     assert not window.data["ecg"][6:].any()
     assert window.reasons == ("not in the record: V1, V2, V3, V4, V5, V6",)
     with pytest.raises(RecordError, match="missing"):
-        windows_of(six, WindowSpec(missing="mask", leads=("V1", "V2")))
+        windows_of(six, WindowSpec(missing_channels="mask", leads=("V1", "V2")))
 
 
 def test_computed_leads_are_as_good_as_their_sources(clean: Recording) -> None:
@@ -246,7 +246,7 @@ def test_computed_leads_are_as_good_as_their_sources(clean: Recording) -> None:
         (Recording("r", {}, None, {}), "no signals"),
     ],
 )
-def test_unfit_recordings_are_refused_with_a_reason(record: Recording, reason: str) -> None:
+def test_unusable_recordings_are_refused_with_a_reason(record: Recording, reason: str) -> None:
     with pytest.raises(RecordError, match=reason):
         windows_of(record, WindowSpec())
 
@@ -282,8 +282,8 @@ def test_other_modalities_keep_their_channels(clean: Recording) -> None:
         {"leads": ()},
         {"leads": ("I", "Lead I")},
         {"min_leads": 0},
-        {"missing": "ignore"},
-        {"exchanged": "keep"},
+        {"missing_channels": "ignore"},
+        {"swapped_leads": "keep"},
     ],
 )
 def test_senseless_specifications_are_refused(wrong: dict[str, Any]) -> None:

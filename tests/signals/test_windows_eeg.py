@@ -46,7 +46,7 @@ def test_both_modalities_are_cut_at_the_same_times_each_in_its_own_steps() -> No
         signal.data[:, at - 10 : at + 11] += height * np.hanning(21).astype(np.float32)
     windows = windows_of(recording(ecg=ecg, eeg=eeg), PAIRED)
     assert [window.start_s for window in windows] == [0.0, 10.0, 20.0]
-    assert all(window.fit and not window.reasons for window in windows)
+    assert all(window.usable and not window.reasons for window in windows)
     middle = windows[1]
     assert (middle.data["ecg"].shape, middle.data["eeg"].shape) == ((1, 2000), (19, 2000))
     assert abs(int(middle.data["ecg"][0].argmax()) - 500) <= 2
@@ -93,7 +93,7 @@ def test_electrodes_are_chosen_by_name_in_the_asked_order() -> None:
     plain = windows_of(recording(eeg=signal), WindowSpec(signals=("eeg",)))[1].data["eeg"]
     chosen = windows_of(recording(eeg=signal), WindowSpec(signals=("eeg",), eeg_channels=("T4", "T7")))[1]
     np.testing.assert_array_equal(chosen.data["eeg"], plain[[2, 0]])
-    assert chosen.fit
+    assert chosen.usable
 
 
 def test_missing_electrodes_are_rejected_with_a_hint_or_masked() -> None:
@@ -103,13 +103,15 @@ def test_missing_electrodes_are_rejected_with_a_hint_or_masked() -> None:
         RecordError, match=r"electrode FC3 is missing; the record has EEG Fp1.*; FC3: did you mean 'FC5'"
     ):
         windows_of(recording(eeg=some), WindowSpec(eeg_channels=asked))
-    window = windows_of(recording(eeg=some), WindowSpec(eeg_channels=("fp1", "fc3", "CZ", "O2"), missing="mask"))[0]
+    window = windows_of(
+        recording(eeg=some), WindowSpec(eeg_channels=("fp1", "fc3", "CZ", "O2"), missing_channels="mask")
+    )[0]
     assert window.valid["eeg"].tolist() == [True, False, True, True]
-    assert window.fit
+    assert window.usable
     assert window.reasons == ("not in the record: FC3",)
     assert not window.data["eeg"][1].any()
     with pytest.raises(RecordError, match="electrode Oz, Iz is missing"):
-        windows_of(recording(eeg=some), WindowSpec(eeg_channels=("Oz", "Iz"), missing="mask"))
+        windows_of(recording(eeg=some), WindowSpec(eeg_channels=("Oz", "Iz"), missing_channels="mask"))
 
 
 @pytest.mark.parametrize(
@@ -130,13 +132,13 @@ def test_faulty_electrodes_are_named_and_zeroed(spoil: Any, fault: str) -> None:
     assert np.flatnonzero(~window.valid["eeg"]).tolist() == [4]
     assert window.valid["ecg"].all()
     assert not window.data["eeg"][4].any()
-    assert window.fit
+    assert window.usable
 
 
 def test_drift_and_offset_of_electrodes_are_no_fault() -> None:
     signal = noise()
     signal.data[:] += np.float32(90_000) + np.linspace(0, 3000, signal.data.shape[1], dtype=np.float32)
-    assert all(window.fit and not window.reasons for window in windows_of(recording(eeg=signal), EEG))
+    assert all(window.usable and not window.reasons for window in windows_of(recording(eeg=signal), EEG))
 
 
 @pytest.mark.parametrize(("dead", "fit"), [(5, True), (6, False)])
@@ -144,15 +146,15 @@ def test_three_quarters_of_the_electrodes_have_to_be_valid(dead: int, fit: bool)
     signal = noise()
     signal.data[:dead] = 3.0
     window = windows_of(recording(ecg=beats(), eeg=signal), PAIRED)[1]
-    assert window.fit is fit
+    assert window.usable is fit
     assert fit or window.reasons[-1] == "13 eeg channels valid of 19, 14 needed"
 
 
-def test_the_ecg_alone_makes_a_pair_unfit() -> None:
+def test_the_ecg_alone_makes_a_pair_unusable() -> None:
     ecg = beats()
     ecg.data[:] = 0.0
     window = windows_of(recording(ecg=ecg, eeg=noise()), PAIRED)[0]
-    assert not window.fit
+    assert not window.usable
     assert window.reasons == ("flat: ECG", "0 ecg channels valid of 1, 1 needed")
 
 

@@ -115,7 +115,7 @@ def _samples(
                     "source": source,
                     "start_s": facts.start_s,
                     "labels": facts.labels,
-                    "quality": {"fit": facts.fit, "reasons": facts.reasons},
+                    "quality": {"fit": facts.usable, "reasons": facts.reasons},
                     "valid": valid[-1],
                     "simulated": bool(facts.labels.get("simulated", False)),
                 },

@@ -33,10 +33,11 @@ def spec_of(options: ShardConfig) -> WindowSpec:
     return WindowSpec(
         rate=window.rate, seconds=window.seconds,
         leads=_names("leads", options.leads, ecg_name, _ECG_ORDER) or ECG_12,
-        band=(window.low, window.high), uv_per_bit=window.uv_per_bit, missing=options.missing_channels, signals=signals,
+        band=(window.low, window.high), uv_per_bit=window.uv_per_bit, signals=signals,
+        missing_channels=options.missing_channels,
         eeg_channels=_names("eeg.channels", eeg.channels, electrode, ELECTRODES) or EEG_19,
         eeg_band=(eeg.low, eeg.high), eeg_uv_per_bit=eeg.uv_per_bit, min_leads=options.min_leads,
-        exchanged=options.swapped_leads,
+        swapped_leads=options.swapped_leads,
     )  # fmt: skip
 
 

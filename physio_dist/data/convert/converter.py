@@ -258,7 +258,7 @@ def _make_parts(job: Job, spool: str, pool: TaskPool) -> tuple[list[Part], float
 def _choose(
     parts: Sequence[Part], unusable: str, known: dict[str, set[int]]
 ) -> tuple[list[WindowRef], list[dict[str, Any]]]:
-    """Which windows are kept: repeats are left out (the first record in order stays), then unfit ones if asked."""
+    """Which windows are kept: repeats are left out (the first record in order stays), then unusable ones if asked."""
     kept: list[WindowRef] = []
     rejects: list[dict[str, Any]] = []
     first: dict[int, str] = {}
@@ -273,8 +273,8 @@ def _choose(
                     repeats.add(window.record)
                     where = f"in {elsewhere}" if elsewhere else f"record {original}"
                     rejects.append({"record": window.record, "reason": f"repeat: the same waveform as {where}"})
-            elif unusable == "drop" and not window.fit:
-                reason = "unfit: " + "; ".join(window.reasons)
+            elif unusable == "drop" and not window.usable:
+                reason = "unusable: " + "; ".join(window.reasons)
                 rejects.append({"record": window.record, "start_s": window.start_s, "reason": reason})
             else:
                 kept.append(WindowRef(number, row, window))

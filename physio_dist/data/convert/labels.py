@@ -23,14 +23,7 @@ def read_labels(
     Raises:
         UserError: no such file or column, or no row that names one of the records.
     """
-    try:
-        text = storage.read_bytes(file).decode("utf-8-sig")
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows, columns = list(table), list(table.fieldnames or ())
-    except UnicodeDecodeError:
-        raise UserError(f"labels={file} is not a UTF-8 text file") from None
-    except csv.Error as error:
-        raise UserError(f"labels={file} is not a CSV file: {error}") from None
+    rows, columns = _read_csv(file)
     by = next((column for column in ("record", "file") if column in columns), None)
     if by is None:
         raise UserError(f"labels={file} has no column `record` or `file`; its columns: {', '.join(columns) or 'none'}")
@@ -38,31 +31,47 @@ def read_labels(
         raise UserError(f"person={person}: {file} has no such column: {nearest(person, columns)}")
     if "simulated" in columns:
         raise UserError(f"labels={file}: `simulated` cannot be a label, it says which signals are made up; rename it")
-    known = set(records)
-    # A record may go by the last part of its name, as long as no other record ends alike.
-    short: dict[str, str | None] = {}
-    for record in records:
-        last = record.rsplit("/", 1)[-1]
-        short[last] = None if last in short else record
+    by_name = _by_name(records)
     labels: dict[str, dict[str, Any]] = {}
     people: dict[str, str] = {}
     for row in rows:
         name = _stem(row[by])
-        found = name if name in known else short.get(name, "")
-        if found is None:
+        record = by_name.get(name, "")
+        if record is None:
             raise UserError(f"labels={file}: several records end in {name!r}; name them by their whole path")
-        if not found:
+        if not record:
             continue
         values = {k: label_value(v) for k, v in row.items() if k and k not in ("record", "file", person)}
-        who = (row[person] or "").strip() if person is not None else ""
-        if found in labels and (labels[found] != values or people.get(found, "") != who):
+        person_id = (row[person] or "").strip() if person is not None else ""
+        if record in labels and (labels[record] != values or people.get(record, "") != person_id):
             raise UserError(f"labels={file}: two rows say different things about record {name!r}")
-        labels[found] = values
-        if who:
-            people[found] = who
+        labels[record] = values
+        if person_id:
+            people[record] = person_id
     if not labels:
         raise UserError(f"labels={file}: none of its {len(rows)} rows names one of the {len(records)} records")
     return labels, people
+
+
+def _read_csv(file: str) -> tuple[list[dict[str, str | None]], list[str]]:
+    """The rows and the columns of a table."""
+    try:
+        text = storage.read_bytes(file).decode("utf-8-sig")
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return list(table), list(table.fieldnames or ())
+    except UnicodeDecodeError:
+        raise UserError(f"labels={file} is not a UTF-8 text file") from None
+    except csv.Error as error:
+        raise UserError(f"labels={file} is not a CSV file: {error}") from None
+
+
+def _by_name(records: Sequence[str]) -> dict[str, str | None]:
+    """Records by their name, and by its last part; None where several records end alike."""
+    by_name: dict[str, str | None] = {}
+    for record in records:
+        last = record.rsplit("/", 1)[-1]
+        by_name[last] = None if last in by_name else record
+    return by_name | {record: record for record in records}
 
 
 def _stem(text: str | None) -> str:

@@ -74,7 +74,7 @@ class WindowFacts:
     person: int
     waveform: int
     start_s: float
-    fit: bool
+    usable: bool
     reasons: list[str]
     labels: dict[str, Any]
 
@@ -159,7 +159,7 @@ def make_part(job: Job, url: str, there: bool = False, tell: bool = False) -> tu
             part.windows.append(
                 WindowFacts(
                     key=f"{name}-{i:05d}", record=name, person=who, waveform=waveform, start_s=window.start_s,
-                    fit=window.fit, reasons=list(window.reasons), labels=labels,
+                    usable=window.usable, reasons=list(window.reasons), labels=labels,
                 )
             )  # fmt: skip
         windows += cut

@@ -52,7 +52,7 @@ class Prediction:
         classes: their names.
         valid: of each signal bool ``[window, channel]``, which channels could be used.
         channels: of each signal their names.
-        fit: bool ``[window]``, whether enough channels are valid, by the rule of the conversion.
+        usable: bool ``[window]``, whether enough channels are valid, by the rule of the conversion.
         notes: what was done to the signals that a reader has to know.
     """
 
@@ -61,7 +61,7 @@ class Prediction:
     classes: tuple[str, ...]
     valid: dict[str, npt.NDArray[np.bool_]]
     channels: dict[str, tuple[str, ...]]
-    fit: npt.NDArray[np.bool_]
+    usable: npt.NDArray[np.bool_]
     notes: tuple[str, ...]
 
     def rows(self) -> list[dict[str, str]]:
@@ -73,7 +73,7 @@ class Prediction:
             row["predicted"] = self.classes[int(self.probability[i].argmax())]
             for signal, known in self.valid.items():
                 row[f"valid_{signal}"] = " ".join(self.channels[signal][c] for c in np.flatnonzero(known[i]))
-            row["fit"] = "yes" if self.fit[i] else "no"
+            row["usable"] = "yes" if self.usable[i] else "no"
             found.append(row)
         return found
 
@@ -184,9 +184,9 @@ class FusionClassifier:
         window, notes = self._window(recording)
         cut = self._cut(recording, window)
         still = self._still(cut, window, rest)
-        fit = np.array([one.fit for one in cut])
-        if unfit := int((~fit).sum()):
-            notes.append(f"{unfit} of {len(cut)} windows have too few valid channels to be relied on (fit: no)")
+        usable = np.array([window.usable for window in cut])
+        if unusable := int((~usable).sum()):
+            notes.append(f"{unusable} of {len(cut)} windows have too few valid channels to be relied on (usable: no)")
         if self.simulated:
             notes.append("the classifier was trained on SIMULATED signals")
         if self.leaky:
@@ -198,7 +198,7 @@ class FusionClassifier:
             classes=self.classes,
             valid={name: np.stack([self._valid(one, name) for one in cut]) for name in self.window.signals},
             channels={name: self.window.channels_of(name) for name in self.window.signals},
-            fit=fit,
+            usable=usable,
             notes=tuple(notes),
         )
 
@@ -225,7 +225,7 @@ class FusionClassifier:
         else:
             still = self._cut(rest, window)
         if self.rest == "fit":
-            still = [one for one in still if one.fit]
+            still = [one for one in still if one.usable]
         if not still:
             raise UserError(
                 f"the rest has no whole window of {window.seconds:g} s with enough valid channels to be subtracted"
@@ -247,7 +247,7 @@ class FusionClassifier:
             window = replace(window, signals=there)
         for name in there:
             signal = recording.signals[name]
-            if window.missing == "reject":
+            if window.missing_channels == "reject":
                 try:
                     _, missing = select(signal, window.channels_of(name))
                 except RecordError as error:

@@ -113,7 +113,7 @@ def save_classifier(study: Study, records: Sequence[TrialRecord], url: str, say:
         "data": {"fingerprint": shards.fingerprint, "sources": list(shards.sources)},
         "window": asdict(window),
         # Which windows of the rest are averaged and subtracted: those that the shard set has.
-        **({"rest": "fit" if shards.made_by["options"].get("quality") == "reject" else "all"} if subtracts else {}),
+        **({"rest": "fit" if shards.made_by["options"].get("unusable") == "drop" else "all"} if subtracts else {}),
         "ensembles": ensembles,
     }
     files["README.md"] = _card(about, window).encode()

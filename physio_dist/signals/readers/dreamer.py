@@ -144,37 +144,42 @@ def _check_fact(path: str, name: str, value: Any) -> None:
 
 
 def _check_person(where: str, person: Any) -> int:
-    """How many clips somebody has.
+    """Check a person's signals and ratings, and count the clips.
 
     Raises:
-        UserError: a piece of somebody is missing, of another shape, or a rating is outside of the scale.
+        UserError: a piece is missing or of another shape, or a rating is outside of the scale.
     """
     if not isinstance(person, dict):
         raise UserError(f"{where}: no struct of Age, Gender, EEG, ECG and scores; expected {_WANTED}")
     counts: dict[str, int] = {}
-    for signal, layout in _SIGNALS.items():
+    for signal in _SIGNALS:
         for phase in _PHASES.values():
-            name = f"{signal}.{phase}"
-            parts = person[signal].get(phase) if isinstance(person.get(signal), dict) else None
-            if not isinstance(parts, list):
-                raise UserError(f"{where}: {name} is missing, or no array of cells")
-            counts[name] = len(parts)
-            for clip, part in enumerate(parts, 1):
-                _check_signal(f"{where}, clip {clip}: {name}", part, len(layout.channels))
+            counts[f"{signal}.{phase}"] = _count_parts(where, person.get(signal), signal, phase)
     for field in _RATINGS.values():
-        ratings = person.get(field)
-        if not isinstance(ratings, np.ndarray) or ratings.dtype.kind not in "iufb":
-            raise UserError(f"{where}: {field} is missing, or no numbers")
-        counts[field] = ratings.size
-        for clip, rating in enumerate(np.ravel(ratings).tolist(), 1):
-            if rating not in (1, 2, 3, 4, 5):
-                raise UserError(
-                    f"{where}, clip {clip}: {field} is {rating:g}; a rating is a whole number from 1 to 5"
-                )  # fmt: skip
+        counts[field] = _count_ratings(where, person.get(field), field)
     if len(set(counts.values())) > 1 or not counts["EEG.stimuli"]:
-        told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"{where}: not as many of each as there are clips, so nobody knows which is missing: {told}")
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"{where}: not as many of each as there are clips, so nobody knows which is missing: {listed}")
     return counts["EEG.stimuli"]
+
+
+def _count_parts(where: str, phases: Any, signal: str, phase: str) -> int:
+    name = f"{signal}.{phase}"
+    parts = phases.get(phase) if isinstance(phases, dict) else None
+    if not isinstance(parts, list):
+        raise UserError(f"{where}: {name} is missing, or no array of cells")
+    for clip, part in enumerate(parts, 1):
+        _check_signal(f"{where}, clip {clip}: {name}", part, len(_SIGNALS[signal].channels))
+    return len(parts)
+
+
+def _count_ratings(where: str, ratings: Any, field: str) -> int:
+    if not isinstance(ratings, np.ndarray) or ratings.dtype.kind not in "iufb":
+        raise UserError(f"{where}: {field} is missing, or no numbers")
+    for clip, rating in enumerate(np.ravel(ratings).tolist(), 1):
+        if rating not in (1, 2, 3, 4, 5):
+            raise UserError(f"{where}, clip {clip}: {field} is {rating:g}; a rating is a whole number from 1 to 5")
+    return ratings.size
 
 
 def _check_signal(what: str, part: Any, channels: int) -> None:

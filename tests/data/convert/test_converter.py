@@ -225,7 +225,7 @@ def test_a_known_set_that_does_not_exist_is_refused_before_any_work(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_unfit_windows_are_dropped_or_labelled_each_with_its_reason(
+def test_unusable_windows_are_dropped_or_labelled_each_with_its_reason(
     tmp_path: Path, write_wfdb: Callable[..., None]
 ) -> None:
     write_wfdb(tmp_path / "in", "good", 0)
@@ -234,8 +234,8 @@ def test_unfit_windows_are_dropped_or_labelled_each_with_its_reason(
     assert sorted(facts_of(tmp_path / "reject")) == ["good-00000"]
     (reject,) = rejects_of(tmp_path / "reject")
     assert (reject["record"], reject["start_s"]) == ("poor", 0.0)
-    assert reject["reason"].startswith("unfit: flat: V1, V2, V3, V4")
-    assert dropped.rejected == {"unfit": 1}
+    assert reject["reason"].startswith("unusable: flat: V1, V2, V3, V4")
+    assert dropped.rejected == {"unusable": 1}
     made("wfdb", tmp_path / "in", tmp_path / "label", "unusable=keep")
     facts = facts_of(tmp_path / "label")
     assert facts["good-00000"]["quality"] == {"fit": True, "reasons": []}

@@ -81,7 +81,7 @@ def test_a_part_holds_samples_facts_and_rejects(tmp_path: Path, write_wfdb: Call
     assert [reject["record"] for reject in part.rejects] == ["few"]
     assert part.rejects[0]["reason"].startswith("lead V2, V3, ")
     (window,) = part.windows
-    assert (window.key, window.record, window.start_s, window.fit) == ("good-00000", "good", 0.0, True)
+    assert (window.key, window.record, window.start_s, window.usable) == ("good-00000", "good", 0.0, True)
     assert window.labels["age"] == 50
     assert window.person == pseudonym("in", "record good")
     with safe_open(tmp_path / "part", "numpy") as file:

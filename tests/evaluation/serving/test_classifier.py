@@ -307,7 +307,7 @@ def test_the_command(cli: Cli, run: Path, raw: Path, tmp_path: Path) -> None:
     done = cli("predict", run, raw / "r03.edf", "--fold", 1)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    assert list(rows[0]) == ["start_s", "p_rest", "p_arithmetic", "predicted", "valid_ecg", "valid_eeg", "fit"]
+    assert list(rows[0]) == ["start_s", "p_rest", "p_arithmetic", "predicted", "valid_ecg", "valid_eeg", "usable"]
     assert [row["start_s"] for row in rows] == ["0", "10", "20"]
     wanted = FusionClassifier.load(str(run), fold=1).predict_recording(read_file(str(raw / "r03.edf")))
     shown = np.array([[float(row["p_rest"]), float(row["p_arithmetic"])] for row in rows])

@@ -63,7 +63,7 @@ def test_both_signals_come_to_one_rate_and_the_offset_goes(file: Path) -> None:
     windows = windows_of(reader("dreamer").read(str(file), "s02-c05-stimulus"), SPEC)
     assert len(windows) == 2
     for window in windows:
-        assert window.fit and window.data["eeg"].shape == (14, 400) and window.data["ecg"].shape == (2, 400)
+        assert window.usable and window.data["eeg"].shape == (14, 400) and window.data["ecg"].shape == (2, 400)
         # 0.1 uV a bit: noise of 30 uV, of which the band leaves most, and nothing of the 4,200.
         assert np.abs(window.data["eeg"].mean(axis=1)).max() < 300 and 100 < window.data["eeg"].std() < 300
 

@@ -78,26 +78,26 @@ def test_heart_rate_label_is_the_rate_in_the_signal(people: list[Recording]) -> 
 
 
 def test_windows_are_fit_but_for_faults(people: list[Recording]) -> None:
-    unfit, kinds = 0, set()
+    unusable, kinds = 0, set()
     for person in people:
         faults = {int(f.split(":")[0]): f.split(":")[1:] for f in person.labels["faults"]}
         for i, window in enumerate(windows_of(person, WindowSpec(signals=("ecg",)))):
             electrode, kind = faults.get(i, ("", ""))
             near = {i - 1, i, i + 1} & set(faults)
             if not near:
-                assert window.fit, window.reasons
+                assert window.usable, window.reasons
                 assert window.valid["ecg"].all(), window.reasons
             if kind == "flat":
                 wanted = {"RA": "I", "LA": "III", "LL": "II"}.get(electrode, electrode)
                 assert not window.valid["ecg"][ECG_12.index(wanted)]
             if kind == "rail":
                 limb = electrode in ecg.ELECTRODES[:3]
-                assert window.fit is not limb
+                assert window.usable is not limb
                 assert limb or not window.valid["ecg"][ECG_12.index(electrode)]
             kinds.add(kind)
-            unfit += not window.fit
+            unusable += not window.usable
     assert {"flat", "rail", "drift"} <= kinds
-    assert 0 < unfit < 0.1 * len(people) * 4
+    assert 0 < unusable < 0.1 * len(people) * 4
 
 
 def test_ectopic_beats_are_early_and_wide() -> None:

@@ -331,7 +331,7 @@ def test_leads_permuted_and_in_upper_case_come_back_in_order(real: Real, write_w
     mimic = [0, 1, 2, 3, 5, 4, *range(6, 12)]
     write_wfdb(folder, "mimic", digital[mimic], leads=tuple(ECG_12[i] for i in mimic))
     (wanted,) = windows_of(truth, WindowSpec())
-    assert wanted.fit and not wanted.reasons
+    assert wanted.usable and not wanted.reasons
     for name in ("mixed", "mimic"):
         record = read(folder, name)
         (window,) = windows_of(record, WindowSpec())

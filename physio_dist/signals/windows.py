@@ -177,8 +177,8 @@ def windows_of(recording: Recording, spec: WindowSpec) -> list[Window]:
 
     Raises:
         RecordError: the recording lacks a modality of ``spec``, is shorter than a window, sampled too slowly for the
-            band, lacks channels (with ``missing_channels="reject"``, or all of them), names one twice, or its limb leads
-            contradict each other in every window.
+            band, lacks channels (with ``missing_channels="reject"``, or all of them), names one twice, or its limb
+            leads contradict each other in every window.
     """
     if not recording.signals:
         raise RecordError("the recording has no signals")

@@ -5,7 +5,7 @@ Each test belongs to exactly one tier, which is a pytest marker:
 - ``unit``: in one process, without recordings, root or network;
 - ``integration``: starts processes or servers, reads recordings, or takes seconds;
 - ``system``: starts launchers or Ray clusters; everything under ``tests/system``;
-- ``chaos``: faults of whole hosts, run by ``tools/chaos.sh`` only.
+- ``chaos``: faults of whole hosts and further cases of system tests, run by ``tools/chaos.sh`` only.
 
 A test may name its tier with a marker. Otherwise it follows from the test's folder and fixtures.
 

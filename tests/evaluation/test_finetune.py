@@ -14,7 +14,7 @@ from tests.evaluation.test_study import export, quiet
 
 pytestmark = pytest.mark.integration
 
-PEOPLE, WINDOWS = 9, 4
+PEOPLE, WINDOWS, FOLDS = 8, 3, 2
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     options.tune.data, options.tune.task = str(folder / "set"), "eegmat"
     for number, signal in enumerate(signals):
         setattr(options.tune, f"{signal}_encoder", export(str(folder / signal), signal, number))
-    options.tune.folds, options.tune.val_folds, options.tune.max_epochs = 3, 2, 1
+    options.tune.folds, options.tune.val_folds, options.tune.max_epochs = FOLDS, 2, 1
     options.tune.finetune, options.tune.finetune_lr = True, 1e-3
     options.search.pooling = ["mean"]
     return prepare(options, str(folder / "features"), quiet)
@@ -52,7 +52,7 @@ def concluded(study: Study) -> tuple[dict[str, object], bytes]:
 def test_it_learns_is_the_same_again_and_reads_nothing_of_its_test_people(study: Study) -> None:
     row, predictions = concluded(study)
     assert row["modalities"] == ["ecg", "eeg"] and row["auc"] > 0.9
-    assert [1 <= fold["epoch"] <= 5 and fold["config"] is None for fold in row["per_fold"]] == [True] * 3
+    assert [1 <= fold["epoch"] <= 5 and fold["config"] is None for fold in row["per_fold"]] == [True] * FOLDS
     assert any(note.startswith("Row finetuned: ") for note in study.notes)
     assert concluded(study)[1] == predictions
     label = study.table.label.copy()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from physio_dist import pretrain
+from physio_dist.errors import UserError
 from tests.conftest import disk_of
 from tests.data.format.test_tar import BOMB, packed
 from tests.data.test_bad_sets import publish_empty
@@ -33,22 +35,33 @@ def told(run: Run, status: int, *words: str) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("train.stepz=3", ("train.stepz", "train.steps")),
         ("model.preset=tinny", ("tinny", "tiny")),
         ("train.steps=many", ("train.steps", "many")),
         ("train.precision=fp8", ("fp8", "bf16")),
         ("zero.stage=4", ("zero.stage", "3")),
         ("mask.intra_ratio=1.5", ("mask.intra_ratio", "1.5")),
         ("mask.intra_ratio=1.0", ("mask.intra_ratio",)),
+        ("nonsense", ("nonsense", "key=value")),
+    ],
+)
+def test_wrong_option_is_refused_before_ranks_meet(new_run: Make, option: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        pretrain.main(["--config", CONFIG, *new_run(option).words()])
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("train.stepz=3", ("train.stepz", "train.steps")),
         ("train.global_batch=100000", ("100000", "smaller train.global_batch")),
         ("train.global_batch=1", ("2 ranks",)),
         ("data.index=/no/such/place", ("/no/such/place", "index.json")),
         ("data.signal=eeg", ("eeg", "ecg")),
         ("resume=/no/such/run", ("/no/such/run", "checkpoint")),
-        ("nonsense", ("nonsense", "key=value")),
     ],
 )
-def test_wrong_options(new_run: Make, option: str, words: tuple[str, ...]) -> None:
+def test_wrong_option_ends_the_run_with_one_message(new_run: Make, option: str, words: tuple[str, ...]) -> None:
     run = new_run(option)
     # One rank is quicker where the number of ranks has no part in it.
     assert (run(launcher="deepspeed") if "ranks" in words[0] else run(1, "python")) == 2, run.said()

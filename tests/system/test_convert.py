@@ -307,7 +307,7 @@ def test_real_recordings_convert_and_verify(real: Path, cli: Cli) -> None:
     assert index["physio_dist"]["simulated"] is False
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.chaos), 2])
 def test_real_recordings_killed_at_random_moments_give_the_same_bytes(
     tmp_path: Path, real: Path, real_words: list[str], processes: int
 ) -> None:

@@ -149,6 +149,7 @@ def lose_writer(
     assert [attempt["world"] for attempt in fault.run.attempts()] == [2, 1]
 
 
+@pytest.mark.chaos
 def test_two_ranks_on_two_hosts(faulty: Make, cluster: HostCluster) -> None:
     fault = faulty("none")
     process = fault.run.submit("cluster.workers=2")
@@ -159,6 +160,7 @@ def test_two_ranks_on_two_hosts(faulty: Make, cluster: HostCluster) -> None:
     assert [attempt["world"] for attempt in fault.run.attempts()] == [2]
 
 
+@pytest.mark.chaos
 def test_a_rank_is_killed(faulty: Make, cluster: HostCluster) -> None:
     fault = faulty("a rank killed (SIGKILL)")
     process = fault.run.submit("cluster.workers=2")
@@ -176,6 +178,7 @@ def test_a_cable_is_pulled_for_good(faulty: Make, cluster: HostCluster, lost: Ca
     assert fault.run.starts()[1] >= 8
 
 
+@pytest.mark.chaos
 def test_the_driver_is_killed_and_the_job_submitted_again(faulty: Make, cluster: HostCluster) -> None:
     fault = faulty("the driver killed (SIGKILL), the job submitted again")
     process = fault.run.submit("cluster.workers=2")

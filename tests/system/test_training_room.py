@@ -42,7 +42,9 @@ def mixed(simulated: str, odd: str) -> str:
     ("what", "uv_per_bit", "options"),
     [
         ("loss", "1e19", ("train.loss=squared", "train.precision=fp32", "zero.stage=1")),
-        ("gradient", "1e12", ("train.loss=squared", "train.precision=fp32", "zero.stage=0")),
+        pytest.param(
+            "gradient", "1e12", ("train.loss=squared", "train.precision=fp32", "zero.stage=0"), marks=pytest.mark.chaos
+        ),
         ("gradient", "1e12", ("train.loss=squared", "train.precision=fp32", "zero.stage=1")),
     ],
 )

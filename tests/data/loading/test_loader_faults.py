@@ -37,7 +37,7 @@ pytestmark = pytest.mark.timeout(90)
 def limits(monkeypatch: pytest.MonkeyPatch, outage_s: float = 300.0, read_timeout_s: float = 30.0) -> None:
     """How long this process waits for an endpoint that has answered, and for its next byte."""
     monkeypatch.setattr(storage.files, "OUTAGE_S", outage_s)
-    monkeypatch.setattr(storage.files, "_READ_TIMEOUT_S", read_timeout_s)
+    monkeypatch.setitem(storage.files._CLIENT_OPTIONS, "read_timeout", read_timeout_s)
     storage.forget_clients()
 
 

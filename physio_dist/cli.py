@@ -58,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
     embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
 
-    folds = verbs.add_parser("folds", help="a view of a sweep's shard set for each fold, to pretrain on")
+    folds = verbs.add_parser("folds", help="a resplit of a sweep's shard set for each fold, to pretrain on")
     folds.add_argument("--config", required=True, metavar="FILE", help="the sweep's configuration")
-    folds.add_argument("--out", required=True, metavar="URL", help="folder of the views, local or s3://")
+    folds.add_argument("--out", required=True, metavar="URL", help="folder of the resplits, local or s3://")
     folds.add_argument("options", nargs="*", metavar="key=value", help="override the configuration; split.val=0.1")
 
     predict = verbs.add_parser("predict", help="a sweep's classifier on a raw recording: one row a window")
@@ -177,12 +177,12 @@ def _folds(given: argparse.Namespace) -> None:
     from physio_dist.evaluation import fold_resplits
 
     options = config.load(fold_resplits.FoldsConfig, given.config, given.options)
-    views, written = fold_resplits.write_fold_resplits(options, job_paths.require_durable(given.out, "--out"))
-    there = len(views) - written
-    print(f"views of {views[0].data_url}" + (f", {there} of {len(views)} were there already" if there else ""))
-    for view in views:
-        print(f"{view.url}: windows: " + ", ".join(f"{count} {name}" for name, count in view.splits.items()))
-    if options.split.val and not all(view.splits["val"] for view in views):
+    resplits, written = fold_resplits.write_fold_resplits(options, job_paths.require_durable(given.out, "--out"))
+    there = len(resplits) - written
+    print(f"resplits of {resplits[0].data_url}" + (f", {there} of {len(resplits)} were there already" if there else ""))
+    for resplit in resplits:
+        print(f"{resplit.url}: windows: " + ", ".join(f"{count} {name}" for name, count in resplit.splits.items()))
+    if options.split.val and not all(resplit.splits["val"] for resplit in resplits):
         print("  split.val takes people by a hash, and met nobody in some: a larger share may")
 
 

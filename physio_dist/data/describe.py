@@ -44,7 +44,7 @@ def describe(url: str) -> list[str]:
         f"  {shards.nsamples} windows of {shards.people} people in {len(shards.shards)} shards, "
         f"{sum(s.filesize for s in shards.shards) / 1e6:,.1f} MB; sources: {', '.join(shards.sources)}",
         f"  fingerprint {shards.fingerprint}",
-        *_view(shards),
+        *_resplit(shards),
     ]
     for code, name in enumerate(SPLITS):
         mine = table.split == code
@@ -62,10 +62,10 @@ def describe(url: str) -> list[str]:
     return lines + _labels(shards)
 
 
-def _view(shards: ShardSet) -> list[str]:
+def _resplit(shards: ShardSet) -> list[str]:
     about = shards.made_by.get("view")
     told = ", ".join(f"{name} {value}" for name, value in about.items()) if isinstance(about, dict) else ""
-    return [f"  a view of {shards.base_url}" + (f": {told}" if told else "")] if shards.base_url else []
+    return [f"  a resplit of {shards.base_url}" + (f": {told}" if told else "")] if shards.base_url else []
 
 
 def _labels(shards: ShardSet) -> list[str]:

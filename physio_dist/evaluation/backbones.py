@@ -190,8 +190,8 @@ def refuse_overlap(
     if known := len(tested & backbone.people):
         advice = advice or (
             f"Give an encoder pretrained without them, tune.encoders.{backbone.signal}='{{{fold_name}: FOLDER}}' for "
-            "this fold (`physio-dist folds` makes a view of the shard set to pretrain it on); or pretrain on a shard "
-            "set that keeps them in its test split (split.test) and sweep with tune.protocol=holdout"
+            "this fold (`physio-dist folds` makes a resplit of the shard set to pretrain it on); or pretrain on a "
+            "shard set that keeps them in its test split (split.test) and sweep with tune.protocol=holdout"
         )
         raise UserError(
             f"{backbone.url} was pretrained on {known} of the {len(tested)} test people of fold {fold_name}: its "

@@ -1,4 +1,4 @@
-"""The folds of a sweep; and for each a view of its shard set in which the fold's test people are the test split."""
+"""The folds of a sweep; and for each a resplit of its shard set in which the fold's test people are the test split."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FoldsConfig(TuneConfig):
     split: SplitOptions = field(default_factory=SplitOptions)
 
     def validate(self) -> None:
-        """Refuse options of which no views could be made.
+        """Refuse options of which no resplits could be made.
 
         Raises:
             UserError: names the option.
@@ -44,8 +44,8 @@ class FoldsConfig(TuneConfig):
         self.tune.validate()
         if self.tune.protocol not in _TURNS:
             raise UserError(
-                f"tune.protocol={self.tune.protocol} has no people who take turns, so there is nothing to make a view "
-                f"for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's own "
+                f"tune.protocol={self.tune.protocol} has no people who take turns, so there is nothing to make a "
+                f"resplit for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's own "
                 "test split: pretrain on tune.data itself"
             )
 
@@ -67,7 +67,7 @@ def open_folds(options: TuneConfig) -> tuple[ShardSet, LabelTable, tuple[Fold, .
 
 
 def fold_split(sample_table: SampleTable, tested: npt.NDArray[np.uint64], val: float) -> npt.NDArray[np.uint8]:
-    """The split of a fold's view: uint8 ``[sample]``, position in ``SPLITS``.
+    """The split of a fold's resplit: uint8 ``[sample]``, position in ``SPLITS``.
 
     All windows of the people ``tested`` are test windows, whether they carry the label or not. A share ``val`` of the
     others is held out, by hash: whoever is not tested is on the same side in every fold.
@@ -79,10 +79,10 @@ def fold_split(sample_table: SampleTable, tested: npt.NDArray[np.uint64], val: f
 
 
 def write_fold_resplits(options: FoldsConfig, out: str) -> tuple[list[ShardSet], int]:
-    """Write a view for each fold of a sweep to ``out/0``, ``out/1``, ...: under the names of the sweep's folds.
+    """Write a resplit for each fold of a sweep to ``out/0``, ``out/1``, ...: under the names of the sweep's folds.
 
     Returns:
-        The views, and how many of them were not there yet.
+        The resplits, and how many of them were not there yet.
 
     Raises:
         UserError: as :func:`open_folds`; ``out`` holds something else; nobody is left to train on.
@@ -95,12 +95,12 @@ def write_fold_resplits(options: FoldsConfig, out: str) -> tuple[list[ShardSet],
         "protocol": tune.protocol, "folds": len(folds), "task": tune.task, "label": label_name(tune.task, tune.label),
         "seed": options.run.seed, "split.val": options.split.val, "set": shards.fingerprint,
     }  # fmt: skip
-    views = []
+    resplits = []
     for fold in folds:
         split = fold_split(sample_table, np.unique(table.person[fold.test]), options.split.val)
         if not (split == SPLITS.index("train")).any():
             raise UserError(f"split.val={options.split.val} leaves nobody to train on in fold {fold.name}; give less")
-        views.append(
+        resplits.append(
             with_splits(shards, sample_table, split, storage.join(out, fold.name), {"fold": fold.name, **about})
         )
-    return [made for made, _ in views], publish_resplits(views, out)
+    return [made for made, _ in resplits], publish_resplits(resplits, out)

@@ -15,7 +15,7 @@ from physio_dist.config import PretrainConfig
 from physio_dist.data.format.index import SAMPLE_TABLE, ShardSet
 from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.data.loading.mixture import open_sets, order_of
-from physio_dist.data.loading.order import LANES, Ints, Mixture, node_slice, rank_slice
+from physio_dist.data.loading.order import LANES, Mixture, node_slice, rank_slice
 from physio_dist.errors import UserError
 from physio_dist.models.encoders.criss_cross import (
     CHECKPOINTED,
@@ -27,6 +27,7 @@ from physio_dist.models.encoders.criss_cross import (
 )
 from physio_dist.planning import scaling_model
 from physio_dist.planning.traffic import Traffic, node_traffic
+from physio_dist.runtime.arrays import Int64Array
 from physio_dist.runtime.distributed import split_share
 from physio_dist.training.throughput import PEAKS
 
@@ -109,7 +110,7 @@ def feed(
     rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """What the nodes fetch, and how fast."""
-    sizes: list[Ints] = [np.array([shard.filesize for shard in one.shards], dtype=np.int64) for one in sets]
+    sizes: list[Int64Array] = [np.array([shard.filesize for shard in one.shards], dtype=np.int64) for one in sets]
     epoch = order.sets[0].steps_per_epoch
     fewest, most = _PLAYED
     played = min(max(_PLAYED_SAMPLES // max(order.sets[0].total, 1), fewest), most)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from physio_dist.data.loading.order import Ints, Mixture
-from physio_dist.data.loading.schedule import Schedule, Use
+from physio_dist.data.loading.order import Mixture
+from physio_dist.data.loading.schedule import Schedule, ShardUse
+from physio_dist.runtime.arrays import Int64Array
 
 _NEVER = 2**62
 # The share of the cache that is freed at once, so that its content need not be ranked for every shard.
@@ -38,7 +39,12 @@ class Traffic:
 
 
 def node_traffic(
-    order: Mixture, sizes: Sequence[Ints], sample_bytes: int, slots: tuple[int, int], cache_bytes: float, steps: int
+    order: Mixture,
+    sizes: Sequence[Int64Array],
+    sample_bytes: int,
+    slots: tuple[int, int],
+    cache_bytes: float,
+    steps: int,
 ) -> Traffic:
     """Play through ``steps`` steps of a node.
 
@@ -71,7 +77,7 @@ def node_traffic(
 class _Cache:
     """A node's cache that drops what is needed last and never what is in use."""
 
-    def __init__(self, uses: Sequence[Use], limit: float) -> None:
+    def __init__(self, uses: Sequence[ShardUse], limit: float) -> None:
         self._limit = limit
         self._held: dict[Key, int] = {}
         self._total = 0
@@ -108,7 +114,7 @@ class _Cache:
         return firsts[at] if at < len(firsts) else _NEVER
 
 
-def _most_in_use(order: Mixture, uses: Sequence[Use], sizes: Sequence[Ints], steps: int) -> int:
+def _most_in_use(order: Mixture, uses: Sequence[ShardUse], sizes: Sequence[Int64Array], steps: int) -> int:
     """The largest number of bytes that are between their first and last use of an epoch at the same time."""
     spans: dict[tuple[int, int, int], tuple[int, int]] = {}
     for use in uses:

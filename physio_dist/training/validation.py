@@ -16,10 +16,11 @@ import torch.distributed as dist
 from safetensors.numpy import save as save_safetensors
 
 from physio_dist.data.loading.dataset import ShardDataset
-from physio_dist.data.loading.order import Ints, rank_slice
+from physio_dist.data.loading.order import rank_slice
 from physio_dist.models.encoders.criss_cross import UNIT_UV
 from physio_dist.objectives.baselines import predict_interpolation, predict_zero
 from physio_dist.objectives.dual_mask import MaskConfig, dual_mask_loss
+from physio_dist.runtime.arrays import Int64Array
 from physio_dist.training.backends.deepspeed_engine import Engine
 from physio_dist.training.batch import MaskedBatch, MicroBatch, prepare_batch, to_device
 
@@ -52,7 +53,7 @@ class Validation:
         self.total = len(chosen)
         low, high = rank_slice(self.total, rank, world) if self.total >= world else (0, self.total if rank == 0 else 0)
         self._sets, self._ids = sets[chosen][low:high], ids[chosen][low:high]
-        self._positions: Ints = np.arange(low, high, dtype=np.int64)
+        self._positions: Int64Array = np.arange(low, high, dtype=np.int64)
         # Every rank takes the same number of forward passes, because under ZeRO 3 each is a collective.
         widest = self.total if self.total < world else -(-self.total // world)
         self._passes = -(-widest // size)

@@ -1,4 +1,4 @@
-"""A view for each fold of a sweep: its test people are nowhere but in the test split."""
+"""A resplit for each fold of a sweep: its test people are nowhere but in the test split."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def options(data: str, *more: str) -> FoldsConfig:
 
 
 @pytest.mark.parametrize("more", [(), ("tune.protocol=loso",), ("split.val=0", "run.seed=6")])
-def test_the_views_are_the_folds_of_the_sweep(data: str, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_the_resplits_are_the_folds_of_the_sweep(data: str, tmp_path: Path, more: tuple[str, ...]) -> None:
     given = options(data, *more)
-    views, written = write_fold_resplits(given, str(tmp_path / "views"))
+    resplits, written = write_fold_resplits(given, str(tmp_path / "resplits"))
     shards, table, folds = open_folds(given)
-    assert written == len(views) == len(folds) == (11 if given.tune.protocol == "loso" else 4)
+    assert written == len(resplits) == len(folds) == (11 if given.tune.protocol == "loso" else 4)
     whole = read_sample_table(shards)
     tested = []
-    for view, fold in zip(views, folds, strict=True):
-        assert view.url == f"{tmp_path}/views/{fold.name}" and view.made_by["view"]["fold"] == fold.name
-        sample_table = read_sample_table(open_set(view.url))
+    for resplit, fold in zip(resplits, folds, strict=True):
+        assert resplit.url == f"{tmp_path}/resplits/{fold.name}" and resplit.made_by["view"]["fold"] == fold.name
+        sample_table = read_sample_table(open_set(resplit.url))
         people = {code: set(sample_table.person[sample_table.split == code].tolist()) for code in range(3)}
         assert people[2] == set(table.person[fold.test].tolist())
         # Whole people, windows without the label among them.
@@ -69,11 +69,11 @@ def test_the_same_options_give_the_same_bytes_and_others_are_refused(data: str, 
     assert {path.relative_to(tmp_path / "b"): path.read_bytes() for path in (tmp_path / "b").rglob("*.*")} == bytes_of
     assert write_fold_resplits(options(data), str(tmp_path / "a")) == (first, 0)
     for more in ("run.seed=6", "split.val=0.5"):
-        with pytest.raises(UserError, match=r"a view made from other data or options; choose another --out"):
+        with pytest.raises(UserError, match=r"a resplit made from other data or options; choose another --out"):
             write_fold_resplits(options(data, more), str(tmp_path / "a"))
-    with pytest.raises(UserError, match=r"holds something else than these 3 views: 3; choose another --out"):
+    with pytest.raises(UserError, match=r"holds something else than these 3 resplits: 3; choose another --out"):
         write_fold_resplits(options(data, "tune.folds=3"), str(tmp_path / "a"))
-    # A sweep over a view is of the same people, and so are its folds.
+    # A sweep over a resplit is of the same people, and so are its folds.
     again, _ = write_fold_resplits(options(first[2].url), str(tmp_path / "c"))
     assert [one.fingerprint for one in again] == [one.fingerprint for one in first]
 
@@ -89,13 +89,13 @@ def test_the_same_options_give_the_same_bytes_and_others_are_refused(data: str, 
         ("tune.label=tusk", "no window of"),
     ],
 )
-def test_what_no_views_can_be_made_of_is_told_and_nothing_is_written(
+def test_what_no_resplits_can_be_made_of_is_told_and_nothing_is_written(
     data: str, tmp_path: Path, more: str, told: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        write_fold_resplits(options(data, more), str(tmp_path / "views"))
+        write_fold_resplits(options(data, more), str(tmp_path / "resplits"))
     assert told in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "views").exists()
+    assert not (tmp_path / "resplits").exists()
 
 
 def test_who_is_held_out_does_not_depend_on_who_is_tested(data: str) -> None:
@@ -115,9 +115,11 @@ def test_the_command_in_a_bucket(tmp_path: Path, s3_here: S3, cli: Cli) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(f"tune: {{data: {bucket}/data, task: eegmat, folds: 3, val_folds: 2}}\n")
     env = {**s3_here.env, "HOME": str(tmp_path)}
-    done = cli("folds", "--config", file, "--out", f"{bucket}/views", "split.val=0", env=env)
-    assert done.returncode == 0 and done.stdout.startswith(f"views of {bucket}/data\n{bucket}/views/0: "), done.stderr
+    done = cli("folds", "--config", file, "--out", f"{bucket}/resplits", "split.val=0", env=env)
+    assert done.returncode == 0 and done.stdout.startswith(f"resplits of {bucket}/data\n{bucket}/resplits/0: "), (
+        done.stderr
+    )
     assert "24 train, 0 val, 12 test" in done.stdout
-    again = cli("folds", "--config", file, "--out", f"{bucket}/views", "split.val=0", env=env)
+    again = cli("folds", "--config", file, "--out", f"{bucket}/resplits", "split.val=0", env=env)
     assert again.returncode == 0 and "3 of 3 were there already" in again.stdout
-    assert open_set(f"{bucket}/views/2").base_url == f"{bucket}/data"
+    assert open_set(f"{bucket}/resplits/2").base_url == f"{bucket}/data"

@@ -1,4 +1,4 @@
-"""Pretraining on a fold's view never sees the people the fold is tested on."""
+"""Pretraining on a fold's resplit never sees the people the fold is tested on."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def test_an_encoder_of_a_fold_has_never_seen_its_test_people(tmp_path: Path) -> 
     paired(str(tmp_path / "data"), facts_of(people=9, recordings=2, windows=4), shard=12)
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text("run: {seed: 1}\ntune: {data: data, task: eegmat, folds: 3, val_folds: 2}\n")
-    done = physio("folds", "--config", str(sweep), "--out", "views", "split.val=0.2", cwd=tmp_path)
+    done = physio("folds", "--config", str(sweep), "--out", "resplits", "split.val=0.2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    view, cluster = f"{tmp_path}/views/1", ("--nodes", "1", "--gpus-per-node", "1")
+    resplit, cluster = f"{tmp_path}/resplits/1", ("--nodes", "1", "--gpus-per-node", "1")
     options = ("data.signal=eeg", "train.steps=8", "train.log_every=4")
-    planned = physio("plan", "--config", CONFIG, *cluster, f"data.index={view}", "train.global_batch=16", *options)
+    planned = physio("plan", "--config", CONFIG, *cluster, f"data.index={resplit}", "train.global_batch=16", *options)
     assert planned.returncode == 0, planned.stderr
-    run = Run(tmp_path, "eeg-1", view, options)
+    run = Run(tmp_path, "eeg-1", resplit, options)
     assert run(ranks=1, launcher="python") == 0, run.said()
-    table = read_sample_table(open_set(view))
+    table = read_sample_table(open_set(resplit))
     keys = dict(zip(table.keys(np.arange(len(table.person))), table.person.tolist(), strict=True))
     seen = {keys[key] for batch in run.trace().values() for key in batch}
     of_split = [set(table.person[table.split == code].tolist()) for code in range(3)]
@@ -39,6 +39,6 @@ def test_an_encoder_of_a_fold_has_never_seen_its_test_people(tmp_path: Path) -> 
     backbone = open_backbone(encoder, "eeg")
     assert backbone.people == of_split[0]
     refuse_overlap(backbone, of_split[2], "1")
-    other = read_sample_table(open_set(f"{tmp_path}/views/0"))
-    with pytest.raises(UserError, match=r"of fold 0: .*`physio-dist folds` makes a view"):
+    other = read_sample_table(open_set(f"{tmp_path}/resplits/0"))
+    with pytest.raises(UserError, match=r"of fold 0: .*`physio-dist folds` makes a resplit"):
         refuse_overlap(backbone, np.unique(other.person[other.split == 2]).tolist(), "0")

@@ -66,8 +66,8 @@ class ShardSet:
         sample_table_sha256: hash of the sample table.
         fingerprint: one hash over all of it (shards, signals, sample table).
         made_by: what made it.
-        base_url: where its tars lie, if that is the folder of another set: then this one is a view of it, with an index
-            and a sample table of its own.
+        base_url: folder of its tars, if that is another set's: then this one is a resplit of it, with an index and a
+            sample table of its own.
     """
 
     url: str
@@ -102,7 +102,7 @@ class ShardSet:
         return np.concatenate([[0], np.cumsum([shard.nsamples for shard in self.shards])]).astype(np.int64)
 
     def to_json(self) -> dict[str, Any]:
-        """The index document. A view's names each shard as it is found from the view, as ``wids`` reads it."""
+        """The index document. A resplit's names each shard as it is found from the resplit, as ``wids`` reads it."""
         pointer = storage.pointer(self.base_url, self.url) if self.base_url else ""
         return {
             "__kind__": "wids-shard-index-v1",
@@ -146,11 +146,12 @@ def fingerprint_of(shards: Sequence[ShardInfo], signals: dict[str, SignalInfo], 
 
 
 def open_set(url: str) -> ShardSet:
-    """Read ``index.json`` of a shard set, and of the set it is a view of.
+    """Read ``index.json`` of a shard set, and of the set it is a resplit of.
 
     Raises:
-        UserError: there is no index, it is not one of ours, or a later version wrote it; or a view's set is not there.
-        DataError: it contradicts itself, or the set that it is a view of.
+        UserError: there is no index, it is not one of ours, or a later version wrote it; or the set that it is a
+            resplit of is not there.
+        DataError: it contradicts itself, or the set that it is a resplit of.
     """
     opened = _open(url)
     if opened.base_url:
@@ -158,26 +159,26 @@ def open_set(url: str) -> ShardSet:
     return opened
 
 
-def _check_resplit(view: ShardSet) -> None:
-    """A view may name no file but those that a shard set lists as its own, else an index could have any file read.
+def _check_resplit(resplit: ShardSet) -> None:
+    """A resplit may name no file but those that a shard set lists as its own, else an index could have any file read.
 
     Raises:
-        UserError: there is no shard set where the view says.
+        UserError: there is no shard set where the resplit says.
         DataError: there is one, with other shards.
     """
     try:
-        home = _open(view.base_url)
+        base = _open(resplit.base_url)
     except storage.StorageError:
         raise
     except UserError:
         raise UserError(
-            f"{view.url} is a view of the shards in {view.base_url}, where there is no finished shard set; move both "
-            "together, or make the view again (`physio-dist folds`)"
+            f"{resplit.url} is a resplit of the shards in {resplit.base_url}, where there is no finished shard set; "
+            "move both together, or make the resplit again (`physio-dist folds`)"
         ) from None
-    if home.base_url or (home.shards, home.signals, home.rate) != (view.shards, view.signals, view.rate):
+    if base.base_url or (base.shards, base.signals, base.rate) != (resplit.shards, resplit.signals, resplit.rate):
         raise DataError(
-            f"{view.url} is a view of {view.base_url}, which holds other shards than the view was made of; make it "
-            "again"
+            f"{resplit.url} is a resplit of {resplit.base_url}, which holds other shards than the resplit was made of; "
+            "make it again"
         )
 
 

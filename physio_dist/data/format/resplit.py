@@ -14,19 +14,19 @@ from physio_dist.data.format.index import INDEX, SAMPLE_TABLE, SPLITS, ShardSet,
 from physio_dist.data.format.sample_table import SampleTable, publish
 from physio_dist.errors import UserError
 
-# What a conversion goes by when it is started again; a view is not what that made.
+# What a conversion goes by when it is started again; a resplit is not what that made.
 _JOB = "job"
 
 
 def with_splits(
     shards: ShardSet, table: SampleTable, split: npt.NDArray[np.uint8], url: str, about: dict[str, Any]
 ) -> tuple[ShardSet, SampleTable]:
-    """A view, not yet published.
+    """A resplit, not yet published.
 
     Args:
-        shards, table: the set; a view of a view is one of the same shards.
+        shards, table: the set; a resplit of a resplit is one of the same shards.
         split: uint8 ``[sample]``, position in ``SPLITS``.
-        url: where the view is going to be.
+        url: where the resplit is going to be.
         about: what is noted of its making.
 
     Raises:
@@ -34,8 +34,8 @@ def with_splits(
     """
     if storage.pointed(storage.pointer(shards.data_url, url), url) is None:
         raise UserError(
-            f"a view at {url} could not name the shards in {shards.data_url}, for who reads the one may not reach the "
-            "other; give a place beside the shards, or a local folder"
+            f"a resplit at {url} could not name the shards in {shards.data_url}, for who reads the one may not reach "
+            "the other; give a place beside the shards, or a local folder"
         )
     other = replace(table, split=split)
     digest = hashlib.sha256(other.to_bytes()).hexdigest()
@@ -48,8 +48,8 @@ def with_splits(
     return made, other
 
 
-def publish_resplits(views: list[tuple[ShardSet, SampleTable]], out: str) -> int:
-    """Write the views that are not there yet; all of them lie right below ``out``.
+def publish_resplits(resplits: list[tuple[ShardSet, SampleTable]], out: str) -> int:
+    """Write the resplits that are not there yet; all of them lie right below ``out``.
 
     Returns:
         How many were written.
@@ -58,17 +58,19 @@ def publish_resplits(views: list[tuple[ShardSet, SampleTable]], out: str) -> int
         UserError: something else is there; nothing was written.
     """
     instead = "choose another --out, or delete it first"
-    expected = {made.url.rsplit("/", 1)[-1] for made, _ in views}
+    expected = {made.url.rsplit("/", 1)[-1] for made, _ in resplits}
     # What begins with a dot is a write that was killed, or the file system's own.
     if others := [name for name in storage.names(out) if name not in expected and not name.startswith(".")]:
-        raise UserError(f"{out} holds something else than these {len(views)} views: {_some(others)}; {instead}")
+        raise UserError(f"{out} holds something else than these {len(resplits)} resplits: {_some(others)}; {instead}")
     missing = []
-    for made, table in views:
+    for made, table in resplits:
         names = [name for name in storage.names(made.url) if not name.startswith(".")]
         if others := [name for name in names if name not in (INDEX, SAMPLE_TABLE)]:
-            raise UserError(f"{made.url} holds something else than a view: {_some(others)}; {instead}")
+            raise UserError(f"{made.url} holds something else than a resplit: {_some(others)}; {instead}")
         if INDEX in names and storage.read_json(storage.join(made.url, INDEX)) != made.to_json():
-            raise UserError(f"{made.url} holds another shard set, or a view made from other data or options; {instead}")
+            raise UserError(
+                f"{made.url} holds another shard set, or a resplit made from other data or options; {instead}"
+            )
         if len(names) < 2:
             missing.append((made, table))
     for made, table in missing:

@@ -317,10 +317,10 @@ class ShardCache:
             total = arriving + sum(size for _, size, _ in entries)
             kept = {path.stem for _, _, path in entries}
             if total + needed > self.limit_bytes:
-                expendable = self._expendable(entries, info.sha256)
-                if total - sum(size for size, _ in expendable) + needed > self.limit_bytes:
+                evictable = self._eviction_order(entries, info.sha256)
+                if total - sum(size for size, _ in evictable) + needed > self.limit_bytes:
                     raise _NoRoomError
-                for size, path in expendable:
+                for size, path in evictable:
                     with contextlib.suppress(OSError):
                         path.unlink()
                     total -= size
@@ -335,7 +335,7 @@ class ShardCache:
                 del self._opened[sha256]
                 self._fetched.discard(sha256)
 
-    def _expendable(self, entries: list[tuple[float, int, Path]], newcomer: str) -> list[tuple[int, Path]]:
+    def _eviction_order(self, entries: list[tuple[float, int, Path]], newcomer: str) -> list[tuple[int, Path]]:
         """Cached shards that are needed after another one, what is needed last first."""
         step, soonest = self.next_use() if self.next_use is not None else (0, {})
         mine = soonest.get(newcomer, step)

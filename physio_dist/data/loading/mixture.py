@@ -8,8 +8,9 @@ import numpy as np
 
 from physio_dist.data.format.index import SPLITS, ShardSet, open_set
 from physio_dist.data.format.sample_table import SampleTable
-from physio_dist.data.loading.order import Ints, Mixture, mixture
+from physio_dist.data.loading.order import Mixture, mixture
 from physio_dist.errors import UserError
+from physio_dist.runtime.arrays import Int64Array
 
 
 def open_sets(urls: Sequence[str], signal: str) -> list[ShardSet]:
@@ -36,7 +37,7 @@ def check_compatible(sets: Sequence[ShardSet], signal: str) -> None:
         _agree(sets[0], shards, signal)
 
 
-def members(table: SampleTable, split: str) -> Ints:
+def members(table: SampleTable, split: str) -> Int64Array:
     """The samples of a split, in storage order."""
     return np.flatnonzero(table.split == SPLITS.index(split)).astype(np.int64)
 

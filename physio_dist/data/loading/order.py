@@ -16,11 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from physio_dist.errors import UserError
-
-Ints = npt.NDArray[np.int64]
+from physio_dist.runtime.arrays import Float64Array, Int64Array
 
 # More lanes mix better and serve more nodes: 128 is one lane for every node of a large cluster.
 LANES = 128
@@ -34,7 +32,7 @@ def seed_of(*purpose: object) -> int:
     return int.from_bytes(hashlib.blake2b("/".join(map(str, purpose)).encode(), digest_size=8).digest(), "big")
 
 
-def permutation(n: int, *purpose: str | int) -> Ints:
+def permutation(n: int, *purpose: str | int) -> Int64Array:
     """A permutation of ``range(n)`` that depends on ``purpose`` alone.
 
     Philox's raw bits are fixed by its specification, and sorting them keeps the result apart from NumPy's own
@@ -60,7 +58,7 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Uses:
+class ShardUses:
     """When some slots of the batches need which shards, in one epoch.
 
     Attributes:
@@ -70,10 +68,10 @@ class Uses:
             share the expected number.
     """
 
-    shard: Ints
-    first: Ints
-    last: Ints
-    samples: npt.NDArray[np.float64]
+    shard: Int64Array
+    first: Int64Array
+    last: Int64Array
+    samples: Float64Array
 
 
 class SetOrder:
@@ -86,7 +84,7 @@ class SetOrder:
         name: tells sets of a mixture apart, so that they are not shuffled alike.
     """
 
-    def __init__(self, counts: Ints, batch: int, seed: int, name: str) -> None:
+    def __init__(self, counts: Int64Array, batch: int, seed: int, name: str) -> None:
         self.counts, self.batch, self.seed, self.name = counts, batch, seed, name
         self.total = int(counts.sum())
         self.lanes = min(batch, LANES)
@@ -104,7 +102,7 @@ class SetOrder:
         # For each lane the permuted block it is in, and which that is: (epoch, number of the block).
         self._shuffled = np.empty((self.lanes, min(self._block, int(self._length.max()))), dtype=np.int32)
         self._held = np.full((self.lanes, 2), -1, dtype=np.int64)
-        self._epochs: dict[int, tuple[Ints, Ints]] = {}
+        self._epochs: dict[int, tuple[Int64Array, Int64Array]] = {}
         self._begins = np.cumsum(counts) - counts
 
     @property
@@ -112,7 +110,7 @@ class SetOrder:
         """Global batches in an epoch; the rest, smaller than a batch, is left out."""
         return self.total // self.batch
 
-    def take(self, step: int) -> Ints:
+    def take(self, step: int) -> Int64Array:
         """Ordinals within the split (storage order) that global batch ``step`` (from 0) takes from this set.
 
         Returns:
@@ -145,7 +143,7 @@ class SetOrder:
         self._shuffled[lane, :size] = permutation(size, self.seed, self.name, "window", epoch, lane, block)
         self._held[lane] = epoch, block
 
-    def _sequence(self, epoch: int) -> tuple[Ints, Ints]:
+    def _sequence(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """The epoch's shards in their order, and where each ends in the sequence of samples."""
         held = self._epochs.get(epoch)
         if held is None:
@@ -155,18 +153,18 @@ class SetOrder:
             held = self._epochs[epoch] = (shards, np.cumsum(self.counts[shards]))
         return held
 
-    def _storage(self, epoch: int, places: Ints) -> Ints:
+    def _storage(self, epoch: int, places: Int64Array) -> Int64Array:
         """Turn places in the epoch's sequence of permuted shards into ordinals in storage order."""
         shards, ends = self._sequence(epoch)
         index = np.searchsorted(ends, places, side="right")
         shard = shards[index]
         return self._begins[shard] + places - (ends[index] - self.counts[shard])
 
-    def uses(self, epoch: int, low: int, high: int) -> Uses:
+    def uses(self, epoch: int, low: int, high: int) -> ShardUses:
         """The shards that the slots ``low .. high`` of this set's part of the batch need, and when."""
         with self._lock:
             shards, ends = self._sequence(epoch)
-        found: list[tuple[Ints, Ints, Ints, npt.NDArray[np.float64]]] = []
+        found: list[tuple[Int64Array, Int64Array, Int64Array, Float64Array]] = []
         lanes, slots = np.unique(self._lane[low:high], return_counts=True)
         for lane, mine in zip(lanes.tolist(), slots.tolist(), strict=True):
             width, length = int(self._width[lane]), int(self._length[lane])
@@ -186,7 +184,7 @@ class SetOrder:
             found.append((shard, begin[of] // width, (np.minimum(end, visited)[of] - 1) // width, share))
         shard, start, stop, samples = (np.concatenate(part) for part in zip(*found, strict=True))
         kept = self.counts[shard] > 0
-        return Uses(shard[kept], start[kept], stop[kept], samples[kept])
+        return ShardUses(shard[kept], start[kept], stop[kept], samples[kept])
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ class Mixture:
         """Samples in a global batch."""
         return sum(order.batch for order in self.sets)
 
-    def take(self, step: int) -> tuple[Ints, Ints]:
+    def take(self, step: int) -> tuple[Int64Array, Int64Array]:
         """Global batch ``step`` (from 0).
 
         Returns:
@@ -229,7 +227,7 @@ class Mixture:
 
 
 def mixture(
-    counts: Sequence[Ints],
+    counts: Sequence[Int64Array],
     weights: Sequence[float],
     names: Sequence[str],
     global_batch: int,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from physio_dist.data.loading.order import Mixture, Uses
+from physio_dist.data.loading.order import Mixture, ShardUses
 
 
 @dataclass(frozen=True, order=True)
-class Use:
+class ShardUse:
     """A shard of which so many samples are needed between two steps of the run (from 0, both included)."""
 
     first: int
@@ -32,9 +32,9 @@ class Schedule:
 
     def __init__(self, order: Mixture, low: int, high: int) -> None:
         self._parts = [(i, order.sets[i], first, last) for i, first, last in order.slots(low, high)]
-        self._held: dict[tuple[int, int], Uses] = {}
+        self._held: dict[tuple[int, int], ShardUses] = {}
 
-    def coming(self, step: int) -> Iterator[Use]:
+    def coming(self, step: int) -> Iterator[ShardUse]:
         """Every use that does not end before ``step``, by its first step; without end."""
         return heapq.merge(*(self._of_set(part, step) for part in range(len(self._parts))))
 
@@ -53,7 +53,7 @@ class Schedule:
                 found[i, int(shard)] = step - within + int(soonest[shard])
         return found
 
-    def _uses(self, part: int, epoch: int) -> Uses:
+    def _uses(self, part: int, epoch: int) -> ShardUses:
         held = self._held.get((part, epoch))
         if held is None:
             for old in [key for key in self._held if key[0] == part and key[1] < epoch - 2]:
@@ -62,7 +62,7 @@ class Schedule:
             held = self._held[part, epoch] = order.uses(epoch, low, high)
         return held
 
-    def _of_set(self, part: int, step: int) -> Iterator[Use]:
+    def _of_set(self, part: int, step: int) -> Iterator[ShardUse]:
         i, order, _, _ = self._parts[part]
         epoch = step // order.steps_per_epoch
         while True:
@@ -71,5 +71,5 @@ class Schedule:
             for at in np.lexsort((uses.shard, uses.first)):
                 last = begin + int(uses.last[at])
                 if last >= step:
-                    yield Use(begin + int(uses.first[at]), last, i, int(uses.shard[at]), float(uses.samples[at]))
+                    yield ShardUse(begin + int(uses.first[at]), last, i, int(uses.shard[at]), float(uses.samples[at]))
             epoch += 1

@@ -19,6 +19,8 @@ from physio_dist.evaluation.study import Study
 from physio_dist.evaluation.trials import Choice, control
 from tests.evaluation.study_samples import CONFIG, changed, study_of, table_of
 
+pytestmark = pytest.mark.integration
+
 REPEATS = 20
 
 

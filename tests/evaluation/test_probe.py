@@ -20,6 +20,8 @@ from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, MaskedMod
 from physio_dist.models.export import save_encoder
 from tests.evaluation.study_samples import publish_set, waves
 
+pytestmark = pytest.mark.integration
+
 PEOPLE, WINDOWS = 24, 2
 
 

@@ -11,6 +11,8 @@ from physio_dist.report.page import render
 from tests.report.report_samples import Page, jsonl, metric_rows, reader
 from tests.report.sweep_samples import write_sweep
 
+pytestmark = pytest.mark.integration
+
 
 def test_runs_stand_below_each_other_with_anchors_of_their_own(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"

@@ -28,6 +28,8 @@ from tests.report.report_samples import (
     write_run,
 )
 
+pytestmark = pytest.mark.integration
+
 
 def page_of(folder: Path) -> tuple[str, Page]:
     text = render(reader(folder))

@@ -24,6 +24,8 @@ from tests.report.sweep_samples import (
     write_sweep,
 )
 
+pytestmark = pytest.mark.integration
+
 CLASSES = ("rest", "task")
 TITLES = {
     "majority": "Majority class",

@@ -21,6 +21,8 @@ from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.verify import verify
 from physio_dist.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 
 def made(reader: str, source: Path | str, out: Path, *options: str) -> Summary:
     given = config.load(config.ShardConfig, None, ["workers=1", *options])

@@ -23,6 +23,8 @@ from physio_dist.models.fusion.base import make_tokens
 from physio_dist.models.fusion.heads import input_kind
 from tests.evaluation.study_samples import CONFIG, changed, facts_of, publish_set, study_of, waves, write_features
 
+pytestmark = pytest.mark.integration
+
 EEG = ("Fz", "Cz", "Pz", "Oz")
 TELLS, WHEN = 2, 1
 

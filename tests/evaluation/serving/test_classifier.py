@@ -37,6 +37,8 @@ from tests.conftest import S3
 from tests.evaluation.study_samples import CONFIG, paired
 from tests.evaluation.test_study import export, facts_of, quiet
 
+pytestmark = pytest.mark.integration
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 RATE = 250
 LEADS = ("I", "II", "V1")

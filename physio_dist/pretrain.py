@@ -35,9 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     choose_accelerator()
     stop = PreemptionHandler()
     stop.install()
-    from physio_dist.training import trainer
+    from physio_dist.training.pretrain import pretrain
 
-    trainer.pretrain(options, stop)
+    pretrain(options, stop)
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ def train_one_rank(given: dict[str, Any]) -> None:
     from physio_dist.runtime.preemption import PreemptionHandler
 
     choose_accelerator()
-    from physio_dist.training import trainer
+    from physio_dist.training import pretrain
     from physio_dist.training.nonfinite import NonFiniteError
 
     stop = PreemptionHandler()
@@ -332,8 +332,8 @@ def train_one_rank(given: dict[str, Any]) -> None:
         _report(step, line)
 
     try:
-        trainer.pretrain(options, stop, committed, _teller(coordinator))
-    except trainer.PeerLostError as error:
+        pretrain.pretrain(options, stop, committed, _teller(coordinator))
+    except pretrain.PeerLostError as error:
         _say(str(error))
         raise
     except PhysioError as error:

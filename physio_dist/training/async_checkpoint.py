@@ -1,8 +1,8 @@
-"""Checkpoints that are written behind the training loop's back.
+"""Checkpoints written in the background.
 
-The loop waits for a copy in memory. A thread of each rank then sends what the run's files have grown by, on the first
-rank the checkpoint's own files too; once every rank is through, the first rank commits. How far the others are is told
-at the end of each step, in the all-reduce that there is anyway: the threads take part in no collective.
+The training loop waits only for a copy in memory. A thread of each rank then uploads what the run's files have grown
+by, on the first rank the checkpoint's own files too; once all ranks have uploaded, the first rank commits. The ranks
+learn of each other's progress from the all-reduce at the end of each step: the threads take part in no collective.
 """
 
 from __future__ import annotations
@@ -13,32 +13,33 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
-import torch.distributed as dist
+from physio_dist.training.collectives import barrier
 
-_PARTING_S = 10.0
+# Seconds that an upload may go on after training has ended by an error.
+_ABANDON_S = 10.0
 
 
-class CheckpointFiles(Protocol):
-    """What a checkpoint is made of, and how it gets where it belongs."""
+class Snapshot(Protocol):
+    """A copy of everything that a checkpoint holds."""
 
-    def send(self) -> None:
-        """Everything but the commit; run by a thread of each rank."""
+    def upload(self) -> None:
+        """Store all of it but the manifest; run by a thread of each rank."""
 
     def commit(self) -> None:
-        """Make it count; run by a thread of the first rank, when all ranks have sent theirs."""
+        """Write the manifest; run by a thread of the first rank, after all ranks have uploaded."""
 
-    def committed(self) -> None:
-        """Called on every rank, by the loop, when it counts."""
+    def on_commit(self) -> None:
+        """Called on every rank, by the loop, once the checkpoint is committed."""
 
 
 class _Phase(Enum):
-    NONE = 0
-    SENDING = 1
+    IDLE = 0
+    UPLOADING = 1
     COMMITTING = 2
 
 
 class _Work(threading.Thread):
-    """A piece of work whose error waits for whoever asks."""
+    """A thread whose error is raised in the thread that asks for its state."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -53,7 +54,7 @@ class _Work(threading.Thread):
             self._error = error
 
     def done(self) -> bool:
-        """Whether it has ended well; raises what it has ended with otherwise."""
+        """Whether it has finished; raises the error that ended it."""
         if self.is_alive():
             return False
         if self._error is not None:
@@ -66,78 +67,78 @@ class _Work(threading.Thread):
 
 
 class AsyncCheckpointer:
-    """One checkpoint in flight, at most.
+    """Saves checkpoints in the background, at most one at a time.
 
     Args:
         first: whether this is the first rank.
-        take: copies what the checkpoint of a step holds (a collective).
+        snapshot: copies what the checkpoint of a step holds (a collective).
 
     Attributes:
-        blocked_s: for how long the loop has waited for it, since it was last set to 0.
+        blocked_s: seconds that the loop has waited, since it was last set to 0.
     """
 
-    def __init__(self, first: bool, take: Callable[[int], CheckpointFiles]) -> None:
-        self._first, self._take = first, take
-        self._phase = _Phase.NONE
-        self._files: CheckpointFiles | None = None
+    def __init__(self, first: bool, snapshot: Callable[[int], Snapshot]) -> None:
+        self._first, self._take_snapshot = first, snapshot
+        self._phase = _Phase.IDLE
+        self._snapshot: Snapshot | None = None
         self._work: _Work | None = None
         self.blocked_s = 0.0
 
     def save(self, step: int) -> None:
-        """Begin with the checkpoint of a step; one that is still in flight is waited for (a collective)."""
+        """Start the checkpoint of a step, after waiting for the one in flight (a collective)."""
         began = time.perf_counter()
         self._finish()
-        self._files = self._take(step)
-        self._phase, self._work = _Phase.SENDING, _Work(self._files.send)
+        self._snapshot = self._take_snapshot(step)
+        self._phase, self._work = _Phase.UPLOADING, _Work(self._snapshot.upload)
         self.blocked_s += time.perf_counter() - began
 
-    def local_status(self) -> tuple[float, float]:
-        """Whether this rank has sent, and whether it has committed; to be summed over the ranks.
+    def local_status(self) -> tuple[bool, bool]:
+        """Whether this rank has uploaded the checkpoint in flight, and whether it has committed it.
 
         Raises:
-            StorageError, UserError: what the thread has met, as at a full disk or a lost lease.
+            StorageError, UserError: the thread's error, such as a full disk or a lost lease.
         """
         done = self._work is not None and self._work.done()
-        return float(done and self._phase is _Phase.SENDING), float(done and self._phase is _Phase.COMMITTING)
+        return done and self._phase is _Phase.UPLOADING, done and self._phase is _Phase.COMMITTING
 
-    def update(self, all_sent: bool, committed: bool) -> None:
-        """Go on with what all ranks now know; the same on every rank."""
-        if all_sent:
+    def update(self, all_uploaded: bool, committed: bool) -> None:
+        """Enter the next phase if all ranks are ready for it; called with the same arguments on every rank."""
+        if all_uploaded:
             self._commit()
         if committed:
             self._end()
 
     def finish(self) -> None:
-        """Wait until nothing is in flight (a collective)."""
+        """Wait for the checkpoint in flight (a collective)."""
         began = time.perf_counter()
         self._finish()
         self.blocked_s += time.perf_counter() - began
 
     def abandon(self) -> None:
-        """Training ends by an error: let the thread end what it is at, if that takes little time."""
+        """Give the thread a few seconds to finish; called when training ends by an error."""
         if self._work is not None:
-            self._work.join(_PARTING_S)
+            self._work.join(_ABANDON_S)
 
     def _finish(self) -> None:
-        if self._phase is _Phase.NONE:
+        if self._phase is _Phase.IDLE:
             return
-        if self._phase is _Phase.SENDING:
+        if self._phase is _Phase.UPLOADING:
             assert self._work is not None
             self._work.wait()
-            dist.barrier()
+            barrier()
             self._commit()
         if self._work is not None:
             self._work.wait()
         # A rank that ended now would have its launcher end the one that is writing.
-        dist.barrier()
+        barrier()
         self._end()
 
     def _commit(self) -> None:
-        assert self._files is not None
-        self._phase, self._work = _Phase.COMMITTING, _Work(self._files.commit) if self._first else None
+        assert self._snapshot is not None
+        self._phase, self._work = _Phase.COMMITTING, _Work(self._snapshot.commit) if self._first else None
 
     def _end(self) -> None:
-        files = self._files
-        assert files is not None
-        self._phase, self._files, self._work = _Phase.NONE, None, None
-        files.committed()
+        snapshot = self._snapshot
+        assert snapshot is not None
+        self._phase, self._snapshot, self._work = _Phase.IDLE, None, None
+        snapshot.on_commit()

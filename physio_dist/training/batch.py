@@ -1,4 +1,4 @@
-"""One micro batch on the device: int16 to patches, mask, forward pass, loss."""
+"""Batches with their masks, micro batches on the device, learning rate and dropout seeds of a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from physio_dist.objectives.dual_mask import DualMask, MaskConfig, sample_masks
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """A rank's batch with its masks, as CPU tensors, still int16."""
+    """A rank's batch with its masks, as CPU tensors; the signal is still int16.
+
+    Attributes:
+        batch: from the data loader.
+        signal: int16 ``[sample, channel, time]``.
+        scale: float32 ``[sample]``, microvolts per bit.
+        valid: bool ``[sample, channel]``, without dropped leads.
+        weight: float32 ``[sample]``, 0 for padding.
+        intra, inter: bool ``[sample, channel, patch]``, the two parts of the dual mask.
+        all_valid: whether ``valid`` is True everywhere.
+    """
 
     batch: Batch
     signal: torch.Tensor
@@ -33,7 +43,14 @@ class MaskedBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro batch on the device: ``x`` float ``[b, channel, patch, 200]`` in units of 100 uV, masks bool."""
+    """A micro batch on the device.
+
+    Attributes:
+        x: float ``[sample, channel, patch, 200]`` in units of 100 uV.
+        intra, inter, hidden: bool ``[sample, channel, patch]``; ``hidden`` is ``intra | inter``.
+        valid: bool of that shape; None if everything is valid.
+        weight: float32 ``[sample]``.
+    """
 
     x: torch.Tensor
     intra: torch.Tensor
@@ -46,7 +63,15 @@ class MicroBatch:
 def prepare_batch(
     batch: Batch, mask: MaskConfig, groups: Sequence[Sequence[int]], seed: int, purpose: str
 ) -> MaskedBatch:
-    """Draw a batch's masks; run by the feed's thread."""
+    """Draw a batch's masks.
+
+    Args:
+        batch: from the data loader.
+        mask: options of the masks.
+        groups: channels that are linearly dependent; see `sample_masks`.
+        seed: of the run.
+        purpose: ``train`` or ``val``; different masks for each.
+    """
     patches = batch.signal.shape[2] // PATCH
     drawn: DualMask = sample_masks(mask, groups, patches, seed, purpose, batch.positions, batch.valid)
     valid = batch.valid & drawn.shown
@@ -58,31 +83,31 @@ def prepare_batch(
 
 
 def pin(prepared: MaskedBatch) -> MaskedBatch:
-    """The same in page-locked memory, so that copies to a GPU overlap with its work."""
+    """Copy a batch to page-locked memory, so that copies to a GPU overlap with its work."""
     pinned: dict[str, Any] = {k: v.pin_memory() for k, v in vars(prepared).items() if isinstance(v, torch.Tensor)}
     return replace(prepared, **pinned)
 
 
 def to_device(prepared: MaskedBatch, rows: slice, device: torch.device) -> MicroBatch:
-    """Move some rows to the device as int16 and turn them into patches there."""
+    """Move some samples to the device as int16 and convert them to patches there."""
     signal, scale, valid, weight, intra, inter = (
         getattr(prepared, name)[rows].to(device, non_blocking=True)
         for name in ("signal", "scale", "valid", "weight", "intra", "inter")
     )
     x = to_patches(signal, scale)
     # Where all is valid the mask would cost time and change nothing.
-    everywhere = None if prepared.all_valid else valid[:, :, None].expand(x.shape[:3])
-    return MicroBatch(x, intra, inter, intra | inter, everywhere, weight)
+    patch_valid = None if prepared.all_valid else valid[:, :, None].expand(x.shape[:3])
+    return MicroBatch(x, intra, inter, intra | inter, patch_valid, weight)
 
 
 def seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
-    """Make dropout a function of these numbers, so that a resumed run draws what the undisturbed one would."""
+    """Seed dropout by these numbers, so that a resumed run draws what an uninterrupted one would."""
     digest = hashlib.blake2b(f"dropout/{seed}/{step}/{micro}/{rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def learning_rate(step: int, train: TrainOptions) -> float:
-    """Linear warm-up, then a cosine from ``lr`` to ``min_lr`` at the last step (steps count from 1)."""
+    """Learning rate of a step (from 1): linear warm-up, then a cosine from ``lr`` to ``min_lr`` at the last step."""
     if step <= train.warmup_steps:
         return train.lr * step / train.warmup_steps
     low = min(train.min_lr, train.lr)

@@ -1,99 +1,89 @@
-"""Which rank and which samples a bad step comes from. Costs nothing until there is one."""
+"""Diagnosis of steps with a high or non-finite loss: the ranks and samples they come from."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from physio_dist.config import PretrainConfig
 from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.errors import PhysioError
-from physio_dist.objectives.dual_mask import dual_mask_loss
-from physio_dist.runtime.distributed import BatchShare
-from physio_dist.training.backends.deepspeed_engine import Engine
-from physio_dist.training.batch import MaskedBatch, seed_dropout, to_device
+from physio_dist.training.batch import MaskedBatch
+from physio_dist.training.collectives import gather_objects
+from physio_dist.training.passes import Passes
 
-_SHOWN = 4
-Found = tuple[float, int, str]
+_MAX_NAMED = 4
 
 
 class NonFiniteError(PhysioError):
     """A loss or a gradient became NaN or infinite; it was caught before any weight moved."""
 
 
-def top_loss_samples(source: ShardDataset, prepared: MaskedBatch, share: BatchShare, each: list[torch.Tensor]) -> str:
-    """The samples with the highest losses of a step, over all ranks (a collective)."""
-    found = _gather(sorted(_samples(source, prepared, share, each), reverse=True)[:_SHOWN])
-    return _told(sorted(found, reverse=True))
+class SampleLoss(NamedTuple):
+    """Loss of a sample; infinity stands for every non-finite value."""
+
+    loss: float
+    rank: int
+    key: str
 
 
-def diagnose_nonfinite(
-    engine: Engine, source: ShardDataset, prepared: MaskedBatch, options: PretrainConfig, share: BatchShare, step: int,
-    each: list[torch.Tensor],
-) -> NonFiniteError:  # fmt: skip
-    """The error of a step whose loss or gradient is not finite; it names ranks and samples (a collective).
-
-    The gradient itself no longer tells by whom it was spoilt once the ranks have shared it, so the passes of the step
-    are done again and every rank looks at its own.
-    """
-    mine = _samples(source, prepared, share, each)
-    found = _gather([one for one in mine if math.isinf(one[0])][:_SHOWN])
-    what = "loss"
-    if not found:
-        what = "gradient"
-        engine.skip()
-        spoilt = nonfinite_microbatches(engine, prepared, options, share, step)
-        by_pass = [mine[k * share.micro : (k + 1) * share.micro] for k in spoilt]
-        found = _gather([one for part in by_pass for one in sorted(part, reverse=True)][:_SHOWN])
-    return NonFiniteError(
-        f"the {what} of step {step} is not a finite number ({_told(found)}); no weight was changed by it. A lower "
-        "train.lr, a longer train.warmup_steps or train.precision=fp32 may help"
-    )
-
-
-def _samples(source: ShardDataset, prepared: MaskedBatch, share: BatchShare, each: list[torch.Tensor]) -> list[Found]:
-    """Loss, rank and key of this rank's samples, in their order; infinity stands for all that is no number."""
-    losses = torch.cat(each).float().cpu().tolist()
-    keys = source.keys(prepared.batch.samples)
+def sample_losses(
+    dataset: ShardDataset, batch: MaskedBatch, rank: int, losses: Sequence[torch.Tensor]
+) -> list[SampleLoss]:
+    """Losses of this rank's samples, in their order; ``losses`` ``[micro]`` for each micro step, padding last."""
+    values = torch.cat(list(losses)).float().cpu().tolist()
+    keys = dataset.keys(batch.batch.samples)
     return [
-        (loss if math.isfinite(loss) else math.inf, share.rank, key) for loss, key in zip(losses, keys, strict=False)
+        SampleLoss(value if math.isfinite(value) else math.inf, rank, key)
+        for value, key in zip(values, keys, strict=False)
     ]
 
 
-def nonfinite_microbatches(
-    engine: Engine, prepared: MaskedBatch, options: PretrainConfig, share: BatchShare, step: int
-) -> list[int]:
-    """The passes of this rank whose own gradient is not finite."""
-    spoilt = []
-    for k in range(share.micro_steps):
-        micro = to_device(prepared, slice(k * share.micro, (k + 1) * share.micro), engine.device)
-        seed_dropout(options.run.seed, step, k, share.rank)
-        with engine.own_norms() as norms:
-            predicted = engine(micro.x, micro.hidden, micro.valid)
-            terms = dual_mask_loss(predicted, micro.x, micro.intra, micro.inter, micro.valid, options.train.loss)
-            loss = (terms.loss * micro.weight).sum() * (share.world / options.train.global_batch)
-            engine.backward(loss, k == share.micro_steps - 1, share.micro_steps)
+def top_loss_samples(samples: Iterable[SampleLoss]) -> str:
+    """Names of the samples with the highest losses over all ranks (a collective)."""
+    local = sorted(samples, reverse=True)[:_MAX_NAMED]
+    return _format_samples(sorted(gather_objects(local), reverse=True))
+
+
+def diagnose_nonfinite(passes: Passes, batch: MaskedBatch, step: int, samples: Sequence[SampleLoss]) -> NonFiniteError:
+    """Make the error for a step whose loss or gradient is not finite; it names ranks and samples (a collective).
+
+    Once the ranks have shared the gradient it no longer tells which of them made it non-finite. So if all losses are
+    finite, the step's passes are repeated and each rank looks at its own gradients.
+    """
+    bad = gather_objects([sample for sample in samples if math.isinf(sample.loss)][:_MAX_NAMED])
+    quantity = "loss"
+    if not bad:
+        quantity = "gradient"
+        passes.backend.skip()
+        size = passes.share.micro
+        microbatches = [samples[k * size : (k + 1) * size] for k in nonfinite_microbatches(passes, batch, step)]
+        suspects = [sample for part in microbatches for sample in sorted(part, reverse=True)]
+        bad = gather_objects(suspects[:_MAX_NAMED])
+    return NonFiniteError(
+        f"the {quantity} of step {step} is not a finite number ({_format_samples(bad)}); no weight was changed by it. "
+        "A lower train.lr, a longer train.warmup_steps or train.precision=fp32 may help"
+    )
+
+
+def nonfinite_microbatches(passes: Passes, batch: MaskedBatch, step: int) -> list[int]:
+    """Numbers of this rank's micro steps whose own gradient is not finite (a collective)."""
+    nonfinite = []
+    for k in range(passes.share.micro_steps):
+        with passes.backend.own_norms() as norms:
+            passes.micro_step(batch, step, k)
         if norms and not bool(torch.isfinite(torch.stack(norms).square().sum())):
-            spoilt.append(k)
-    engine.skip()
-    return spoilt
+            nonfinite.append(k)
+    passes.backend.skip()
+    return nonfinite
 
 
-def _gather(mine: list[Found]) -> list[Found]:
-    if not dist.is_initialized():
-        return mine
-    boxes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(boxes, mine)
-    return [one for box in boxes for one in box]
-
-
-def _told(found: list[Found]) -> str:
-    if not found:
+def _format_samples(samples: Sequence[SampleLoss]) -> str:
+    if not samples:
         return "which rank it comes from could not be found out"
     ranks: dict[int, list[str]] = {}
-    for _, rank, key in found[:_SHOWN]:
-        ranks.setdefault(rank, []).append(key)
+    for sample in samples[:_MAX_NAMED]:
+        ranks.setdefault(sample.rank, []).append(sample.key)
     return "; ".join(f"rank {rank}, samples {', '.join(keys)}" for rank, keys in ranks.items())

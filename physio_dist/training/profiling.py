@@ -1,4 +1,4 @@
-"""A window of steps under torch's profiler (``train.profile``)."""
+"""Profiling of a window of steps with torch's profiler (``train.profile``)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from physio_dist.training.callbacks import Callback
 
-class ProfiledSteps:
-    """Profiles the steps ``first`` to ``last`` of this process and hands over a trace, once.
+
+class Profiler(Callback):
+    """Profiles the steps ``first`` to ``last`` of this process and hands over one trace.
 
     Args:
         window: ``[first, last]``; empty for none.
-        keep: takes the trace, JSON that chrome://tracing and Perfetto read.
+        save: takes the trace, JSON that chrome://tracing and Perfetto read.
     """
 
-    def __init__(self, window: list[int], keep: Callable[[bytes], None]) -> None:
-        self._window, self._keep = window, keep
+    def __init__(self, window: list[int], save: Callable[[bytes], None]) -> None:
+        self._window, self._save = window, save
         self._profile: profile | None = None
 
-    def at(self, step: int) -> None:
-        """Called before each step."""
+    def on_step_begin(self, step: int) -> None:
         if not self._window:
             return
         if self._profile is None and step == self._window[0]:
@@ -34,7 +35,7 @@ class ProfiledSteps:
         elif step == self._window[1] + 1:
             self._end()
 
-    def __enter__(self) -> ProfiledSteps:
+    def __enter__(self) -> Profiler:
         return self
 
     def __exit__(
@@ -45,9 +46,9 @@ class ProfiledSteps:
     def _end(self) -> None:
         if self._profile is None:
             return
-        taken, self._profile = self._profile, None
-        taken.stop()
+        finished, self._profile = self._profile, None
+        finished.stop()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "trace.json")
-            taken.export_chrome_trace(str(file))
-            self._keep(file.read_bytes())
+            finished.export_chrome_trace(str(file))
+            self._save(file.read_bytes())

@@ -1,4 +1,4 @@
-"""What a run measures about itself."""
+"""Throughput of a run: time of a step, waiting for data, memory, model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 
 
 
 def device_peak(device: torch.device) -> float | None:
-    """Peak FLOP/s of a device, None where it is not known (as for CPUs)."""
+    """Peak FLOP/s of a device; None if it is not known, as for CPUs."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -21,7 +21,7 @@ def device_peak(device: torch.device) -> float | None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory that this rank has held: of the GPU, or resident on a CPU."""
+    """Peak memory of this rank in MiB: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -29,7 +29,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class StepClock:
-    """Splits the time since the last report into waiting for data and the rest."""
+    """Measures steps since the last `reset`: their duration, and the share spent waiting for data."""
 
     def __init__(self) -> None:
         self.reset()
@@ -41,20 +41,20 @@ class StepClock:
         self.steps = 0
 
     def waited(self, seconds: float) -> None:
-        """Count one step and what it waited for its data."""
+        """Count one step that waited this long for its batch."""
         self._waited += seconds
         self.steps += 1
 
     def exclude(self, seconds: float) -> None:
-        """Take time for validation or saving out of the interval."""
+        """Leave time for validation or saving out of the interval."""
         self._start += seconds
 
     def read(self) -> tuple[float, float]:
-        """Seconds a step, and the share of them spent waiting for data."""
+        """Seconds per step, and the fraction of them spent waiting for data."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         return elapsed / max(self.steps, 1), self._waited / elapsed
 
 
 def training_flops(forward: int) -> int:
-    """FLOPs of forward and backward: the backward pass does the products twice, for inputs and for weights."""
+    """FLOPs of a forward and backward pass: the backward pass has two products for each of the forward pass."""
     return 3 * forward

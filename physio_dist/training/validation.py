@@ -1,4 +1,4 @@
-"""Held-out loss of both mask terms, against predicting zero and against interpolating in time.
+"""Validation: held-out loss of both mask terms, and that of predicting zero and of interpolating in time.
 
 The windows, their order and their masks are fixed for a run, so that its validations can be compared with each other.
 """
@@ -12,90 +12,90 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.numpy import save as save_safetensors
 
+from physio_dist.config import PretrainConfig
 from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.data.loading.order import rank_slice
 from physio_dist.models.encoders.criss_cross import UNIT_UV
 from physio_dist.objectives.baselines import predict_interpolation, predict_zero
 from physio_dist.objectives.dual_mask import MaskConfig, dual_mask_loss
 from physio_dist.runtime.arrays import Int64Array
-from physio_dist.training.backends.deepspeed_engine import Engine
+from physio_dist.runtime.distributed import BatchShare
+from physio_dist.signals.montage import mask_groups
+from physio_dist.training.backends.base import Backend
 from physio_dist.training.batch import MaskedBatch, MicroBatch, prepare_batch, to_device
+from physio_dist.training.collectives import sum_over_ranks
+from physio_dist.training.passes import TERM_SUMS, forward, sum_terms
 
 EXAMPLES = 6
 _PREDICTORS = ("", "zero_", "interp_")
 
 
 class Validation:
-    """The held-out part of a run on one rank.
+    """Validation on the held-out windows of a run, on one rank.
 
     Args:
-        source: opened shard sets.
-        count: windows, at most; they are spread evenly over the split.
-        size: windows a forward pass.
-        mask, groups, seed, loss: as in training; the masks' purpose differs.
-        rank, world: of this process.
+        dataset: opened shard sets.
+        mask: options of the masks; lead dropout is left out, so that runs with and without it can be compared.
+        options: of the run.
+        share: of this rank; as many windows are in a forward pass as in training.
+
+    Attributes:
+        total: windows over all ranks, ``train.val_samples`` at most, spread evenly over the split.
     """
 
-    def __init__(
-        self, source: ShardDataset, count: int, size: int, mask: MaskConfig, groups: Sequence[Sequence[int]], seed: int,
-        loss: str, rank: int, world: int,
-    ) -> None:  # fmt: skip
-        self._source, self._size, self._rank, self._loss = source, size, rank, loss
-        # Always with all leads, so that runs with and without lead dropping can be compared.
-        self._mask, self._groups, self._seed = replace(mask, lead_dropout=0.0), groups, seed
-        members = source.members("val")
+    def __init__(self, dataset: ShardDataset, mask: MaskConfig, options: PretrainConfig, share: BatchShare) -> None:
+        self._dataset, self._rank, self._size = dataset, share.rank, share.micro
+        self._mask, self._groups = replace(mask, lead_dropout=0.0), mask_groups(dataset.info.channels)
+        self._seed, self._loss = options.run.seed, options.train.loss
+        members = dataset.members("val")
         sets = np.concatenate([np.full(len(ids), i, dtype=np.int64) for i, ids in enumerate(members)])
         ids = np.concatenate(members)
-        chosen = np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64)) if len(ids) else ids
+        count = min(options.train.val_samples, len(ids))
+        chosen = np.unique(np.linspace(0, len(ids) - 1, count).astype(np.int64)) if len(ids) else ids
         self.total = len(chosen)
+        rank, world = share.rank, share.world
         low, high = rank_slice(self.total, rank, world) if self.total >= world else (0, self.total if rank == 0 else 0)
         self._sets, self._ids = sets[chosen][low:high], ids[chosen][low:high]
         self._positions: Int64Array = np.arange(low, high, dtype=np.int64)
         # Every rank takes the same number of forward passes, because under ZeRO 3 each is a collective.
         widest = self.total if self.total < world else -(-self.total // world)
-        self._passes = -(-widest // size)
+        self._passes = -(-widest // share.micro)
 
     def _load(self, number: int) -> MaskedBatch:
         rows = slice(number * self._size, (number + 1) * self._size)
-        batch = self._source.read_batch(
+        batch = self._dataset.read_batch(
             0, self._sets[rows], self._ids[rows], self._positions[rows], self._size, fetching=False
         )
         return prepare_batch(batch, self._mask, self._groups, self._seed, "val")
 
     @torch.no_grad()
-    def run(self, engine: Engine, step: int) -> tuple[dict[str, float], bytes | None]:
+    def run(self, backend: Backend, step: int) -> tuple[dict[str, float], bytes | None]:
         """Validate after ``step`` (a collective).
 
         Returns:
-            ``val_loss``, ``val_intra``, ``val_inter`` and the same terms of the two predictors, in the unit of the
-            loss; and on the first rank a safetensors file of some windows with masks and reconstructions.
+            ``val_loss``, ``val_intra``, ``val_inter`` and the same terms of the two baseline predictors, in the unit
+            of the loss; and on the first rank a safetensors file of some windows with masks and reconstructions.
         """
-        engine.train(False)
-        sums = torch.zeros(1 + 6 * len(_PREDICTORS), dtype=torch.float64, device=engine.device)
+        backend.train(False)
+        sums = torch.zeros(len(TERM_SUMS) * len(_PREDICTORS), dtype=torch.float64, device=backend.device)
         examples: bytes | None = None
         for number in range(self._passes):
             prepared = self._load(number)
-            micro = to_device(prepared, slice(None), engine.device)
-            predicted = engine(micro.x, micro.hidden, micro.valid).float()
-            guesses = (predicted, predict_zero(micro.x), predict_interpolation(micro.x, micro.hidden, micro.valid))
-            terms = [
-                dual_mask_loss(guess, micro.x, micro.intra, micro.inter, micro.valid, self._loss) for guess in guesses
+            micro = to_device(prepared, slice(None), backend.device)
+            predicted, terms = forward(backend, micro, self._loss)
+            baselines = (predict_zero(micro.x), predict_interpolation(micro.x, micro.hidden, micro.valid))
+            all_terms = [terms] + [
+                dual_mask_loss(guess, micro.x, micro.intra, micro.inter, micro.valid, self._loss) for guess in baselines
             ]
-            columns = [micro.weight]
-            for t in terms:
-                w = micro.weight
-                columns += [t.loss * w, w, t.intra * w, t.has_intra * w, t.inter * w, t.has_inter * w]
-            sums += torch.stack([column.double().sum() for column in columns])
+            sums += torch.cat([sum_terms(terms, micro.weight) for terms in all_terms])
             if number == 0 and self._rank == 0:
-                examples = self._examples(prepared, micro, predicted, step)
+                examples = self._examples(prepared, micro, predicted.float(), step)
             prepared.batch.release()
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        engine.train(True)
-        return _means(sums.tolist()), examples
+        totals = sum_over_ranks(sums)
+        backend.train(True)
+        return _means(totals), examples
 
     def _examples(self, prepared: MaskedBatch, micro: MicroBatch, predicted: torch.Tensor, step: int) -> bytes:
         n = min(EXAMPLES, len(prepared.batch.samples[1]))
@@ -103,7 +103,7 @@ class Validation:
         def wave(x: torch.Tensor) -> Any:
             return (x[:n].flatten(2) * UNIT_UV).cpu().numpy()
 
-        sets = self._source.sets
+        sets = self._dataset.sets
         return save_safetensors(
             {
                 "target": wave(micro.x),
@@ -116,8 +116,8 @@ class Validation:
                 "step": str(step),
                 "rate": f"{sets[0].rate:g}",
                 "unit": "uV",
-                "channels": json.dumps(self._source.info.channels),
-                "keys": json.dumps(self._source.keys((self._sets[:n], self._ids[:n]))),
+                "channels": json.dumps(self._dataset.info.channels),
+                "keys": json.dumps(self._dataset.keys((self._sets[:n], self._ids[:n]))),
                 "simulated": json.dumps(any(shards.simulated for shards in sets)),
             },
         )
@@ -126,7 +126,8 @@ class Validation:
 def _means(sums: Sequence[float]) -> dict[str, float]:
     means: dict[str, float] = {}
     for i, predictor in enumerate(_PREDICTORS):
-        loss, n, intra, n_intra, inter, n_inter = sums[1 + 6 * i : 7 + 6 * i]
-        for term, total, count in (("loss", loss, n), ("intra", intra, n_intra), ("inter", inter, n_inter)):
+        loss, weight, intra, intra_count, inter, inter_count = sums[len(TERM_SUMS) * i : len(TERM_SUMS) * (i + 1)]
+        terms = (("loss", loss, weight), ("intra", intra, intra_count), ("inter", inter, inter_count))
+        for term, total, count in terms:
             means[f"val_{predictor}{term}"] = total / count if count else float("nan")
     return means

@@ -43,7 +43,7 @@ def test_a_spike_is_one_against_the_runs_own_median() -> None:
 
 
 def test_a_norm_that_clipping_leaves_alone_is_no_spike() -> None:
-    clipped, free = judge(spike_factor=10.0, clip=1.0), judge(spike_factor=10.0, clip=2.0)
+    clipped, free = judge(spike_factor=10.0, max_grad_norm=1.0), judge(spike_factor=10.0, max_grad_norm=2.0)
     for one in (clipped, free):
         for _ in range(WINDOW):
             one(1.0, 0.01)

@@ -31,7 +31,7 @@ from physio_dist.ray_backend import cluster, train_driver  # noqa: E402
 from physio_dist.runtime import exit_status  # noqa: E402
 
 note("its imports")
-CONNECT, ROLL_CALL = cluster.connect, train_driver.RollCall
+CONNECT, PREFLIGHT = cluster.connect, train_driver.PreflightTorchConfig
 
 
 def connect(*given: Any) -> None:
@@ -39,7 +39,7 @@ def connect(*given: Any) -> None:
     note("connected")
 
 
-class MarkedRollCall(ROLL_CALL):
+class MarkedPreflight(PREFLIGHT):
     """Notes on every worker."""
 
     @property
@@ -59,30 +59,32 @@ def rank_of(given: dict[str, Any]) -> None:
     from physio_dist.runtime.distributed import choose_accelerator
 
     choose_accelerator()
-    from physio_dist.training import trainer
+    from physio_dist.training import source
+    from physio_dist.training.callbacks import MetricsCallback
+    from physio_dist.training.trainer import Trainer
 
     note("rank's imports")
-    source, loop, log = trainer.Source, trainer.train, trainer.Trainer._log
+    dataset, fit, on_metrics = source.ShardDataset, Trainer.fit, MetricsCallback.on_metrics
 
-    def opened(*words: Any) -> Any:
-        found = source(*words)
+    def opened(*args: Any) -> Any:
+        opened_dataset = dataset(*args)
         note("data opened")
-        return found
+        return opened_dataset
 
-    def train(*words: Any) -> None:
+    def marked_fit(self: Any, start: int) -> None:
         note("engine built")
-        loop(*words)
+        fit(self, start)
 
-    def logged(self: Any, line: dict[str, Any]) -> None:
-        log(self, line)
-        if line["step"] == 1:
+    def logged(self: Any, step: int, line: dict[str, Any]) -> None:
+        on_metrics(self, step, line)
+        if step == 1:
             note("first step done")
 
-    trainer.Source, trainer.train, trainer.Trainer._log = opened, train, logged
+    source.ShardDataset, Trainer.fit, MetricsCallback.on_metrics = opened, marked_fit, logged  # type: ignore[misc]
     train_driver.train_one_rank(given)
 
 
 if __name__ == "__main__":
-    cluster.connect, train_driver.RollCall = connect, MarkedRollCall
+    cluster.connect, train_driver.PreflightTorchConfig = connect, MarkedPreflight
     train_driver.train_one_rank = rank_of
     exit_status.end_rank(exit_status.status_of(train_driver.main))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,9 @@ from physio_dist.runtime import processes
 from physio_dist.runtime.distributed import choose_accelerator, init_dist_env
 from physio_dist.runtime.preemption import PreemptionHandler
 from physio_dist.signals.montage import ECG_12, mask_groups
+from physio_dist.training.async_checkpoint import AsyncCheckpointer
 from physio_dist.training.batch import MaskedBatch, prepare_batch, to_device
+from physio_dist.training.callbacks import Callback
 from physio_dist.training.throughput import device_peak, training_flops
 
 PEER = "plain fp32"
@@ -95,30 +97,34 @@ def bare(model: nn.Module, prepared: MaskedBatch, device: torch.device, low: boo
         else:
             loss = dual_mask_loss(predicted, micro.x, micro.intra, micro.inter).loss.mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+        torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
         optimizer.step()
         return loss.detach()
 
     return step
 
 
-class Unsaved:
-    """Takes the place of what saves checkpoints."""
+class NoSnapshot:
+    """A snapshot that stores nothing."""
 
-    blocked_s = 0.0
+    def upload(self) -> None:
+        """Do nothing."""
 
-    def save(self, step: int) -> None:
-        """Nothing."""
+    def commit(self) -> None:
+        """Do nothing."""
 
-    def told(self) -> tuple[float, float]:
-        """Nothing sent, nothing committed."""
-        return 0.0, 0.0
+    def on_commit(self) -> None:
+        """Do nothing."""
 
-    def heard(self, all_sent: bool, committed: bool) -> None:
-        """Nothing."""
 
-    def finish(self) -> None:
-        """Nothing."""
+class LastLine(Callback):
+    """Keeps the newest line of metrics."""
+
+    line: ClassVar[dict[str, Any]] = {}
+
+    def on_metrics(self, step: int, line: dict[str, Any]) -> None:
+        """Keep it."""
+        self.line = line
 
 
 class Loop:
@@ -139,7 +145,7 @@ class Loop:
         options = PretrainConfig()
         train = replace(options.train, global_batch=windows, precision="bf16", save_every=10**9, val_every=10**9)
         self._options = replace(options, train=train)
-        self._prepared, self._done, self._judge = prepared, 0, StepGuard(train, {})
+        self._prepared, self._done, self._guard = prepared, 0, StepGuard(train, {})
         self._engine = Engine(copy.deepcopy(model), self._options, windows, 1)
         micro = to_device(prepared, slice(None), self._engine.device)
         self._engine.prepare((micro.x, micro.hidden, micro.valid))
@@ -147,21 +153,20 @@ class Loop:
 
     def __call__(self, steps: int) -> float:
         """Train for some steps; the loss of the last."""
-        from physio_dist.training.loop import Hooks, train
+        from physio_dist.training.trainer import Trainer
 
-        lines: list[dict[str, Any]] = []
-        hooks = Hooks(
-            lambda *_: None, lambda _: None, lines.append, None, lambda _: None, lambda _: None, lambda *_: None
-        )  # fmt: skip
+        last = LastLine()
         options = replace(self._options, train=replace(self._options.train, steps=self._done + steps))
-        no: Any = SimpleNamespace(total=0)
-        feed: Any = itertools.repeat(self._prepared)
-        train(
-            self._engine, no, feed, no, options, self._share, self._done, PreemptionHandler(), self._judge,
-            cast(Any, Unsaved()), hooks, lambda _: 0,
+        no_validation: Any = SimpleNamespace(total=0)
+        trainer = Trainer(
+            options=options, share=self._share, backend=self._engine, dataset=cast(Any, None),
+            loader=itertools.repeat(self._prepared), epoch_of=lambda _: 0, validation=no_validation,
+            guard=self._guard, checkpointer=AsyncCheckpointer(True, lambda _: NoSnapshot()),
+            preemption=PreemptionHandler(), callbacks=last,
         )  # fmt: skip
+        trainer.fit(self._done)
         self._done += steps
-        return float(lines[-1]["loss"])
+        return float(last.line["loss"])
 
     def close(self) -> None:
         """Leave the group of ranks."""

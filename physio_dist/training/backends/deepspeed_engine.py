@@ -31,8 +31,7 @@ from deepspeed.utils import (
 
 from physio_dist.config import PretrainConfig
 from physio_dist.errors import PhysioError, UserError
-
-Tensors = dict[str, torch.Tensor]
+from physio_dist.training.backends.base import Tensors
 
 # What a run notes of the versions that trained it, beside its own and torch's.
 VERSIONS = {"deepspeed": deepspeed.__version__}

@@ -1,4 +1,4 @@
-"""Which configurations of a head are tried: drawn beforehand, or proposed by Optuna from what was found so far."""
+"""Trials of a sweep and the head configurations that are drawn before the first of them starts."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from physio_dist.errors import UserError
 from physio_dist.evaluation.trials import SEARCHED
 
 STARTUP = 10
-"""Configurations that are drawn before Optuna proposes any: as many as its sampler asks for."""
+"""Configurations that are drawn before Optuna proposes any: the number its sampler asks for."""
 
-_FIRST = ("pooling", "components", "depth", "width", "dropout", "label_smoothing", "lr", "weight_decay")
-# Choices that came later: where there is none a configuration is what it was without them, and so are its trials.
-_LATER = ("head", "modality_dropout", "class_weight")
-_RANGES = ("lr", "weight_decay")
+LOG_RANGES = ("lr", "weight_decay")
+"""Options whose value is a range ``[low, high]`` on a logarithmic axis; all others list their choices."""
+
+_ALWAYS = ("pooling", "components", "depth", "width", "dropout", "label_smoothing", *LOG_RANGES)
+# Part of a configuration only where they are not at their default, so that older trials stay valid.
+_OPTIONAL = ("head", "modality_dropout", "class_weight")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration for one kind of input.
+    """One configuration for one row of the result table.
 
     Attributes:
-        name: of the trial.
+        name: name of the trial.
         row: one of ``SEARCHED``.
-        config: empty until it is proposed.
-        fold: name of the one fold that it is for; empty: all.
+        config: the head's hyperparameters; empty until Optuna has proposed them.
+        fold: name of the only fold to train; empty for all folds.
     """
 
     name: str
@@ -39,10 +41,7 @@ class Trial:
 
 
 def plan(options: TuneConfig, folds: Sequence[str]) -> list[Trial]:
-    """All trials: the same configurations, under the same numbers, for each row that is searched for.
-
-    What Optuna proposes comes after those, for each row and fold on its own.
-    """
+    """List all trials: the same drawn configurations for each row, then those that Optuna proposes per row and fold."""
     drawn = sample_configs(options)
     trials = [Trial(f"{row}-{number:03d}", row, config) for number, config in enumerate(drawn) for row in SEARCHED]
     for number in range(len(drawn), options.tune.trials):
@@ -51,76 +50,46 @@ def plan(options: TuneConfig, folds: Sequence[str]) -> list[Trial]:
 
 
 def sample_configs(options: TuneConfig) -> list[dict[str, Any]]:
-    """``tune.trials`` configurations drawn from ``search`` by ``run.seed``; with ``tune.search=optuna`` the first
-    ``STARTUP`` at most.
+    """Draw configurations by a Latin hypercube (McKay, Beckman, Conover 1979), seeded by ``run.seed``.
 
-    A Latin hypercube (McKay, Beckman, Conover 1979): each option's values are visited equally often, as far as they go.
+    Each option's values are visited equally often, as far as the number of configurations allows.
 
     Returns:
-        Objects with ``pooling components depth width dropout label_smoothing lr weight_decay``, and those of ``head
-        modality_dropout class_weight`` for which another value than the default could be chosen.
+        ``tune.trials`` configurations; with ``tune.search=optuna`` at most ``STARTUP``. Their keys are those of
+        :func:`searched_names`.
     """
-    n, search, seed = options.tune.trials, options.search, options.run.seed
+    count, search, seed = options.tune.trials, options.search, options.run.seed
     if options.tune.search == "optuna":
-        n = min(n, STARTUP)
-    found: list[dict[str, Any]] = [{} for _ in range(n)]
-    for name in _names(search):
-        choices, stratum = getattr(search, name), permutation(n, "search", seed, name)
-        for i in range(n):
-            u = (int(stratum[i]) + seed_of("search", seed, name, i) / 2**64) / n
-            if name in _RANGES:
-                low, high = choices
-                found[i][name] = _rounded(low * (high / low) ** u, low, high)
+        count = min(count, STARTUP)
+    configs: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name in searched_names(search):
+        values, stratum = getattr(search, name), permutation(count, "search", seed, name)
+        for i, config in enumerate(configs):
+            u = (int(stratum[i]) + seed_of("search", seed, name, i) / 2**64) / count
+            if name in LOG_RANGES:
+                low, high = values
+                config[name] = round_within(low * (high / low) ** u, low, high)
             else:
-                found[i][name] = choices[min(int(u * len(choices)), len(choices) - 1)]
-    return found
+                config[name] = values[min(int(u * len(values)), len(values) - 1)]
+    return configs
 
 
-def suggest(search: SearchOptions, purpose: str, past: Sequence[tuple[dict[str, Any], float]]) -> dict[str, Any]:
-    """The next configuration, by Optuna's tree-structured Parzen estimator.
+def searched_names(search: SearchOptions) -> list[str]:
+    """Return the options that a configuration consists of, in a fixed order."""
+    defaults = SearchOptions()
+    return [*_ALWAYS, *(name for name in _OPTIONAL if getattr(search, name) != getattr(defaults, name))]
 
-    A function of its arguments and nothing else, so that a sweep that was interrupted goes on as if it had not been.
 
-    Args:
-        search: what there is to choose from.
-        purpose: what the random draws depend on, the run's seed and the number of the trial among it.
-        past: configurations that were tried, and what is to be made large.
-
-    Returns:
-        As one of :func:`candidates`.
-    """
-    import optuna
-    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space: dict[str, BaseDistribution] = {}
-    for name in _names(search):
-        given = getattr(search, name)
-        space[name] = FloatDistribution(*given, log=True) if name in _RANGES else CategoricalDistribution(given)
-    sampler = optuna.samplers.TPESampler(seed=seed_of("optuna", purpose) % 2**32, n_startup_trials=STARTUP)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    tried = [
-        optuna.trial.create_trial(params={name: config[name] for name in space}, distributions=space, value=value)
-        for config, value in past
-    ]
-    study.add_trials(tried)
-    found = study.ask(space).params
-    return {name: _rounded(found[name], *getattr(search, name)) if name in _RANGES else found[name] for name in space}
+def round_within(value: float, low: float, high: float) -> float:
+    """Round to four significant digits without leaving ``[low, high]``."""
+    return min(max(float(f"{value:.4g}"), low), high)
 
 
 def need_optuna(options: TuneConfig) -> None:
-    """Refuse a search by a package that is not there.
+    """Check that Optuna is installed if it is asked for.
 
     Raises:
-        UserError: Optuna is asked for and not installed.
+        UserError: ``tune.search=optuna``, and Optuna is not installed.
     """
     if options.tune.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UserError("tune.search=optuna needs the package optuna: pip install 'physio-dist[optuna]'")
-
-
-def _names(search: SearchOptions) -> list[str]:
-    return [*_FIRST, *(name for name in _LATER if getattr(search, name) != getattr(SearchOptions(), name))]
-
-
-def _rounded(value: float, low: float, high: float) -> float:
-    return min(max(float(f"{value:.4g}"), low), high)

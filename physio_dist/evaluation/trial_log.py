@@ -1,4 +1,4 @@
-"""What a sweep tries, knows and keeps: its trials, their files, their progress. No Ray here."""
+"""Record of a sweep: its inputs, its trials, their files and their progress. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -36,17 +36,16 @@ from physio_dist.runs.typed_json import from_json, to_json
 from physio_dist.stats.scores import METRICS
 
 BOARD = "tensorboard"
-# They say where and how fast a sweep runs, not what it finds.
+# Options that do not change a sweep's results.
 MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.placement_timeout_s", "tune.ray_storage", "tune.feature_cache"])
-# A run in a bucket is looked at from elsewhere while it grows.
-_SEND_S = 15.0
-_TELL_S = 10.0
+# A run in a bucket is watched from elsewhere while it grows.
+_SYNC_S = 15.0
+_REPORT_S = 10.0
 _FLUSH_S = 1.0
-_FACTS = ("trial", "row", "config", "seconds", "last", "folds")
 
 
 def finished(run: RunDir, options: TuneConfig) -> dict[str, Any] | None:
-    """The results of this very sweep, if it is finished.
+    """Return the results of this sweep if it is finished.
 
     Raises:
         UserError: the run's directory holds another sweep, or no sweep at all.
@@ -63,12 +62,12 @@ def finished(run: RunDir, options: TuneConfig) -> dict[str, Any] | None:
         return None
     if not isinstance(document, dict) or "rows" not in document:
         raise UserError(f"{run.file(RESULTS)} holds no results of a sweep: choose another run.name")
-    refuse_other_inputs(run, _facts_now(options, [str(fold["fold"]) for fold in document.get("folds", ())]))
+    refuse_other_inputs(run, _current_facts(options, [str(fold["fold"]) for fold in document.get("folds", ())]))
     return document
 
 
-def _facts_now(options: TuneConfig, folds: list[str]) -> dict[str, Any]:
-    """As much of ``data.json`` as can be told without opening an encoder; None where it cannot."""
+def _current_facts(options: TuneConfig, folds: list[str]) -> dict[str, Any]:
+    """Collect as much of ``data.json`` as can be known without opening an encoder; None for the rest."""
 
     def hashes(encoders: FoldEncoders) -> dict[str, str | None] | str | None:
         if encoders.differ:
@@ -83,11 +82,11 @@ def _facts_now(options: TuneConfig, folds: list[str]) -> dict[str, Any]:
 
 
 def facts_of(data: str, encoders: dict[str, Any]) -> dict[str, Any]:
-    """``data.json``: facts of the inputs for the report, which must be the same when a sweep goes on.
+    """Return ``data.json``: the inputs as the report shows them, and what must not change when a sweep continues.
 
     Args:
         data: URL of the shard set.
-        encoders: what the study knows of them.
+        encoders: ``Study.about``.
     """
     shards = open_set(data)
     channels = {name: list(info.channels) for name, info in shards.signals.items()}
@@ -101,21 +100,21 @@ def facts_of(data: str, encoders: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_inputs(run: RunDir, facts: dict[str, Any]) -> None:
-    """Keep trials of one shard set or encoder from being continued with another at the same URL.
+    """Refuse to continue a sweep with another shard set or encoder at the same URL.
 
     Raises:
-        UserError: an input is not what it was when the sweep that is there began.
+        UserError: an input has changed since the sweep began.
     """
     try:
-        there = storage.read_json(run.file(DATA))
+        before = storage.read_json(run.file(DATA))
     except storage.NotFoundError:
         return
 
     def hashes(document: dict[str, Any]) -> dict[str, Any]:
-        prints = [one["fingerprint"] for one in document["indexes"]]
-        return {"tune.data": prints, **{f"tune.encoders.{name}": _sha(of) for name, of in document["encoders"].items()}}
+        encoders = {f"tune.encoders.{name}": _sha256(encoder) for name, encoder in document["encoders"].items()}
+        return {"tune.data": [index["fingerprint"] for index in document["indexes"]], **encoders}
 
-    old, new = hashes(there), hashes(facts)
+    old, new = hashes(before), hashes(facts)
     if changed := [name for name in new if new[name] is not None and old.get(name) != new[name]]:
         raise UserError(
             f"what {' and '.join(changed)} leads to has changed since {run.url} was begun: its trials and new ones "
@@ -123,32 +122,31 @@ def refuse_other_inputs(run: RunDir, facts: dict[str, Any]) -> None:
         )
 
 
-def _sha(of: Any) -> Any:
-    """Hash of an encoder, or of each fold's where they differ, out of what is told of it; None where it is not."""
-    if not isinstance(of, dict):
-        return of
-    each = of.get("by_fold", of if "sha256" not in of else None)
-    if each is None:
-        return of["sha256"]
-    found = {str(fold): _sha(one) for fold, one in each.items()}
-    if None in found.values():
+def _sha256(encoder: Any) -> Any:
+    """Return the hash of an entry of ``encoders`` in ``data.json``; a dict where folds differ, None if unknown."""
+    if not isinstance(encoder, dict):
+        return encoder
+    by_fold = encoder.get("by_fold", encoder if "sha256" not in encoder else None)
+    if by_fold is None:
+        return encoder["sha256"]
+    hashes = {str(fold): _sha256(each) for fold, each in by_fold.items()}
+    if None in hashes.values():
         return None
-    return next(iter(found.values())) if len(set(found.values())) == 1 else found
+    return next(iter(hashes.values())) if len(set(hashes.values())) == 1 else hashes
 
 
 def _number(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Return the value, or None for a float that JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def best(history: Iterable[dict[str, Any]]) -> float | None:
-    """The best mean over folds of the AUC on validation people; None where it is never defined."""
-    found = [line["val_auc"] for line in history if line.get("val_auc") is not None and math.isfinite(line["val_auc"])]
-    return max(found, default=None)
+    """Return the best mean AUC over folds on validation subjects; None if it is never defined."""
+    return max((value for line in history if (value := _number(line.get("val_auc"))) is not None), default=None)
 
 
 def to_line(record: TrialRecord, max_epochs: int) -> dict[str, Any]:
-    """A record as a line of ``trials.jsonl``; :func:`from_line` is its inverse."""
+    """Convert a record to a line of ``trials.jsonl``; :func:`from_line` is the inverse."""
     history, best_auc = record.history, best(record.history)
     names = sorted({name for line in history for name in line} - {"epoch", "val_auc"})
     document: dict[str, Any] = to_json(
@@ -163,7 +161,11 @@ def to_line(record: TrialRecord, max_epochs: int) -> dict[str, Any]:
 
 
 def from_line(document: Any) -> TrialRecord:
-    """A line of ``trials.jsonl`` as a record; ``UserError`` where it is damaged."""
+    """Convert a line of ``trials.jsonl`` to a record.
+
+    Raises:
+        UserError: the line is damaged.
+    """
     line = from_json(TrialResult, document, TRIALS)
     history = [
         {"epoch": epoch, "val_auc": auc, **{name: values[index] for name, values in line.folds.items()}}
@@ -175,212 +177,214 @@ def from_line(document: Any) -> TrialRecord:
 @dataclass
 class _Running:
     record: TrialRecord
-    board: SummaryWriter
-    began: float
+    writer: SummaryWriter
+    started: float
     flushed: float = field(default_factory=time.monotonic)
 
 
 class TrialLog:
-    """The trials of a sweep in its driver: what has ended, what runs, and the files that tell of both.
+    """Trials of a sweep in its driver: those that have ended, those that run, and their files.
 
-    ``trials.jsonl`` grows by a line when a trial ends; a sweep that was interrupted takes those lines as done.
-    TensorBoard's files grow while trials run.
+    ``trials.jsonl`` gets a line when a trial ends; a sweep that was interrupted takes these lines as done. Ray Tune's
+    own record cannot serve for that: it is written now and then, so that a driver that is killed would lose trials, and
+    it is pickled. TensorBoard's files grow while trials run.
 
     Args:
         run: the sweep's directory, begun.
         trials: of :func:`physio_dist.evaluation.search_space.plan`.
-        max_epochs: of a trial.
-        say: told about the progress where there is no terminal to draw a bar on.
+        max_epochs: epochs of a trial.
+        say: receives the progress if standard error is no terminal.
+
+    Attributes:
+        ended: trial -> its record.
+        failure: message about the first trial that failed, if any.
     """
 
     def __init__(self, run: RunDir, trials: list[Trial], max_epochs: int, say: Callable[[str], None]) -> None:
         self.run, self.trials, self._max_epochs, self._say = run, trials, max_epochs, say
         self.failure: str | None = None
         run.open_lines(TRIALS)
-        self.ended = {record.trial: record for record in self._kept()}
-        for trial in self.left:
-            self._forget_events(trial.name)
-        self._running: dict[str, _Running] = {}
         self._planned = {trial.name: trial for trial in trials}
-        self._began = self._told = self._sent = time.monotonic()
+        self.ended = {record.trial: record for record in self._load()}
+        for trial in self.pending:
+            self._remove_events(trial.name)
+        self._running: dict[str, _Running] = {}
+        self._best: dict[str, float] = {}
+        for record in self.ended.values():
+            for line in record.history:
+                self._update_best(record, line)
+        self._started = self._reported = self._synced = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=len(trials), initial=len(self.ended), unit="trial", dynamic_ncols=True)
 
     @property
-    def left(self) -> list[Trial]:
-        """The trials that have not ended."""
+    def pending(self) -> list[Trial]:
+        """Trials that have not ended."""
         return [trial for trial in self.trials if trial.name not in self.ended]
 
-    def _kept(self) -> list[TrialRecord]:
-        """What an earlier attempt of this sweep has left: lines of trials that are still to be tried."""
-        planned = {trial.name: trial for trial in self.trials}
+    def _load(self) -> list[TrialRecord]:
+        """Read the records of earlier attempts, of trials that are still planned."""
         text = (self.run.spool / TRIALS).read_text(encoding="utf-8")
         records = []
         for line in text.splitlines():
-            # A line that is damaged is of a trial that runs again.
+            # A trial whose line is damaged runs again.
             with contextlib.suppress(ValueError, IndexError, UserError):
                 records.append(from_line(json.loads(line)))
         return [
             record
             for record in records
-            if record.trial in planned and planned[record.trial].config in (record.config, {}) and record.history
+            if record.trial in self._planned
+            and self._planned[record.trial].config in (record.config, {})
+            and record.history
         ]
 
     def propose(self, name: str, config: dict[str, Any]) -> None:
-        """The configuration of a trial is known now."""
+        """Set the configuration of a trial that was planned without one."""
         self._planned[name] = replace(self._planned[name], config=config)
 
     def start(self, name: str) -> None:
-        """A trial starts, perhaps again after its worker was lost."""
+        """Record that a trial starts, perhaps again after its worker was lost."""
         if name in self._running:
-            self._running.pop(name).board.close()
-            self._forget_events(name)
+            self._running.pop(name).writer.close()
+            self._remove_events(name)
         trial = self._planned[name]
-        board = SummaryWriter(str(self.run.spool / BOARD / name), flush_secs=10)
-        self._running[name] = _Running(TrialRecord(name, trial.row, trial.config, []), board, time.monotonic())
+        writer = SummaryWriter(str(self.run.spool / BOARD / name), flush_secs=10)
+        self._running[name] = _Running(TrialRecord(name, trial.row, trial.config, []), writer, time.monotonic())
 
-    def _forget_events(self, name: str) -> None:
-        """Events of a trial that was cut off would be drawn together with those of its second try."""
+    def _remove_events(self, name: str) -> None:
+        """Remove the events of a trial that was cut off, which TensorBoard would draw together with the new ones."""
         storage.remove(self.run.file(BOARD, name), recursive=True)
         shutil.rmtree(self.run.spool / BOARD / name, ignore_errors=True)
 
     def epoch(self, name: str, line: dict[str, Any]) -> None:
-        """A trial has finished an epoch and yielded ``line``."""
+        """Record an epoch of a trial: ``epoch``, ``val_auc`` and ``fold_<name>``."""
         if name not in self._running:
             self.start(name)
         running = self._running[name]
         running.record.history.append(line)
+        self._update_best(running.record, line)
         for tag, value in line.items():
             if tag != "epoch" and _number(value) is not None:
-                running.board.add_scalar(tag, value, line["epoch"])
+                running.writer.add_scalar(tag, value, line["epoch"])
         now = time.monotonic()
         if now - running.flushed > _FLUSH_S:
-            running.board.flush()
+            running.writer.flush()
             running.flushed = now
-        if now - self._sent > _SEND_S:
-            # An outage of storage matters when the sweep ends; until then only TensorBoard lags behind.
+        if now - self._synced > _SYNC_S:
+            # A storage outage matters when the sweep ends; until then only TensorBoard lags behind.
             with contextlib.suppress(storage.StorageError):
                 self.run.sync()
-            self._sent = time.monotonic()
-        self._show()
+            self._synced = time.monotonic()
+        self._report()
 
     def end(self, name: str, last: dict[str, int]) -> None:
-        """A trial has ended well; ``last`` as in :class:`TrialRecord`."""
+        """Record that a trial has ended without a failure; ``last`` as in :class:`TrialRecord`."""
         running = self._running.pop(name, None)
-        if running is None or not running.record.history or self.failure is not None:
-            # After a failure trials end because they are told to.
-            if running is not None:
-                running.board.close()
+        if running is None:
             return
         record = running.record
-        record.last, record.seconds = dict(last), round(time.monotonic() - running.began, 3)
-        self.run.add_line(TRIALS, to_line(record, self._max_epochs))
-        self.ended[name] = record
-        self._hparams(running)
-        running.board.close()
-        if self._bar is not None:
-            self._bar.update(1)
-        self._show()
+        # After a failure Tune stops the other trials, which are not complete.
+        if record.history and self.failure is None:
+            record.last, record.seconds = dict(last), round(time.monotonic() - running.started, 3)
+            self.run.add_line(TRIALS, to_line(record, self._max_epochs))
+            self.ended[name] = record
+            self._write_hparams(running)
+            if self._bar is not None:
+                self._bar.update(1)
+        running.writer.close()
+        self._report()
 
-    def fail(self, name: str, why: str) -> None:
-        """A trial has failed; the first failure is the one that is told."""
+    def fail(self, name: str, reason: str) -> None:
+        """Record that a trial has failed; only the first failure is kept."""
         running = self._running.pop(name, None)
         if running is not None:
-            running.board.close()
+            running.writer.close()
         if self.failure is None:
             config = ", ".join(f"{key} {value}" for key, value in self._planned[name].config.items())
-            self.failure = f"trial {name} ({config}) failed: {why}"
+            self.failure = f"trial {name} ({config}) failed: {reason}"
 
     def records(self) -> list[TrialRecord]:
-        """Of all trials that have ended, in the order of the plan."""
+        """Return the records of all trials that have ended, in the order of the plan."""
         return [self.ended[trial.name] for trial in self.trials if trial.name in self.ended]
 
     def counts(self) -> dict[str, float]:
-        """How many trials there are, have ended, are at work."""
+        """Return the numbers of trials that are planned, have ended, and run."""
         return {"trials": len(self.trials), "trials_done": len(self.ended), "trials_running": len(self._running)}
 
     def lines(self) -> bytes:
-        """``trials.jsonl`` in the order of the plan."""
-        lines = [json.dumps(to_line(record, self._max_epochs)) + "\n" for record in self.records()]
-        return "".join(lines).encode()
+        """Return ``trials.jsonl`` in the order of the plan."""
+        return "".join(json.dumps(to_line(record, self._max_epochs)) + "\n" for record in self.records()).encode()
 
     def close(self) -> None:
-        """Close all files and send what has to be sent."""
+        """Close all files and send them to storage."""
         for running in self._running.values():
-            running.board.close()
+            running.writer.close()
         self._running.clear()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         self.run.close()
 
-    def _hparams(self, running: _Running) -> None:
-        """What TensorBoard's HParams page lists."""
+    def _write_hparams(self, running: _Running) -> None:
+        """Write what TensorBoard's HParams page lists."""
         record = running.record
-        known = {name: value for name, value in record.config.items() if isinstance(value, str | int | float | bool)}
+        params = {name: value for name, value in record.config.items() if isinstance(value, str | int | float | bool)}
         metric = best(record.history)
-        write: Any = running.board.file_writer
-        for summary in hparams({"row": record.row, **known}, {"val_auc": -1.0 if metric is None else metric}):  # type: ignore[no-untyped-call]
-            write.add_summary(summary)
+        writer: Any = running.writer.file_writer
+        for summary in hparams({"row": record.row, **params}, {"val_auc": -1.0 if metric is None else metric}):  # type: ignore[no-untyped-call]
+            writer.add_summary(summary)
 
-    def _show(self) -> None:
-        text = self.summary_line()
+    def _update_best(self, record: TrialRecord, line: dict[str, Any]) -> None:
+        # The metric of a trial for a single fold is no mean over folds.
+        value = None if self._planned[record.trial].fold else _number(line.get("val_auc"))
+        if value is not None:
+            self._best[record.row] = max(value, self._best.get(record.row, 0.0))
+
+    def _report(self) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
-        elif time.monotonic() - self._told > _TELL_S:
-            self._told = time.monotonic()
-            elapsed = time.strftime("%H:%M:%S", time.gmtime(self._told - self._began))
-            self._say(
-                f"{len(self.ended)} of {len(self.trials)} trials done, {len(self._running)} running; {text}; {elapsed}"
-            )
+            self._bar.set_postfix_str(self.summary_line())
+        elif time.monotonic() - self._reported > _REPORT_S:
+            self._reported = time.monotonic()
+            elapsed = time.strftime("%H:%M:%S", time.gmtime(self._reported - self._started))
+            progress = f"{len(self.ended)} of {len(self.trials)} trials done, {len(self._running)} running"
+            self._say(f"{progress}; {self.summary_line()}; {elapsed}")
 
     def summary_line(self) -> str:
-        """Best AUC on validation people so far, a row."""
-        found: dict[str, float] = {}
-        running = [trial.record for trial in self._running.values()]
-        for record in [*self.ended.values(), *running]:
-            # Of a single fold it is no mean over folds.
-            value = None if self._planned[record.trial].fold else best(record.history)
-            if value is not None:
-                found[record.row] = max(value, found.get(record.row, 0.0))
-        rows = [f"{row} {found[row]:.3f}" for row in SEARCHED if row in found]
+        """Return the best mean validation AUC of each row so far, as text."""
+        rows = [f"{row} {self._best[row]:.3f}" for row in SEARCHED if row in self._best]
         return "best validation AUC " + (", ".join(rows) or "not known yet")
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """The rows of ``results.json`` as lines of text, metrics over the pooled windows of all held-out people."""
-    simulated = "SIMULATED signals: " if results.get("simulated") else ""
+    """Format ``results.json`` as lines of text, metrics over the pooled windows of all held-out subjects."""
     leaky = results["protocol"] == LEAKY
+    mark = "LEAKY " if leaky else ""
     names = [row["name"] + " LEAKY" * leaky for row in results["rows"]]
-    wide = max(14, *map(len, names)) + 2
-    titles = {"accuracy": 10, "balanced": 10, "macro F1": 10, "ROC-AUC": 10, "95% interval": 16, "PR-AUC": 10}
-    head = " " * wide + "".join(f"{title:>{room}}" for title, room in titles.items())
-    who = "people" if results["protocol"] in SHARED_PEOPLE else "held-out people"
-    lines = [
-        f"{simulated}{results['task']}, {results['protocol']}: {results['windows']} windows of "
-        f"{results['people']} {who}",
-        head,
+    name_width = max(14, *map(len, names)) + 2
+    columns = {"accuracy": 10, "balanced": 10, "macro F1": 10, "ROC-AUC": 10, "95% interval": 16, "PR-AUC": 10}
+    subjects = "people" if results["protocol"] in SHARED_PEOPLE else "held-out people"
+    lines = ["LEAKY SPLIT: windows of the same people and recordings train and test; no row below holds"] * leaky
+    lines += [
+        f"{'SIMULATED signals: ' if results.get('simulated') else ''}{results['task']}, {results['protocol']}: "
+        f"{results['windows']} windows of {results['people']} {subjects}",
+        " " * name_width + "".join(f"{title:>{width}}" for title, width in columns.items()),
     ]
-    if leaky:
-        lines.insert(0, "LEAKY SPLIT: windows of the same people and recordings train and test; no row below holds")
     for name, row in zip(names, results["rows"], strict=True):
-        values = {one: "-" if row.get(one) is None else f"{row[one]:.3f}" for one in METRICS}
-        span = row.get("auc_ci")
-        known = span is not None and None not in span
-        interval = f"{span[0]:.3f} to {span[1]:.3f}" if known and span is not None else "-"
+        values = {metric: "-" if row.get(metric) is None else f"{row[metric]:.3f}" for metric in METRICS}
+        low, high = row.get("auc_ci") or (None, None)
+        interval = "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
         lines.append(
-            f"{name:{wide}}{values['accuracy']:>10}{values['balanced_accuracy']:>10}{values['macro_f1']:>10}"
+            f"{name:{name_width}}{values['accuracy']:>10}{values['balanced_accuracy']:>10}{values['macro_f1']:>10}"
             f"{values['auc']:>10}{interval:>16}{values['pr_auc']:>10}"
         )
-    for one in results.get("differences", []):
-        if one["auc"] is not None and one["p"] is not None:
-            interval = f"{one['ci'][0]:+.3f} to {one['ci'][1]:+.3f}"
-            what = f"{'LEAKY ' * leaky}{one['row']} - {one['minus']}"
-            lines.append(f"{what}: {one['auc']:+.3f} ({interval}), p = {one['p']:.2g}")
+    for difference in results.get("differences", []):
+        if difference["auc"] is not None and difference["p"] is not None:
+            interval = f"{difference['ci'][0]:+.3f} to {difference['ci'][1]:+.3f}"
+            pair = f"{mark}{difference['row']} - {difference['minus']}"
+            lines.append(f"{pair}: {difference['auc']:+.3f} ({interval}), p = {difference['p']:.2g}")
     if any(row["name"].startswith("bound_") for row in results["rows"]):
         lines.append("bound_*: the best that the simulator's hidden state allows")
     if paper := results.get("published"):
         lines.append(f"{paper['source']} reports {paper['metric']} {paper['value']:.4f}; unknown: {paper['unknown']}")
-    lines += [f"note: {note}" for note in results.get("notes", [])]
-    return lines
+    return lines + [f"note: {note}" for note in results.get("notes", [])]

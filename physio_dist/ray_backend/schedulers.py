@@ -1,165 +1,87 @@
-"""Early stopping and search that no test person takes part in."""
+"""Early stopping as a Ray Tune scheduler that decides for each fold separately."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+import math
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 
-from physio_dist.config import TuneConfig
-from physio_dist.evaluation.search_space import Trial, suggest
-from physio_dist.evaluation.trial_log import TrialLog
-from physio_dist.evaluation.trials import TrialRecord, eligible_epochs
+from physio_dist.evaluation.trials import TrialRecord
 
-# The first look at a trial comes after this part of its epochs, the next after three times as many. A trial goes on
-# that is among the best third of those that have come so far.
-_FIRST_LOOK = 1 / 8
+# Share of a trial's epochs before the first decision; the next comes after three times as many. The best third of the
+# trials that have got that far continue.
+_GRACE = 1 / 8
 _REDUCTION = 3
 
 
 class FoldwiseASHA(FIFOScheduler):  # type: ignore[misc]
-    """Asynchronous successive halving (arXiv 1810.05934), decided for each fold apart.
+    """Asynchronous successive halving (arXiv 1810.05934) for each fold separately.
 
-    The test people of one fold are validation people of the others. A decision by the mean over folds would let them
-    choose which configurations survive, and so take part in the selection of the model they are tested with. Here each
-    (row, fold) has a scheduler of its own, which sees that fold's validation people alone. A fold that its scheduler
-    stops is out of the trial from that epoch on (:attr:`last`); the trial goes on until all of its folds are.
+    The test subjects of one fold are validation subjects of the others. A decision by ``val_auc``, the mean over folds,
+    would let them choose which configurations survive, and so take part in the selection of the model they are tested
+    with. Trials therefore report one metric per fold, ``fold_<name>``, and each (row, fold) has an
+    ``AsyncHyperBandScheduler`` of its own for its metric. A fold that is stopped leaves the trial at that epoch
+    (:attr:`last`); the trial stops when all of its folds have left.
 
     Args:
-        max_epochs: of a trial.
-        past: trials of earlier attempts, taken for ones that have run here.
+        max_epochs: epochs of a trial.
+        past: trials that ended in earlier attempts, replayed in this order.
 
     Attributes:
         last: trial -> fold -> last epoch that counts in the selection for that fold.
     """
 
+    # A trial that should have stopped would go on until its results are sent.
+    _supports_buffered_results = False
+
     def __init__(self, max_epochs: int, past: Iterable[TrialRecord]) -> None:
         super().__init__()
         self._max_epochs = max_epochs
-        self._of: dict[tuple[str, str], AsyncHyperBandScheduler] = {}
-        self._known: set[tuple[str, str]] = set()
+        self._schedulers: dict[tuple[str, str], AsyncHyperBandScheduler] = {}
+        self._added: set[tuple[str, str]] = set()
         self._seen: dict[str, int] = {}
         self.last: dict[str, dict[str, int]] = {}
         for record in past:
-            trial = _Past(record.trial, {"trial": {"name": record.trial, "row": record.row}})
-            for line in record.history:
-                self.on_trial_result(None, trial, {"line": line})
+            config = {"trial": record.trial, "row": record.row}
+            for result in record.history:
+                self.on_trial_result(None, SimpleNamespace(trial_id=record.trial, config=config), result)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Ask the scheduler of every fold that is still in."""
-        line = line_of(result)
-        name, row = trial.config["trial"]["name"], trial.config["trial"]["row"]
-        # A trial that ends of itself has its last result told twice.
-        if not line or line["epoch"] <= self._seen.get(name, 0):
+        """Pass the result to the schedulers of the folds that are still in the trial."""
+        name, row = trial.config["trial"], trial.config["row"]
+        epoch = result.get("epoch", 0)
+        # Tune repeats the last result when a trial ends by itself.
+        if epoch <= self._seen.get(name, 0):
             return str(TrialScheduler.CONTINUE)
-        self._seen[name] = line["epoch"]
-        if line["epoch"] >= self._max_epochs:
+        self._seen[name] = epoch
+        if epoch >= self._max_epochs:
             return str(TrialScheduler.STOP)
-        folds = [tag for tag in line if tag.startswith("fold_")]
-        out = self.last.setdefault(name, {})
-        for tag in folds:
-            fold = tag.removeprefix("fold_")
-            if fold in out or line[tag] is None or line[tag] != line[tag]:
+        metrics = [metric for metric in result if metric.startswith("fold_")]
+        stopped = self.last.setdefault(name, {})
+        for metric in metrics:
+            fold = metric.removeprefix("fold_")
+            if fold in stopped or result[metric] is None or math.isnan(result[metric]):
                 continue
-            asha = self._scheduler(row, tag)
-            if (name, tag) not in self._known:
-                self._known.add((name, tag))
-                asha.on_trial_add(tune_controller, trial)
-            if asha.on_trial_result(tune_controller, trial, line) == TrialScheduler.STOP:
-                out[fold] = line["epoch"]
-                asha.on_trial_remove(tune_controller, trial)
-        return str(TrialScheduler.STOP if len(out) == len(folds) else TrialScheduler.CONTINUE)
+            scheduler = self._scheduler(row, metric)
+            if (name, metric) not in self._added:
+                self._added.add((name, metric))
+                scheduler.on_trial_add(tune_controller, trial)
+            if scheduler.on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
+                stopped[fold] = epoch
+                scheduler.on_trial_remove(tune_controller, trial)
+        return str(TrialScheduler.STOP if len(stopped) == len(metrics) else TrialScheduler.CONTINUE)
 
-    def _scheduler(self, row: str, tag: str) -> AsyncHyperBandScheduler:
-        if (row, tag) not in self._of:
-            self._of[row, tag] = AsyncHyperBandScheduler(
-                time_attr="epoch", metric=tag, mode="max", max_t=self._max_epochs,
-                grace_period=max(1, int(self._max_epochs * _FIRST_LOOK)), reduction_factor=_REDUCTION,
+    def _scheduler(self, row: str, metric: str) -> AsyncHyperBandScheduler:
+        if (row, metric) not in self._schedulers:
+            self._schedulers[row, metric] = AsyncHyperBandScheduler(
+                time_attr="epoch", metric=metric, mode="max", max_t=self._max_epochs,
+                grace_period=max(1, int(self._max_epochs * _GRACE)), reduction_factor=_REDUCTION,
             )  # fmt: skip
-        return self._of[row, tag]
+        return self._schedulers[row, metric]
 
     def debug_string(self) -> str:
-        """What Ray may print."""
+        """Return the scheduler's name for Tune's own output."""
         return "ASHA for each row and fold"
-
-
-class FoldwiseOptuna(Searcher):  # type: ignore[misc]
-    """Trials in the order of the plan, their configurations proposed by Optuna for each fold apart.
-
-    As with early stopping, a search by the mean over folds would be guided by people whom some fold tests. So each
-    (row, fold) has a search of its own, which sees that fold's validation AUC alone: of the drawn trials, which all
-    folds share, and of its own. Its trials run one after the other; then what is proposed does not depend on which
-    trials happen to be faster. The ledger is all that it remembers.
-
-    Args:
-        options: of the sweep.
-        ledger: with the trials that are left, and what has ended.
-    """
-
-    def __init__(self, options: TuneConfig, ledger: TrialLog) -> None:
-        super().__init__()
-        self._options, self._ledger, self._lost = options, ledger, False
-        self._drawn = deque(trial for trial in ledger.left if not trial.fold)
-        self._left: dict[tuple[str, str], deque[Trial]] = defaultdict(deque)
-        for trial in ledger.left:
-            if trial.fold:
-                self._left[trial.row, trial.fold].append(trial)
-        # What each search waits for.
-        self._needed = {
-            (row, fold): [trial.name for trial in ledger.trials if trial.row == row and not trial.fold]
-            for row, fold in self._left
-        }
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial; None while all that is left waits for trials that run."""
-        if self._lost:
-            return str(Searcher.FINISHED)
-        if self._drawn:
-            return {"trial": asdict(self._drawn.popleft())}
-        for search, left in self._left.items():
-            if left and all(name in self._ledger.ended for name in self._needed[search]):
-                trial = left.popleft()
-                config = suggest(self._options.search, f"{self._options.run.seed}/{trial.name}", self._past(trial))
-                self._ledger.propose(trial.name, config)
-                self._needed[search] = [trial.name]
-                return {"trial": asdict(replace(trial, config=config))}
-        return None if any(self._left.values()) else str(Searcher.FINISHED)
-
-    def _past(self, trial: Trial) -> list[tuple[dict[str, Any], float]]:
-        """What the trials of the same search before this one were, and the best AUC of each."""
-        trials = self._ledger.trials
-        earlier = [
-            self._ledger.ended[one.name]
-            for one in trials[: trials.index(trial)] if one.row == trial.row and one.fold in ("", trial.fold)
-        ]  # fmt: skip
-        found = [(record.config, [area for _, area in eligible_epochs(record, trial.fold)]) for record in earlier]
-        return [(config, max(areas)) for config, areas in found if areas]
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The ledger knows what has ended; after a trial that Ray gave up, the others wait for the next round."""
-        self._lost |= error
-
-    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing of it is kept."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles what it is given, for a way of going on that is not ours; open files stay out of it.
-        return {}
-
-
-class _Past:
-    """As much of a trial as schedulers ask for."""
-
-    def __init__(self, name: str, config: dict[str, Any]) -> None:
-        self.trial_id, self.config = name, config
-
-
-def line_of(result: dict[str, Any]) -> dict[str, Any]:
-    """What the study yielded, out of a result that Ray may have flattened."""
-    if "line" in result:
-        return dict(result["line"])
-    return {name.removeprefix("line/"): value for name, value in result.items() if name.startswith("line/")}

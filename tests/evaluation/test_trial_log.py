@@ -105,7 +105,7 @@ def test_records_come_back_as_they_went(run: RunDir) -> None:
 
 def test_an_interrupted_sweep_goes_on_with_what_has_ended(run: RunDir) -> None:
     first = ledger(run)
-    assert len(first.left) == 8
+    assert len(first.pending) == 8
     epochs(first, "fused-000", *[0.6] * EPOCHS)
     first.end("fused-000", {})
     epochs(first, "eeg-000", 0.6)
@@ -119,7 +119,8 @@ def test_an_interrupted_sweep_goes_on_with_what_has_ended(run: RunDir) -> None:
     # Not the one that was running, nor the one of other options, nor the line that was cut off.
     assert [record.trial for record in again.records()] == ["fused-000"]
     assert repr(again.records()) == repr(first.records())
-    assert [trial.name for trial in again.left] == [trial.name for trial in again.trials if trial.name != "fused-000"]
+    names = [trial.name for trial in again.trials]
+    assert [trial.name for trial in again.pending] == [name for name in names if name != "fused-000"]
     assert not (run.spool / trial_log.BOARD / "eeg-000").exists()
     assert (run.spool / trial_log.BOARD / "fused-000").is_dir()
     epochs(again, "eeg-000", 0.7)
@@ -178,7 +179,7 @@ def test_tensorboard_has_every_epoch_and_the_hyperparameters(run: RunDir, monkey
 
 
 def test_progress_is_told_where_there_is_no_terminal(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_log, "_TELL_S", 0.0)
+    monkeypatch.setattr(trial_log, "_REPORT_S", 0.0)
     said: list[str] = []
     book = ledger(run, said)
     epochs(book, "fused-000", 0.5, 0.75, 0.6)
@@ -190,7 +191,7 @@ def test_progress_is_told_where_there_is_no_terminal(run: RunDir, monkeypatch: p
 
 
 def test_a_sweep_in_a_bucket_is_sent_while_it_runs(s3_here: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_log, "_SEND_S", 0.0)
+    monkeypatch.setattr(trial_log, "_SYNC_S", 0.0)
     monkeypatch.setattr(trial_log, "_FLUSH_S", 0.0)
     run = begun(f"{s3_here.bucket}/runs/sweep")
     book = ledger(run)
@@ -209,7 +210,7 @@ def test_a_sweep_in_a_bucket_is_sent_while_it_runs(s3_here: S3, monkeypatch: pyt
 def inputs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What is told of the inputs now; real ones are looked at in the system tests."""
     now = facts()
-    monkeypatch.setattr(trial_log, "_facts_now", lambda *_: now)
+    monkeypatch.setattr(trial_log, "_current_facts", lambda *_: now)
     return now
 
 
@@ -233,7 +234,7 @@ def test_a_finished_sweep_of_other_inputs_is_not_told_as_this_one(run: RunDir, i
     ],
 )  # fmt: skip
 def test_hashes_of_encoders_compare_however_they_are_told(of: Any, told: Any) -> None:
-    assert trial_log._sha(of) == told
+    assert trial_log._sha256(of) == told
 
 
 def test_encoders_by_fold_are_the_same_the_next_time(run: RunDir) -> None:

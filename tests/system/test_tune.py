@@ -24,11 +24,11 @@ from physio_dist.data.convert import converter
 from physio_dist.data.format.index import open_set
 from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
-from physio_dist.evaluation.search_space import suggest
 from physio_dist.evaluation.serving.classifier import FusionClassifier
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, preset
 from physio_dist.models.export import save_encoder
 from physio_dist.ray_backend import tune_driver
+from physio_dist.ray_backend.tune_search import param_space, suggest
 from physio_dist.runs import job_paths
 from physio_dist.runs.lease import Lease
 from physio_dist.signals.readers import read_file
@@ -197,7 +197,7 @@ def finished(place: Place, ray_nodes: Cluster, tmp_path_factory: pytest.TempPath
     return run
 
 
-def test_a_submitted_job_sweeps_and_its_trials_are_seen(
+def test_submitted_sweep_equals_local_one_and_can_be_followed_live(
     sweep: Make, ray_nodes: Cluster, tensorboard: Callable[[Path], str], finished: Sweep
 ) -> None:
     run = sweep("job")
@@ -212,17 +212,16 @@ def test_a_submitted_job_sweeps_and_its_trials_are_seen(
         figures.update(ray_nodes.figures(str(run.path)))
         if process.poll() is not None:
             return True
-        tasks = ask(
-            f"{ray_nodes.dashboard}/api/v0/tasks?detail=1&limit=1000&filter_keys=func_or_class_name"
-            "&filter_predicates=%3D&filter_values=Trials.run", ray_nodes.env["RAY_AUTH_TOKEN"]
+        actors = ask(
+            f"{ray_nodes.dashboard}/api/v0/actors?detail=1&limit=1000&filter_keys=state"
+            "&filter_predicates=%3D&filter_values=ALIVE", ray_nodes.env["RAY_AUTH_TOKEN"]
         )  # fmt: skip
-        found = tasks["data"]["result"]["result"] if tasks else []
-        shown.update(task["name"] for task in found if task["state"] == "RUNNING")
+        shown.update(actor["class_name"] for actor in (actors["data"]["result"]["result"] if actors else []))
         drawn.update(ask(f"{board}/data/plugin/scalars/tags") or {})
-        return bool(shown) and any("val_auc" in tags for tags in drawn.values())
+        return "FusionTrial" in shown and any("val_auc" in tags for tags in drawn.values())
 
     try:
-        wait_until(seen, "a trial in the dashboard and in TensorBoard", 180)
+        wait_until(seen, "actors in the dashboard and a trial in TensorBoard", 180)
         running = process.poll() is None
         assert process.wait(timeout=240) == 0, run.said()
     finally:
@@ -232,7 +231,6 @@ def test_a_submitted_job_sweeps_and_its_trials_are_seen(
     assert figures["trials"] == len(run.trials()) and set(figures) == {"trials", "trials_done", "trials_running"}
     assert running, f"it ended before its trials were seen: {shown} {drawn}"
     names = {trial["trial"] for trial in run.trials()}
-    assert shown <= names
     assert set(drawn) <= names
     assert {"val_auc", "fold_0", "fold_1", "fold_2"} <= set().union(*drawn.values())
     told = run.told()
@@ -245,7 +243,7 @@ def test_a_submitted_job_sweeps_and_its_trials_are_seen(
     assert kept[0].read_bytes() == kept[1].read_bytes()
 
 
-def test_the_files_of_a_sweep(finished: Sweep, place: Place) -> None:
+def test_finished_sweep_has_all_files(finished: Sweep, place: Place) -> None:
     assert {file.name for file in finished.path.iterdir()} == {
         "classifier", "config.yaml", "data.json", "embedding.safetensors", "lease.json", "predictions.safetensors",
         "ray", "results.json", "tensorboard", "trials.jsonl",
@@ -284,7 +282,7 @@ def test_the_files_of_a_sweep(finished: Sweep, place: Place) -> None:
     assert any(line.startswith("fused ") for line in finished.said().splitlines())
 
 
-def test_the_same_command_again_says_that_it_is_finished(finished: Sweep) -> None:
+def test_finished_sweep_is_not_run_again(finished: Sweep) -> None:
     before = {file: file.stat().st_mtime_ns for file in finished.path.rglob("*")}
     quiet = Sweep(finished.place, finished.folder, finished.name, {"RAY_ADDRESS": "127.0.0.1:1"})
     shutil.move(finished.log, finished.folder / "first.log")
@@ -308,7 +306,7 @@ def workers(ray_nodes: Cluster) -> list[psutil.Process]:
     return [process for process in ray_nodes.processes() if "FusionTrial" in " ".join(process.cmdline())]
 
 
-def test_stopped_and_started_again_it_finds_the_same(sweep: Make, ray_nodes: Cluster, finished: Sweep) -> None:
+def test_interrupted_sweep_gives_the_same_results(sweep: Make, ray_nodes: Cluster, finished: Sweep) -> None:
     run = sweep("stopped")
     before: list[dict[str, Any]] = []
     # The driver is asked to end, and the last time it is killed.
@@ -347,9 +345,10 @@ def test_stopped_and_started_again_it_finds_the_same(sweep: Make, ray_nodes: Clu
 # A worker whose machine loses its power at the moment when it is to take over the next trial.
 DYING = """
 import os, signal, sys
-from physio_dist import exits, search, tune
+from physio_dist.ray_backend import tune_driver, tune_trials
+from physio_dist.runtime import exit_status
 
-class FusionTrial(search.FusionTrial):
+class FusionTrial(tune_trials.FusionTrial):
     def reset_config(self, new_config):
         try:
             os.close(os.open({mark!r}, os.O_CREAT | os.O_EXCL))
@@ -357,13 +356,15 @@ class FusionTrial(search.FusionTrial):
             return super().reset_config(new_config)
         os.kill(os.getpid(), signal.SIGKILL)
 
-search.FusionTrial = FusionTrial
-sys.exit(exits.status_of(tune.main))
+tune_trials.FusionTrial = FusionTrial
+sys.exit(exit_status.status_of(tune_driver.main))
 """
 
 
 @pytest.mark.parametrize("search", ["latin_hypercube", "optuna"])
-def test_a_worker_lost_between_two_trials(sweep: Make, finished: Sweep, tmp_path: Path, search: str) -> None:
+def test_worker_lost_between_two_trials_costs_no_trial(
+    sweep: Make, finished: Sweep, tmp_path: Path, search: str
+) -> None:
     mark = tmp_path / "mark"
     (tmp_path / "dying.py").write_text(DYING.format(mark=str(mark)))
     run = sweep(search, options=(*SMALL, f"tune.search={search}"), program=(str(tmp_path / "dying.py"),))
@@ -376,7 +377,7 @@ def test_a_worker_lost_between_two_trials(sweep: Make, finished: Sweep, tmp_path
         assert row == undisturbed
 
 
-def test_optuna_sees_one_fold_at_a_time_and_goes_on_after_a_killed_driver(sweep: Make) -> None:
+def test_optuna_suggests_by_one_fold_and_continues_after_killed_driver(sweep: Make) -> None:
     options = (*SMALL, "tune.search=optuna", "tune.trials=12", "tune.max_epochs=2", "search.components=[8]")
     run = sweep("optuna", options=options)
     process = run.start()
@@ -404,7 +405,7 @@ def test_optuna_sees_one_fold_at_a_time_and_goes_on_after_a_killed_driver(sweep:
         assert list(after[name]["folds"]) == [tag]
         earlier = [one for one in trials if one["row"] == row and tag in one["folds"]]
         past = [(one["config"], max(one["folds"][tag])) for one in earlier[: int(number)]]
-        assert after[name]["config"] == suggest(search, f"0/{name}", past)
+        assert after[name]["config"] == suggest(param_space(search), f"0/{name}", past)
     results = run.results()
     assert any(note.startswith("Search: 10 configurations drawn for all folds, then 2") for note in results["notes"])
     tried = [one["config"] for one in trials]
@@ -416,7 +417,7 @@ def test_optuna_sees_one_fold_at_a_time_and_goes_on_after_a_killed_driver(sweep:
     ).all()
 
 
-def test_a_sweep_whose_artefacts_are_all_in_a_bucket(sweep: Make, ray_nodes: Cluster, s3: S3) -> None:
+def test_sweep_keeps_all_files_in_bucket(sweep: Make, ray_nodes: Cluster, s3: S3) -> None:
     options = (*SMALL[:2], "tune.trials=2", "tune.max_epochs=3", f"tune.feature_cache={s3.bucket}/features")
     run = sweep("cloud", options=options, run_dir=f"{s3.bucket}/runs")
     run.env.update(s3.env)
@@ -434,11 +435,11 @@ def test_a_sweep_whose_artefacts_are_all_in_a_bucket(sweep: Make, ray_nodes: Clu
     assert f"while they run: {fresh} tensorboard --logdir {run.run_dir}/cloud/tensorboard" in run.told()
 
 
-def test_a_trial_that_fails_ends_the_sweep_and_is_told_once(sweep: Make, ray_nodes: Cluster, tmp_path: Path) -> None:
+def test_failing_trial_ends_sweep_and_is_reported_once(sweep: Make, ray_nodes: Cluster, tmp_path: Path) -> None:
     """The code that a job brings along is broken."""
     broken = tmp_path / "broken"
     shutil.copytree(ROOT / "physio_dist", broken / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    source = broken / "physio_dist" / "downstream" / "heads.py"
+    source = broken / "physio_dist" / "evaluation" / "head_training.py"
     text = source.read_text()
     assert text.count("    def epoch(self") == 1
     head, _, rest = text.partition("    def epoch(self")
@@ -457,7 +458,7 @@ def test_a_trial_that_fails_ends_the_sweep_and_is_told_once(sweep: Make, ray_nod
     assert not (run.path / "results.json").exists()
 
 
-def test_more_than_the_cluster_has_is_asked_for(
+def test_sweep_refuses_more_cpus_than_the_cluster_has(
     place: Place, ray_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in ray_nodes.env.items():
@@ -487,7 +488,9 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-def test_a_node_with_another_physio_dist_or_none(sweep: Make, with_node: Callable[..., None], tmp_path: Path) -> None:
+def test_sweep_refuses_node_with_other_physio_dist_or_none(
+    sweep: Make, with_node: Callable[..., None], tmp_path: Path
+) -> None:
     older, absent = tmp_path / "older", tmp_path / "absent"
     shutil.copytree(ROOT / "physio_dist", older / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
     (older / "physio_dist" / "__init__.py").write_text('"""Older."""\n\n__version__ = "0.0.1"\n')
@@ -503,7 +506,7 @@ def test_a_node_with_another_physio_dist_or_none(sweep: Make, with_node: Callabl
         assert "Traceback" not in run.said()
 
 
-def test_a_submitted_job_embeds(ray_nodes: Cluster, place: Place, tmp_path: Path) -> None:
+def test_submitted_embed_equals_local_one(ray_nodes: Cluster, place: Place, tmp_path: Path) -> None:
     here = [sys.executable, "-m", "physio_dist.cli", "embed", "--encoder", place.ecg, "--data", place.data]
     submit = [str(BIN / "ray"), "job", "submit", "--address", ray_nodes.dashboard, "--working-dir", str(ROOT), "--"]
     subprocess.run([*here, "--out", str(tmp_path / "here")], check=True)
@@ -514,7 +517,7 @@ def test_a_submitted_job_embeds(ray_nodes: Cluster, place: Place, tmp_path: Path
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_sweep_that_lives_is_told_before_features_are_computed(
+def test_live_sweep_is_refused_before_features_are_computed(
     sweep: Make, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = sweep("alive")
@@ -581,7 +584,7 @@ def credentials(place: Place, _: Path) -> list[str]:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_bad_input_is_refused_before_anything_is_started(
+def test_bad_input_is_refused_before_ray_starts(
     place: Place, tmp_path: Path, change: Change, words: list[str], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -605,7 +608,7 @@ def test_bad_input_is_refused_before_anything_is_started(
     ],
     ids=lambda value: value.partition("=")[0],
 )  # fmt: skip
-def test_what_would_vanish_with_a_job_is_refused(
+def test_relative_path_inside_ray_job_is_refused(
     place: Place, tmp_path: Path, option: str, absolute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(job_paths._JOB, "{}")
@@ -614,7 +617,7 @@ def test_what_would_vanish_with_a_job_is_refused(
         tune_driver.main(["--config", str(ROOT / CONFIG), *given])
 
 
-def test_no_cluster_at_the_address(place: Place, tmp_path: Path) -> None:
+def test_sweep_without_cluster_at_address_is_refused(place: Place, tmp_path: Path) -> None:
     run = Sweep(place, tmp_path, "alone", {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"})
     assert run() == 2
     (line,) = run.told()

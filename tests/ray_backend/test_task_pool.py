@@ -1,4 +1,4 @@
-"""What a conversion on a cluster says; conversions themselves are in tests/system/test_convert_ray.py."""
+"""Output of a conversion on a cluster; tests/system/test_convert_ray.py has the conversions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from physio_dist.ray_backend import task_pool
 from physio_dist.runtime import exit_status
 
 
-def test_complaints_below_python_at_the_shutdown_are_kept_out(
+def test_on_cluster_hides_stderr_of_ray_shutdown(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """When Ray makes them cannot be forced, so that its calls are replaced."""
+    """Ray cannot be made to write there, so that its calls are replaced."""
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
-    monkeypatch.setattr(task_pool.cluster, "connect", lambda *given, **more: None)
-    monkeypatch.setattr(task_pool.cluster, "require", lambda *given: None)
+    monkeypatch.setattr(task_pool.cluster, "connect", lambda *_, **__: None)
+    monkeypatch.setattr(task_pool.cluster, "require_resources", lambda *_: None)
     monkeypatch.setattr(exit_status, "interrupt_on_sigterm", lambda: None)
     ended = []
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -88,17 +88,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def not_run(reports: Sequence[pytest.TestReport]) -> list[str]:
-    """Lines that count the skipped tests by the requirement that was missing."""
-    missing: collections.Counter[str] = collections.Counter()
-    for report in reports:
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
-        _, found, requirement = reason.partition(f"Skipped: {NEEDS}")
-        if found:
-            missing[requirement] += 1
-    return [f"not run: {count} tests need {requirement}" for requirement, count in sorted(missing.items())]
+    """Lines that count the skipped tests by reason."""
+    reasons = collections.Counter(
+        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "" for report in reports
+    )
+    return [
+        f"not run: {count} tests need {reason.removeprefix(NEEDS)}"
+        if reason.startswith(NEEDS)
+        else f"not run: {count} tests ({reason})"
+        for reason, count in sorted(reasons.items())
+    ]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print which tests were not run and why."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Print as the last lines which tests were not run and why."""
+    yield
     for line in not_run(terminalreporter.stats.get("skipped", [])):
         terminalreporter.write_line(line, yellow=True)

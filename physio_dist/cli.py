@@ -142,7 +142,7 @@ def _inspect(given: argparse.Namespace) -> None:
     count, out = given.plot
     if not count.isdecimal():
         raise UserError(f"--plot {count}: the first word is how many windows to draw")
-    from physio_dist.report.windows_plot import draw_windows
+    from physio_dist.report.pretraining_plots import draw_windows
 
     shards, drawn = describe.some_windows(given.url, int(count))
     for name, windows in drawn.items():

@@ -43,7 +43,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("training/backends/deepspeed_engine.py",),
     "ray": ("ray_backend/",),
     "optuna": ("evaluation/search_space.py", "ray_backend/"),
-    "sklearn": ("evaluation/", "stats/", "report/heldout.py"),
+    "sklearn": ("evaluation/", "stats/", "report/sweep_data.py"),
     "wfdb": ("signals/readers/wfdb_records.py", "evaluation/handcrafted.py"),
     "h5py": ("signals/readers/code15.py", "signals/readers/mat_people.py"),
     "edfio": ("signals/readers/edf_files.py",),

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from physio_dist.errors import UserError
-from physio_dist.report import fusion_sections, insight_sections, protocol, sections, setting, sweep_section
-from physio_dist.report.drawing import style
-from physio_dist.report.fusion_summary import summarise_sweep
-from physio_dist.report.heldout import HeldOut
-from physio_dist.report.parts import Section
-from physio_dist.report.rundata import Reader, Run, load_run
-from physio_dist.report.summary import Summary, summarise
-from physio_dist.report.sweepdata import RESULTS, Sweep, load_sweep
-
-# The order of the page of a pretraining run. Each section says for itself what it lacks.
-SECTIONS: tuple[Callable[[Run], Section], ...] = (
-    sections.losses,
-    sections.windows,
-    sections.per_lead,
-    sections.speed,
-    sections.optimisation,
-    setting.dataset,
-    sections.attempts,
-    sections.configuration,
-)
-# The same of a sweep.
-SWEEP_SECTIONS: tuple[Callable[[Sweep, HeldOut | None], Section], ...] = (
-    fusion_sections.baselines,
-    fusion_sections.curves,
-    fusion_sections.confusion,
-    insight_sections.trust,
-    fusion_sections.people,
-    insight_sections.leaning,
-    insight_sections.planes,
-    sweep_section.search,
-    fusion_sections.control,
-    fusion_sections.dataset,
-    fusion_sections.configuration,
-)
+from physio_dist.report import pretraining, sweep, sweep_summary
+from physio_dist.report.components import Section, Summary, style
+from physio_dist.report.run_data import Reader, Run, load_run
+from physio_dist.report.sweep_data import HeldOut, Sweep, load_sweep
+from physio_dist.runs.run_dir import METRICS
+from physio_dist.runs.sweep_results import RESULTS
 
 
 @dataclass(frozen=True)
@@ -79,38 +52,30 @@ def render(read: Reader, *more: Reader) -> str:
 
 
 def _chapter(read: Reader) -> _Chapter:
-    known: dict[str, bytes | None] = {}
-
-    def once(name: str) -> bytes | None:
-        if name not in known:
-            known[name] = read(name)
-        return known[name]
-
-    if once("metrics.jsonl") is not None:
-        return _pretraining(load_run(once))
-    if once(RESULTS) is not None:
-        return _sweep(load_sweep(once))
+    read = cache(read)
+    if read(METRICS) is not None:
+        return _pretraining(load_run(read))
+    if read(RESULTS) is not None:
+        return _sweep(load_sweep(read))
     raise UserError(
-        f"neither metrics.jsonl (of a pretraining run) nor {RESULTS} (of a sweep) is in the run directory: give the "
+        f"neither {METRICS} (of a pretraining run) nor {RESULTS} (of a sweep) is in the run directory: give the "
         "directory (run.dir/run.name) of a run that has logged at least one step, or of a sweep that is done"
     )
 
 
 def _pretraining(run: Run) -> _Chapter:
     with style():
-        drawn = [section(run) for section in SECTIONS]
+        sections = [section(run) for section in pretraining.SECTIONS]
     notes = []
     if run.metrics.unfinished:
-        notes.append("The last line of metrics.jsonl was not finished yet and is left out.")
-    return _Chapter(summarise(run), drawn, notes)
+        notes.append(f"The last line of {METRICS} was not finished yet and is left out.")
+    return _Chapter(pretraining.summarise(run), sections, notes)
 
 
-def _sweep(sweep: Sweep) -> _Chapter:
-    held = None if sweep.predictions is None else HeldOut.of(sweep.predictions)
+def _sweep(loaded: Sweep) -> _Chapter:
+    held = None if loaded.predictions is None else HeldOut.of(loaded.predictions)
     with style():
-        drawn = [section(sweep, held) for section in SWEEP_SECTIONS]
-    if protocol.is_leaky(sweep):
-        drawn = [protocol.labelled(section) for section in drawn]
-    told = sweep.results.get("notes")
-    notes = [str(note) for note in told] if isinstance(told, list) else []
-    return _Chapter(summarise_sweep(sweep, held), drawn, notes)
+        sections = [section(loaded, held) for section in sweep.SECTIONS]
+    if sweep_summary.is_leaky(loaded):
+        sections = [sweep_summary.mark_leaky(section) for section in sections]
+    return _Chapter(sweep_summary.summarise(loaded, held), sections, loaded.results.notes)

@@ -1,231 +1,371 @@
-"""Drawings of a sweep's trials: parallel coordinates, learning curves, and one strip of trials a row."""
+"""Drawings of a sweep's results: intervals, curves, confusion matrices, people, permuted labels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
-from physio_dist.report.drawing import INK, ROW_COLOURS, SOFT, Image, embed, new_figure
-from physio_dist.report.fusion_plots import PANEL_INCHES, WIDE_INCHES, label_of, metric
-from physio_dist.report.rundata import Floats
-from physio_dist.report.sweepdata import Trial, same_config
+from physio_dist.report.components import (
+    GRID,
+    INK,
+    PANEL_INCHES,
+    ROW_COLOURS,
+    SHADE,
+    SOFT,
+    WIDE_INCHES,
+    Image,
+    axes_at,
+    embed,
+    metric,
+    new_figure,
+    span,
+)
+from physio_dist.report.run_data import Floats
+from physio_dist.report.sweep_data import Ints
+from physio_dist.runs.sweep_results import BOUND
 
-# Light to dark in one direction of lightness, so that it reads without colour too; never as light as the paper.
-SCALE = LinearSegmentedColormap.from_list("auc", ["#eed36a", "#9cc878", "#4aa58a", "#2f7fa8", "#2b55a0"])
-AXES = (
-    "head", "pooling", "components", "depth", "width", "dropout", "modality_dropout", "label_smoothing",
-    "class_weight", "lr", "weight_decay",
-)  # fmt: skip
-TITLES = {
-    "modality_dropout": "modality\ndropout",
-    "class_weight": "class\nweight",
-    "label_smoothing": "label\nsmoothing",
-    "lr": "learning\nrate",
-    "weight_decay": "weight\ndecay",
-    "components": "compo-\nnents",
-    "depth": "hidden\nlayers",
+LABELS = {
+    "majority": "Majority class",
+    "untrained": "Untrained encoders",
+    "handmade": "Hand-made features",
+    "ecg": "ECG alone",
+    "eeg": "EEG alone",
+    "fused": "Fused ECG + EEG",
+    "fused_ecg_only": "Fused, ECG shown",
+    "fused_eeg_only": "Fused, EEG shown",
+    "noise_ecg": "EEG + noise for ECG",
+    "noise_eeg": "ECG + noise for EEG",
+    "finetuned": "Fine-tuned encoders",
 }
-LOGARITHMIC = ("lr", "weight_decay")
-# Part of the gap between two values of a choice over which the lines through it are spread.
-FAN = 0.62
+# On a drawing with little room.
+SHORT = {
+    "majority": "majority",
+    "untrained": "untrained",
+    "handmade": "hand-made",
+    "ecg": "ECG",
+    "eeg": "EEG",
+    "fused_ecg_only": "fused, ECG",
+    "fused_eeg_only": "fused, EEG",
+    "noise_ecg": "EEG+noise",
+    "noise_eeg": "ECG+noise",
+    "finetuned": "fine-tuned",
+}
+# From this share on white figures read better than black ones on it.
+DARK_FROM = 0.72
+# More people than this stand in one wide drawing each; up to it two drawings stand side by side.
+FEW_PEOPLE = 14
+MOST_NAMES = 110
+MARKERS = {"ecg": "s", "eeg": "^", "fused": "o"}
 
 
 @dataclass(frozen=True)
-class Axis:
-    """One axis of the parallel coordinates: heights 0..1 of the trials (NaN: no value) and its marks."""
+class Interval:
+    """A line of the forest plot: a value with its interval, the folds' own values, and the best possible (or NaN)."""
 
     name: str
-    place: Floats
-    marks: list[tuple[float, str]]
+    value: float
+    low: float
+    high: float
+    folds: list[float]
+    bound: float
 
 
-def parallel(trials: Sequence[Trial], chosen: Sequence[tuple[str, dict[str, Any]]], alt: str) -> Image:
-    """Every trial as a line through its configuration to its best AUC on validation people.
+@dataclass(frozen=True)
+class Curve:
+    """A curve over rates in 0..1, and what its label says; ``name`` as in results.json."""
 
-    ``chosen``: label and configuration of what was selected; a configuration no trial has ends before the last axis.
-    """
-    order = sorted(trials, key=lambda trial: trial.val_auc if math.isfinite(trial.val_auc) else -1.0)
-    # What was chosen was tried, so it has a line already; one that was not gets a place without a result.
-    tried = [next((i for i, t in enumerate(order) if same_config(t.config, config)), None) for _, config in chosen]
-    more = [config for (_, config), place in zip(chosen, tried, strict=True) if place is None]
-    after = iter(range(len(order), len(order) + len(more)))
-    picked = [next(after) if place is None else place for place in tried]
-    configs = [trial.config for trial in order] + more
-    value = np.array([trial.val_auc for trial in order] + [math.nan] * len(more))
-    axes_ = [_axis(name, configs) for name in AXES if any(name in config for config in configs)]
-    finite = value[np.isfinite(value)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    low, high = (low, high) if high > low else (low - 0.01, high + 0.01)
-    axes_.append(_result_axis(value, low, high))
-    width, height = WIDE_INCHES, 4.3
-    figure = new_figure(width, height)
-    axes = figure.add_axes((0.125, 0.05, 0.735, 0.8))
-    axes.set_xlim(0, max(len(axes_) - 1, 1))
-    axes.set_ylim(-0.03, 1.03)
-    axes.axis("off")
-    for x, axis in enumerate(axes_):
-        _draw_axis(axes, x, axis, len(axes_))
-    heights = np.stack([axis.place for axis in axes_])
-    for number, trial in enumerate(order):
-        style: dict[str, Any] = {"lw": 1.3, "alpha": 0.9, "zorder": 3}
-        if trial.stopped:
-            style = {"lw": 0.7, "alpha": 0.45, "zorder": 2}
-        shade = (value[number] - low) / (high - low)
-        colour: Any = SCALE(shade) if math.isfinite(shade) else "#c9c9c9"
-        axes.plot(range(len(axes_)), heights[:, number], color=colour, **style)
-    _mark_chosen(axes, heights[:, picked], chosen)
-    _colour_bar(axes, len(axes_) - 1)
-    return embed(figure, alt)
+    name: str
+    x: Floats
+    y: Floats
+    value: float
 
 
-def learning_curves(title: str, trials: Sequence[Trial], alt: str) -> Image:
-    """AUC on validation people over the epochs, a line a trial; stopped ones end in a cross."""
-    figure = new_figure(PANEL_INCHES, 3.0)
-    axes = figure.add_axes((0.13, 0.16, 0.84, 0.72))
-    axes.set_title(title, pad=7, x=-0.13)
-    best = max(trials, key=lambda trial: trial.val_auc if math.isfinite(trial.val_auc) else -1.0)
-    for trial in trials:
-        if not trial.history:
-            continue
-        epoch, value = (np.array(column) for column in zip(*trial.history, strict=True))
-        if trial is best:
-            axes.plot(epoch, value, color=INK, lw=2.0, zorder=4)
-            end: dict[str, Any] = {"va": "bottom", "ha": "right", "weight": "bold", "fontsize": 8.5}
-            axes.annotate("best", (epoch[-1], value[-1]), xytext=(0, 4), textcoords="offset points", **end)
-        elif trial.stopped:
-            axes.plot(epoch, value, color=ROW_COLOURS["eeg"], lw=0.7, alpha=0.4)
-            axes.plot(epoch[-1:], value[-1:], "x", color=ROW_COLOURS["eeg"], ms=3.5, alpha=0.6)
-        else:
-            axes.plot(epoch, value, color=ROW_COLOURS["eeg"], lw=1.1, alpha=0.8, zorder=3)
-            if epoch.size == 1:
-                axes.plot(epoch, value, "o", color=ROW_COLOURS["eeg"], ms=3)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.set_xlabel("epoch", loc="right", labelpad=1)
-    return embed(figure, alt)
+def label_of(name: str, short: bool = False) -> str:
+    """How a row of results.json is called on the page."""
+    if name.startswith(BOUND):
+        kind = name.removeprefix(BOUND)
+        return f"best: {SHORT.get(kind, kind)}" if short else f"Best possible: {LABELS.get(kind, kind)}"
+    return SHORT.get(name, name) if short else LABELS.get(name, name)
 
 
-def trial_strips(title: str, trials: Sequence[Trial], rows: Sequence[str], alt: str) -> Image:
-    """Best AUC on validation people of each trial, one line a row; hollow where the trial was stopped."""
-    figure = new_figure(PANEL_INCHES, 3.0)
-    axes = figure.add_axes((0.3, 0.16, 0.67, 0.72))
-    axes.set_title(title, pad=7, x=-0.375)
-    for y, row in enumerate(rows):
-        mine = [trial for trial in trials if trial.row == row and math.isfinite(trial.val_auc)]
-        colour = ROW_COLOURS.get(row, SOFT)
-        axes.text(-0.03, y, label_of(row), transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=9)
-        for number, trial in enumerate(sorted(mine, key=lambda trial: trial.val_auc)):
-            # Neighbours in value stand on different heights: they stay apart without any draw.
-            shift = 0.26 * ((number * 0.618034) % 1.0 - 0.5) * 2
-            face = "white" if trial.stopped else colour
-            axes.plot([trial.val_auc], [y + shift], "o", mec=colour, mfc=face, mew=0.9, ms=4.5, alpha=0.85)
-        if mine:
-            most = max(trial.val_auc for trial in mine)
-            axes.text(most, y - 0.33, metric(most), ha="center", va="bottom", fontsize=8.5, weight="bold")
-    axes.set_ylim(len(rows) - 0.5, -0.62)
+def colour_of(name: str) -> str:
+    """Colour of a row; a bound has that of the row it bounds."""
+    return ROW_COLOURS.get(name.removeprefix(BOUND), SOFT)
+
+
+def forest(lines: Sequence[Interval], chance: float, alt: str) -> Image:
+    """One line a row: dot and interval, faint ticks for the folds, an open diamond for the best possible."""
+    height = 0.36 * len(lines) + 0.85
+    figure = new_figure(WIDE_INCHES, height)
+    left, right = 1.75, 2.0
+    axes = axes_at(figure, left, 0.5, WIDE_INCHES - left - right, height - 0.85)
+    drawn = [x for line in lines for x in (line.value, line.low, line.high, line.bound, *line.folds)]
+    seen = np.array([*drawn, chance])
+    seen = seen[np.isfinite(seen)]
+    low, high = float(seen.min()), float(seen.max())
+    room = 0.04 * (high - low) or 0.05
+    axes.set_xlim(low - room, high + room)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.axvline(chance, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axes.text(chance, 1.0, "chance", transform=axes.get_xaxis_transform(), ha="center", va="bottom",
+              fontsize=8.5, color=SOFT)  # fmt: skip
+    for y, line in enumerate(lines):
+        colour, fused = colour_of(line.name), line.name == "fused"
+        weight: dict[str, Any] = {"weight": "bold"} if fused else {}
+        place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        axes.text(-0.015, y, label_of(line.name), ha="right", **place, **weight)
+        axes.text(1.03, y, metric(line.value), ha="left", **place, **weight)
+        axes.text(1.11, y, span(line.low, line.high), ha="left", color=SOFT, **place)
+        ticks: dict[str, Any] = {"marker": "|", "ls": "", "ms": 7, "mew": 1.0, "alpha": 0.4}
+        axes.plot(line.folds, [y] * len(line.folds), color=colour, zorder=2, **ticks)
+        if math.isfinite(line.low) and math.isfinite(line.high):
+            axes.plot([line.low, line.high], [y, y], color=colour, lw=2.6 if fused else 1.8, zorder=3)
+        axes.plot([line.value], [y], "o", color=colour, ms=8 if fused else 6.5, mec="white", mew=0.8, zorder=5)
+        axes.plot([line.bound], [y], "D", mfc="white", mec=colour, mew=1.3, ms=6, zorder=4)
+    for place_x, words in ((1.03, "AUC"), (1.11, "95 % interval")):
+        axes.text(place_x, 1.0, words, transform=axes.transAxes, ha="left", va="bottom", fontsize=8.5, color=SOFT)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("AUC on validation people", loc="right", labelpad=1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("ROC-AUC over all held-out people", loc="right", labelpad=2)
     return embed(figure, alt)
 
 
-def _axis(name: str, configs: Sequence[dict[str, Any]]) -> Axis:
-    """Heights of the configurations on one option; a choice of few values is spread a little around each."""
-    given = [config.get(name) for config in configs]
-    numbers = np.array([_number(value) for value in given])
-    finite = numbers[np.isfinite(numbers)]
-    if name in LOGARITHMIC and finite.size and finite.min() > 0:
-        ends = np.log10([finite.min(), finite.max()])
-        reach = float(ends[1] - ends[0])
-        if reach > 0:
-            return Axis(name, (np.log10(numbers) - ends[0]) / reach, _log_marks(float(ends[0]), float(ends[1])))
-    known = [value for value in given if value is not None]
-    if finite.size == len(known):
-        levels: list[Any] = sorted(set(known))
-    else:
-        levels = sorted({str(value) for value in known})
-        given = [None if value is None else str(value) for value in given]
-    if not levels:
-        return Axis(name, np.full(len(configs), np.nan), [])
-    gap = 1 / len(levels)
-    middle = {level: (number + 0.5) * gap for number, level in enumerate(levels)}
-    place = np.full(len(configs), np.nan)
-    for level in levels:
-        mine = [number for number, value in enumerate(given) if value == level]
-        # In order of the result (that of the trials), so that good lines run together.
-        spread = np.linspace(-0.5, 0.5, len(mine)) * FAN * gap if len(mine) > 1 else np.zeros(1)
-        place[mine] = middle[level] + spread
-    return Axis(name, place, [(middle[level], word(level)) for level in levels])
+def roc_panel(title: str, curves: Sequence[Curve], alt: str) -> Image:
+    """ROC curves with their areas named at the right, best first."""
+    figure, axes = _square(title, "false positive rate", "true positive rate")
+    axes.plot([0, 1], [0, 1], color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axes.text(0.64, 0.6, "chance", rotation=45, rotation_mode="anchor", ha="left", va="top", fontsize=8.5, color=SOFT)
+    _curves(axes, curves, "AUC")
+    return embed(figure, alt)
 
 
-def _result_axis(value: Floats, low: float, high: float) -> Axis:
-    ticks = [t for t in MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= t <= high]
-    marks = [((t - low) / (high - low), f"{t:.3g}") for t in ticks]
-    return Axis("validation\nAUC", (value - low) / (high - low), marks)
+def recall_panel(title: str, curves: Sequence[Curve], base: float, alt: str) -> Image:
+    """Precision over recall with the areas named at the right; ``base`` is the share of positive windows."""
+    figure, axes = _square(title, "recall", "precision")
+    axes.axhline(base, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axes.text(0.99, base - 0.015, f"chance {metric(base)}", ha="right", va="top", fontsize=8.5, color=SOFT)
+    _curves(axes, curves, "PR-AUC")
+    return embed(figure, alt)
 
 
-def _draw_axis(axes: Axes, x: int, axis: Axis, total: int) -> None:
-    axes.plot([x, x], [0, 1], color="#9a9a9a", lw=0.8, zorder=1)
-    title = TITLES.get(axis.name, axis.name)
-    axes.text(x, 1.045, title, ha="center", va="bottom", fontsize=9.5, weight="bold", linespacing=1.05)
-    last = x == total - 1
-    for y, mark in axis.marks:
-        box: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.82, "pad": 0.8}
-        if last:
-            axes.text(x + 0.16, y, mark, ha="left", va="center", fontsize=8.5, color=SOFT)
-            axes.plot([x, x + 0.12], [y, y], color=SOFT, lw=0.7, clip_on=False)
-        elif not x:
-            axes.text(-0.08, y, mark, ha="right", va="center", fontsize=8.5)
-        else:
-            axes.text(x + 0.04, y, mark, ha="left", va="center", fontsize=8.5, zorder=6, bbox=box)
+def confusions(tables: Sequence[tuple[str, Ints]], classes: Sequence[str], alt: str) -> Image:
+    """Confusion matrices side by side: share of each true class in colour, counts below the shares."""
+    k = len(classes)
+    across = min(len(tables), 4 if k <= 3 else 2)
+    down = math.ceil(len(tables) / across)
+    names = [_clip(name, 14) for name in classes]
+    long = 0.085 * max(len(name) for name in names)
+    # Only the first of a line has names at its left.
+    left, gap = 0.5 + min(long, 1.15), 0.35
+    side = min((WIDE_INCHES - left - 0.1 - (across - 1) * gap) / across, 3.3)
+    turned = long > 0.95 * side / k
+    below = 0.35 + (0.6 * min(long, 1.2) + 0.1 if turned else 0.2)
+    slot = side + 0.4 + below
+    height = down * slot
+    figure = new_figure(WIDE_INCHES, height)
+    for number, (row, table) in enumerate(tables):
+        x, y = left + (number % across) * (side + gap), height - (number // across) * slot - 0.32 - side
+        axes = axes_at(figure, x, y, side, side)
+        axes.set_title(label_of(row), pad=5)
+        _matrix(axes, table, size=float(np.clip(15.0 * side / k, 5.0, 11.0)))
+        axes.set_xticks(range(k), names, rotation=35 if turned else 0, ha="right" if turned else "center")
+        axes.set_yticks(range(k), names if number % across == 0 else [""] * k)
+        axes.tick_params(length=0, pad=2)
+        axes.set_xlabel("predicted", labelpad=1)
+        if number % across == 0:
+            axes.set_ylabel("true", labelpad=3)
+    return embed(figure, alt)
 
 
-def _mark_chosen(axes: Axes, heights: Floats, chosen: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    last = heights.shape[0] - 1
-    ends: list[tuple[float, str]] = []
-    for number, (label, _) in enumerate(chosen):
-        line: dict[str, Any] = {"color": INK, "lw": 1.9, "zorder": 5, "marker": "o", "ms": 4.5, "clip_on": False}
-        axes.plot(range(last + 1), heights[:, number], color="white", lw=4.2, alpha=0.85, zorder=4.5, clip_on=False)
-        axes.plot(range(last + 1), heights[:, number], **line)
-        if math.isfinite(heights[last, number]):
-            ends.append((float(heights[last, number]), label))
-    top = 1.1
-    for y, label in sorted(ends, reverse=True):
-        place = min(y, top - 0.055)
-        axes.plot([last + 0.05, last + 0.58, last + 0.66], [y, y, place], color=INK, lw=0.7, clip_on=False, zorder=6)
-        axes.text(last + 0.69, place, label, ha="left", va="center", fontsize=8.5, weight="bold")
-        top = place
+def people_panel(title: str, names: Sequence[str], rows: Mapping[str, Floats], chance: float, alt: str) -> Image:
+    """A column a person, by the gain of the fused row over the better single one; ``rows``: name -> ``[person]``."""
+    fused, better = rows["fused"], best_single(rows)
+    gain = fused - better
+    order = np.lexsort((fused, gain))
+    n = len(names)
+    wide = n > FEW_PEOPLE
+    width, height = (WIDE_INCHES, 3.6) if wide else (PANEL_INCHES, 3.7)
+    figure = new_figure(width, height)
+    axes = axes_at(figure, 0.6, 0.8, width - 0.7, height - 1.55)
+    axes.set_title(title, pad=38, x=-0.5 / (width - 0.7))
+    size = float(np.clip(58 * (width - 0.7) / n * 0.3, 2.4, 6.5))
+    axes.grid(False)
+    axes.grid(axis="y")
+    axes.axhline(chance, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    for x, person in enumerate(order.tolist()):
+        up = gain[person] > 0
+        style: dict[str, Any] = {"color": INK, "lw": 1.6} if up else {"color": "#9a9a9a", "lw": 1.0, "ls": ":"}
+        axes.plot([x, x], [better[person], fused[person]], zorder=2, **style)
+        for row in ("ecg", "eeg"):
+            if row in rows:
+                face: dict[str, Any] = {"mfc": "white", "mec": ROW_COLOURS[row], "mew": 1.1, "ls": ""}
+                axes.plot([x], [rows[row][person]], MARKERS[row], ms=size, zorder=3, **face)
+        axes.plot([x], [fused[person]], "o", ms=size + 0.7, mfc=INK if up else "white", mec=INK, mew=1.2, zorder=4)
+    _people_axis(axes, [names[person] for person in order.tolist()], width - 0.7)
+    low = float(np.nanmin([float(np.nanmin(np.stack(list(rows.values())))), chance]))
+    axes.set_ylim(low - 0.05 * (1 - low), 1.0 + 0.05 * (1 - low))
+    _divide(axes, int((gain <= 0).sum()), n)
+    _key(axes, rows, width - 0.7, height - 1.55)
+    return embed(figure, alt)
 
 
-def _colour_bar(axes: Axes, x: int) -> None:
-    steps = np.linspace(0, 1, 61)
-    for low, high in pairwise(steps.tolist()):
-        axes.plot([x, x], [low, high], color=SCALE(low), lw=7, solid_capstyle="butt", zorder=4, clip_on=False)
+def permuted_strip(values: Floats, observed: float, alt: str) -> Image:
+    """AUCs under permuted labels, one dot each where few, as a histogram where many; the observed one beside them."""
+    figure = new_figure(WIDE_INCHES, 2.0)
+    axes = axes_at(figure, 0.3, 0.52, WIDE_INCHES - 0.6, 1.1)
+    seen = np.array([*values.tolist(), 0.5, *([observed] if math.isfinite(observed) else [])])
+    low, high = float(seen.min()), float(seen.max())
+    room = 0.08 * (high - low) or 0.05
+    axes.set_xlim(low - room, high + room)
+    top = _heap(axes, values, low - room, high + room)
+    axes.axvline(0.5, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    _beside(axes, 0.5, top, "chance", 1, {"fontsize": 8.5, "color": SOFT})
+    if math.isfinite(observed):
+        axes.axvline(observed, color=INK, lw=2.2, zorder=4)
+        side = -1 if observed > (low + high) / 2 else 1
+        _beside(axes, observed, top, f"observed {metric(observed)}", side, {"fontsize": 9.5, "weight": "bold"})
+    axes.set_yticks([])
+    axes.set_ylim(0, top * 1.04)
+    axes.spines["left"].set_visible(False)
+    axes.grid(False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("ROC-AUC of the fused row", loc="right", labelpad=2)
+    return embed(figure, alt)
 
 
-def _log_marks(low: float, high: float) -> list[tuple[float, str]]:
-    steps = (1, 3) if high - low < 2.6 else (1,)
-    values = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
-    inside = [value for value in values if low - 1e-9 <= math.log10(value) <= high + 1e-9]
-    return [((math.log10(value) - low) / (high - low), word(value)) for value in inside]
+def best_single(rows: Mapping[str, Floats]) -> Floats:
+    """The higher of the single modalities for each person, NaN where neither has a value."""
+    singles = [rows[name] for name in ("ecg", "eeg") if name in rows]
+    best = singles[0] if len(singles) == 1 else np.fmax(singles[0], singles[1])
+    return np.asarray(best, np.float64)
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+def _square(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    side = 2.75
+    figure = new_figure(PANEL_INCHES, side + 0.95)
+    axes = axes_at(figure, 0.66, 0.55, side, side)
+    axes.set_title(title, pad=8, x=-0.6 / side)
+    axes.set_xlim(-0.012, 1.012)
+    axes.set_ylim(-0.012, 1.012)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MultipleLocator(0.25))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel(x_label, loc="right", labelpad=2)
+    axes.set_ylabel(y_label, loc="top", labelpad=5)
+    return figure, axes
 
 
-def word(value: Any) -> str:
-    """A value of an option as a mark: short, without underscores."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"{value:.2g}".replace("e-0", "e-") if isinstance(value, float) else f"{value}"
-    text = "".join(c for c in str(value) if c.isprintable()).replace("_", " ")
-    return text if len(text) <= 18 else text[:17] + "…"
+def _curves(axes: Axes, curves: Sequence[Curve], what: str) -> None:
+    for curve in curves:
+        bound, fused = curve.name.startswith(BOUND), curve.name == "fused"
+        style: dict[str, Any] = {"lw": 1.1, "ls": (0, (2, 1.4))} if bound else {"lw": 2.4 if fused else 1.4}
+        axes.plot(curve.x, curve.y, color=colour_of(curve.name), zorder=5 if fused else 3, **style)
+    ordered = sorted(curves, key=lambda curve: -curve.value if math.isfinite(curve.value) else 1.0)
+    where: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+    axes.text(1.05, 1.0, what, fontsize=8.5, color=SOFT, va="center", transform=axes.transAxes)
+    for number, curve in enumerate(ordered):
+        y = 0.93 - 0.068 * number
+        bound = curve.name.startswith(BOUND)
+        dash: Any = (0, (2, 1.4)) if bound else "-"
+        axes.plot([1.05, 1.105], [y, y], color=colour_of(curve.name), lw=1.4 if bound else 2.4, ls=dash, **where)
+        weight = "bold" if curve.name == "fused" else "normal"
+        words = f"{metric(curve.value)} {label_of(curve.name, short=True)}"
+        axes.text(1.125, y, words, fontsize=8.5, va="center", weight=weight, transform=axes.transAxes)
+
+
+def _matrix(axes: Axes, table: Ints, size: float) -> None:
+    k = len(table)
+    total = table.sum(axis=1, keepdims=True)
+    share = np.divide(table, total, out=np.full(table.shape, np.nan), where=total > 0)
+    axes.set_xlim(-0.5, k - 0.5)
+    axes.set_ylim(k - 0.5, -0.5)
+    axes.grid(False)
+    for true in range(k):
+        for predicted in range(k):
+            part = float(share[true, predicted])
+            known = math.isfinite(part)
+            corner = (predicted - 0.5, true - 0.5)
+            colour: Any = (SHADE, part) if known else "#f4f4f4"
+            axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white", lw=1.5))
+            words = f"{100 * part:.0f} %\n{table[true, predicted]:,}" if known else "–"
+            dark = known and part > DARK_FROM
+            axes.text(predicted, true, words, ha="center", va="center", fontsize=size, linespacing=1.15,
+                      color="white" if dark else INK, weight="bold" if true == predicted else "normal")  # fmt: skip
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _people_axis(axes: Axes, names: Sequence[str], inches: float) -> None:
+    n = len(names)
+    axes.set_xlim(-0.7, n - 0.3)
+    if n > MOST_NAMES:
+        axes.set_xticks([])
+        axes.set_xlabel(f"{n} people, by what fusion gains", loc="right", labelpad=4)
+        return
+    size = float(np.clip(72 * inches / n * 0.8, 4.5, 8.5))
+    axes.set_xticks(range(n), list(names), rotation=90, fontsize=size, family="monospace")
+    axes.tick_params(axis="x", length=0, pad=2)
+
+
+def _divide(axes: Axes, losses: int, n: int) -> None:
+    """Where the people on whom fusion helps begin, and how many stand on each side."""
+    place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "va": "bottom", "fontsize": 8.5}
+    if 0 < losses < n:
+        axes.axvline(losses - 0.5, color=SOFT, lw=0.8, zorder=1)
+    if losses:
+        axes.text(-0.7, 1.02, f"fused not better: {losses}", ha="left", color=SOFT, **place)
+    if losses < n:
+        axes.text(n - 0.3, 1.02, f"fused better: {n - losses} of {n}", ha="right", weight="bold", **place)
+
+
+def _key(axes: Axes, rows: Mapping[str, Floats], inches: float, height: float) -> None:
+    """The marks and what they stand for, in one line under the title."""
+    x, y = 0.0, 1 + 0.33 / height
+    for name in ("ecg", "eeg", "fused"):
+        if name not in rows:
+            continue
+        mark: dict[str, Any] = {"mec": ROW_COLOURS[name], "mfc": INK if name == "fused" else "white"}
+        mark |= {"transform": axes.transAxes, "clip_on": False, "ls": "", "mew": 1.2, "ms": 6}
+        axes.plot([x + 0.05 / inches], [y], MARKERS[name], **mark)
+        words = "fused (filled: better)" if name == "fused" else f"{SHORT[name]} alone"
+        axes.text(x + 0.16 / inches, y, words, transform=axes.transAxes, va="center", fontsize=8.5)
+        x += (0.3 + 0.075 * len(words)) / inches
+
+
+def _heap(axes: Axes, values: Floats, low: float, high: float) -> float:
+    """Dots stacked in bins, or bars where there are many; returns the height of the highest heap."""
+    bins = 90 if values.size <= 60 else 40
+    edges = np.linspace(low, high, bins + 1)
+    number = np.clip(np.digitize(values, edges) - 1, 0, bins - 1)
+    height = np.bincount(number, minlength=bins)
+    if values.size > 60:
+        axes.bar(edges[:-1], height, width=np.diff(edges), align="edge", color=SHADE, alpha=0.6, ec="white", lw=0.5)
+        return max(1.0, float(height.max())) * 1.35
+    stacked: dict[int, int] = {}
+    top = max(5.0, float(height.max()) + 1.5)
+    for place in sorted(number.tolist()):
+        stacked[place] = stacked.get(place, 0) + 1
+        middle = (edges[place] + edges[place + 1]) / 2
+        axes.plot([middle], [stacked[place] - 0.4], "o", color=SHADE, ms=6, mec="white", mew=0.6, clip_on=False)
+    axes.axhline(0, color=GRID)
+    return top
+
+
+def _beside(axes: Axes, x: float, y: float, words: str, side: int, style: Mapping[str, Any]) -> None:
+    """Words a little to the right (``side`` 1) or left (-1) of an upright line, hanging from ``y``."""
+    align = "left" if side > 0 else "right"
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": align, "va": "top"}
+    axes.annotate(words, (x, y), xytext=(5 * side, 0), **place, **style)
+
+
+def _clip(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

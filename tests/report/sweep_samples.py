@@ -121,7 +121,7 @@ def configs_of(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def leaned_of(people: int = 12) -> dict[str, Any]:
+def occlusion_of(people: int = 12) -> dict[str, Any]:
     """What heads lean on: most on Cz and on the third second."""
 
     def entry(lost: float, signal: str, **more: Any) -> dict[str, Any]:
@@ -230,16 +230,16 @@ def results_of(
         "protocol": protocol,
         "windows": int(label.size),
         "people": len(set(person.tolist())),
-        "folds": len(folds),
+        "folds": [{"fold": str(fold)} for fold in folds],
         "simulated": simulated,
         "encoders": {
             "ecg": {"url": "s3://key:secret@bucket/ecg-encoder", "sha256": "ab" * 32, "simulated": simulated},
             "eeg": {"url": "s3://bucket/eeg-encoder", "sha256": "cd" * 32, "simulated": simulated},
         },
-        "selection": "for each row and fold the best AUC on that fold's validation people",
+        "selection": {"rule": "for each row and fold the best AUC on that fold's validation people"},
         "rows": rows,
         "notes": ["One person has windows of one class only."],
-        "occlusion": leaned_of(),
+        "occlusion": occlusion_of(),
         "embedding": {
             "neighbours": 10,
             **{

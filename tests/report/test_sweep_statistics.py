@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from physio_dist.report import heldout
-from physio_dist.report.heldout import HeldOut
-from physio_dist.report.sweepdata import parse_predictions
+from physio_dist.report import sweep_data
+from physio_dist.report.sweep_data import HeldOut, parse_predictions
 from physio_dist.stats import auc
 from tests.report.sweep_samples import auc_of, predictions_file, predictions_of
 
@@ -26,14 +25,14 @@ def held(classes=("a", "b"), **options) -> tuple[HeldOut, dict[str, np.ndarray]]
     return HeldOut.of(found), tensors
 
 
-def test_the_area_is_the_share_of_pairs_in_order():
+def test_pooled_auc_is_the_share_of_ordered_pairs():
     found, tensors = held()
     for row in ("ecg", "fused", "majority"):
         expected = auc_of(tensors["label"], tensors[f"probability.{row}"][:, 1])
         assert auc.pooled_auc(found.pairs[row]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_area_of_known_distributions():
+def test_pooled_auc_of_normal_scores():
     """Normal scores whose means lie d standard deviations apart: Phi(d / sqrt 2)."""
     rng = np.random.default_rng(5)
     n, d = 40_000, 1.2
@@ -45,13 +44,13 @@ def test_the_area_of_known_distributions():
     assert auc.pooled_auc(auc.compare_all_pairs(label, person, probability)) == pytest.approx(expected, abs=0.01)
 
 
-def test_with_more_classes_it_is_the_mean_over_them():
+def test_pooled_auc_of_three_classes_is_their_mean():
     found, tensors = held(classes=("a", "b", "c"))
     areas = [auc_of((tensors["label"] == c).astype(int), tensors["probability.fused"][:, c]) for c in range(3)]
     assert auc.pooled_auc(found.pairs["fused"]) == pytest.approx(np.mean(areas), abs=1e-12)
 
 
-def test_counts_of_people_are_people_taken_so_often():
+def test_mean_auc_weights_people_by_counts():
     found, tensors = held(people=5, windows=8)
     people = np.unique(tensors["person"])
     counts = np.array([2.0, 0.0, 1.0, 3.0, 0.0])
@@ -62,7 +61,7 @@ def test_counts_of_people_are_people_taken_so_often():
     assert auc.mean_auc(found.pairs["ecg"], counts[None])[0] == pytest.approx(expected, abs=1e-12)
 
 
-def test_people_are_scored_each_alone():
+def test_people_of_scores_each_person():
     found, tensors = held()
     people = np.unique(tensors["person"])
     assert found.people.names == [f"{person:016x}"[:6] for person in people.tolist()]
@@ -75,7 +74,7 @@ def test_people_are_scored_each_alone():
         assert found.people.fold[i] == str(tensors["fold"][mine][0])
 
 
-def test_a_person_of_one_class_has_no_area_and_is_not_chance():
+def test_people_of_gives_nan_for_a_person_of_one_class():
     tensors = predictions_of(people=3, windows=6)
     tensors["label"][:6] = 1
     found, _ = parse_predictions(predictions_file(tensors, ("a", "b"), 4))
@@ -83,7 +82,7 @@ def test_a_person_of_one_class_has_no_area_and_is_not_chance():
     assert math.isnan(areas[0]) and np.isfinite(areas[1:]).all()
 
 
-def test_pseudonyms_are_as_long_as_it_takes():
+def test_people_names_are_unique_prefixes():
     tensors = predictions_of(people=3, windows=4)
     ids = np.array([0xABCDEF12_00000000, 0xABCDEF13_00000000, 0x00000000_00000001], np.uint64)
     tensors["person"] = np.repeat(ids, 4)
@@ -91,7 +90,7 @@ def test_pseudonyms_are_as_long_as_it_takes():
     assert HeldOut.of(found).people.names == ["00000000", "abcdef12", "abcdef13"]
 
 
-def test_a_difference_is_measured_on_the_same_drawn_people():
+def test_difference_uses_the_same_resampled_people():
     found, _ = held(people=20, windows=20)
     other = auc.difference(found.pairs["fused"], found.pairs["untrained"])
     value = auc.pooled_auc(found.pairs["fused"]) - auc.pooled_auc(found.pairs["untrained"])
@@ -103,7 +102,7 @@ def test_a_difference_is_measured_on_the_same_drawn_people():
     assert (back.low, back.high) == (pytest.approx(-other.high), pytest.approx(-other.low))
 
 
-def test_the_interval_has_the_width_of_the_spread_over_people():
+def test_difference_interval_agrees_with_the_jackknife():
     """Against the textbook: with many people the interval is the value plus and minus 1.96 standard errors."""
     found, _ = held(people=60, windows=20)
     counts = np.ones((60, 60)) - np.eye(60)
@@ -113,19 +112,19 @@ def test_the_interval_has_the_width_of_the_spread_over_people():
     assert made.high - made.low == pytest.approx(2 * 1.96 * error, rel=0.15)
 
 
-def test_one_person_has_no_interval():
+def test_difference_of_one_person_has_no_interval():
     found, _ = held(people=1, windows=12)
     made = auc.difference(found.pairs["fused"], found.pairs["ecg"])
     assert math.isfinite(made.value) and math.isnan(made.low) and math.isnan(made.high)
 
 
-def test_curves_enclose_their_areas():
+def test_roc_and_precision_recall_enclose_their_areas():
     found, tensors = held()
-    x, y = heldout.roc(found.predictions, "fused", 1)
+    x, y = sweep_data.roc(found.predictions, "fused", 1)
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
     area = float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
     assert area == pytest.approx(auc_of(tensors["label"], tensors["probability.fused"][:, 1]), abs=1e-9)
-    recall, precision = heldout.precision_recall(found.predictions, "fused", 1)
+    recall, precision = sweep_data.precision_recall(found.predictions, "fused", 1)
     positives = (tensors["label"] == 1).sum()
     assert recall[0] == pytest.approx(1 / positives) and recall[-1] == 1
     best = np.argsort(-tensors["probability.fused"][:, 1], kind="stable")
@@ -134,19 +133,19 @@ def test_curves_enclose_their_areas():
     assert precision[-1] == pytest.approx(positives / tensors["label"].size, rel=0.05)
 
 
-def test_a_mean_curve_encloses_the_mean_area():
+def test_mean_roc_encloses_the_mean_area():
     found, _ = held(classes=("a", "b", "c", "d", "e"), people=30)
-    x, y = heldout.mean_roc(found.predictions, "fused", [0, 1, 2, 3, 4])
+    x, y = sweep_data.mean_roc(found.predictions, "fused", [0, 1, 2, 3, 4])
     area = float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
     assert area == pytest.approx(auc.pooled_auc(found.pairs["fused"]), abs=2e-3)
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
 
 
-def test_classes_nobody_has_get_no_curve():
+def test_present_leaves_out_classes_without_windows():
     tensors = predictions_of(classes=("a", "b", "c"))
     tensors["label"][tensors["label"] == 2] = 0
     found, _ = parse_predictions(predictions_file(tensors, ("a", "b", "c"), 4))
-    assert heldout.present(found, 3) == [0, 1]
+    assert sweep_data.present(found, 3) == [0, 1]
     tensors["label"][:] = 1
     found, _ = parse_predictions(predictions_file(tensors, ("a", "b", "c"), 4))
-    assert heldout.present(found, 3) == []
+    assert sweep_data.present(found, 3) == []

@@ -1,23 +1,52 @@
-"""The sections of a pretraining run's page: each a function from the run to its text, tables and figures.
+"""Page of a pretraining run: its summary, and its sections in the order of the page.
 
-A section knows no other; one whose data the run lacks says so in ``missing`` and draws nothing.
+A section is a function from the run to its text, tables and figures; one whose data the run lacks says so in
+``missing``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from physio_dist.report import setting
-from physio_dist.report.curves import Series, loss_panel, small_panel, smoothing_window
-from physio_dist.report.drawing import INK, SOFT, Image, number, percent
-from physio_dist.report.parts import Cell, Figure, Section, Table
-from physio_dist.report.rundata import Examples, Restarts, Run, find_restarts
-from physio_dist.report.setting import plain
-from physio_dist.report.sheets import cut_off_uv, sheet, squared_errors
-from physio_dist.report.summary import TERMS, error_unit, ratio
+from physio_dist.report.components import (
+    INK,
+    LEADWISE,
+    SOFT,
+    TEMPORAL,
+    Cell,
+    Fact,
+    Figure,
+    Image,
+    Section,
+    Summary,
+    Table,
+    badge_of,
+    configuration_section,
+    dataset,
+    duration,
+    number,
+    percent,
+    plain,
+)
+from physio_dist.report.pretraining_plots import (
+    Series,
+    cut_off_uv,
+    loss_panel,
+    sheet,
+    small_panel,
+    smoothing_window,
+    squared_errors,
+)
+from physio_dist.report.run_data import Examples, Metrics, Restarts, Run
 
+TERMS = (
+    ("intra", "Temporal", "patches hidden in leads that are seen", TEMPORAL),
+    ("inter", "Lead-wise", "leads hidden whole", LEADWISE),
+)
+UV_PER_UNIT = 100.0
 # More windows teach a reader no more and would make the page heavy.
 MOST_WINDOWS = 6
 OPTIONS = (
@@ -38,10 +67,39 @@ OPTIONS = (
 )
 
 
+def summarise(run: Run) -> Summary:
+    """The summary of a run; whatever the run does not tell is left out or shown as a dash."""
+    badge, badge_text = badge_of(run.simulated())
+    row = run.metrics.last_validation()
+    facts = [*_progress(run), *_speed(run.metrics), *_setting(run)]
+    if row is None:
+        verdicts = ["No validation result was logged, so nothing can be said about held-out windows."]
+        return Summary(run.name, badge, badge_text, verdicts, facts, None)
+    verdicts = [text for term in TERMS if (text := _verdict(run.metrics, row, term))]
+    return Summary(run.name, badge, badge_text, verdicts, facts, _final_table(run, row))
+
+
+def relative(run: Run) -> bool:
+    """Whether the run's errors are relative to each lead's mean square."""
+    return bool(run.option("train.loss") == "relative")
+
+
+def error_unit(run: Run) -> str:
+    """What the run's errors are measured in, to be put after a word like error."""
+    return "relative to the lead's mean square" if relative(run) else "in (100 µV)²"
+
+
+def ratio(value: float, reference: float) -> float:
+    """``value / reference``; NaN where either is unknown or the reference is zero."""
+    if not (math.isfinite(value) and math.isfinite(reference)) or reference <= 0:
+        return math.nan
+    return value / reference
+
+
 def losses(run: Run) -> Section:
     """Both mask terms, training and held-out, against predicting zero and interpolating in time."""
     section = Section("Loss", "loss")
-    metrics, restarts = run.metrics, find_restarts(run)
+    metrics, restarts = run.metrics, run.restarts()
     images, absent = [], []
     for key, title, what, colour in TERMS:
         if not (metrics.has(f"loss_{key}") or metrics.has(f"val_{key}")):
@@ -74,7 +132,7 @@ def optimisation(run: Run) -> Section:
         ("Learning rate", "lr", "", True),
         ("Gradient norm before clipping", "grad_norm", "", False),
     ]
-    restarts = find_restarts(run)
+    restarts = run.restarts()
     images = _small(run, panels, restarts)
     if not images:
         return Section("Optimisation", "optimisation", missing="No learning rate or gradient norm was logged.")
@@ -88,7 +146,7 @@ def optimisation(run: Run) -> Section:
 
 def speed(run: Run) -> Section:
     """Throughput, data wait, and where known utilisation; memory as a number, for it hardly changes."""
-    metrics, restarts = run.metrics, find_restarts(run)
+    metrics, restarts = run.metrics, run.restarts()
     panels = [
         ("Samples per second, all ranks", "samples_per_s", "", True),
         ("Waiting for data, share of step time", "data_wait_frac", "%", True),
@@ -176,19 +234,19 @@ def attempts(run: Run) -> Section:
     """Each start of the run: where it went on from, on what, with which software."""
     if not run.attempts:
         return Section("Attempts", "attempts", missing="The run keeps no record of its attempts.")
-    fields = ("attempt", "from_step", "world", "zero_stage", "precision", "device")
     head = ["Attempt", "From step", "World size", "ZeRO stage", "Precision", "Device", "Software"]
     rows = []
     for attempt in run.attempts:
-        versions = attempt.get("versions")
-        software = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "–"
-        rows.append([*(Cell(plain(attempt.get(name))) for name in fields), Cell(software)])
+        software = ", ".join(f"{name} {version}" for name, version in attempt.versions.items()) or "–"
+        start = (attempt.attempt, attempt.from_step, attempt.world, attempt.zero_stage)
+        cells = [plain(value) for value in (*start, attempt.precision, attempt.device)]
+        rows.append([Cell(text) for text in (*cells, software)])
     return Section("Attempts", "attempts", tables=[Table(head, rows, numeric=False)])
 
 
 def configuration(run: Run) -> Section:
     """The options a reader asks for first, and the whole resolved file folded away."""
-    return setting.configuration(run, OPTIONS)
+    return configuration_section(run, OPTIONS)
 
 
 def _loss_series(run: Run, key: str, colour: str) -> list[Series]:
@@ -263,3 +321,104 @@ def _share_cells(wrong: float, power: float, patches: int, colour: str) -> list[
         return [Cell("–"), Cell("0")]
     share = ratio(wrong, power)
     return [Cell(percent(share), bar=share, colour=colour, warn=share >= 1), Cell(f"{patches}")]
+
+
+def _value(metrics: Metrics, row: int, name: str) -> float:
+    return float(metrics.column(name)[row])
+
+
+def _verdict(metrics: Metrics, row: int, term: tuple[str, str, str, str]) -> str:
+    key, title, what, _ = term
+    model, zero = _value(metrics, row, f"val_{key}"), _value(metrics, row, f"val_zero_{key}")
+    interp = _value(metrics, row, f"val_interp_{key}")
+    share, against = ratio(model, zero), ratio(model, interp)
+    if not math.isfinite(share):
+        return ""
+    text = f"{title} ({what}): the model's error is {percent(share)} of that of predicting zero"
+    if math.isfinite(against) and not math.isclose(interp, zero, rel_tol=1e-6):
+        text += f" and {percent(against)} of that of interpolating in time"
+    beaten = [share >= 1 and "predicting zero", against >= 1 and "interpolation"]
+    losers = list(dict.fromkeys(name for name in beaten if name))
+    return text + (f" — no better than {' or '.join(losers)}." if losers else ".")
+
+
+def _final_table(run: Run, row: int) -> Table:
+    metrics = run.metrics
+    in_uv = not relative(run)
+    head = ["Held-out error", "Model", *(["as RMS"] if in_uv else []), "Predict zero", "Interpolate"]
+    head += ["Model / zero", "Model / interp."]
+    rows = []
+    for key, title, _, colour in TERMS:
+        model, zero, interp = (_value(metrics, row, f"val_{by}{key}") for by in ("", "zero_", "interp_"))
+        shares = [ratio(model, zero), ratio(model, interp)]
+        rms = UV_PER_UNIT * math.sqrt(model) if model >= 0 else math.nan
+        cells = [Cell(title, colour=colour), Cell(number(model))]
+        cells += [Cell(f"{rms:.0f} µV" if math.isfinite(rms) else "–")] if in_uv else []
+        cells += [Cell(number(zero)), Cell(number(interp))]
+        cells += [Cell(percent(s), bar=s, colour=colour, warn=s >= 1) for s in shares]
+        rows.append(cells)
+    caption = (
+        f"Mean squared error over hidden samples of held-out windows at step {metrics.column('step')[row]:,.0f}, "
+        f"{error_unit(run)}. Below {percent(1)} the model beats the predictor. A lead hidden whole offers nothing to "
+        "interpolate from, so there both predictors are the same."
+    )
+    return Table(head, rows, caption)
+
+
+def _progress(run: Run) -> list[Fact]:
+    metrics = run.metrics
+    planned = run.option("train.steps")
+    step = metrics.last("step")
+    of = f"of {planned:,} planned" if isinstance(planned, int) else ""
+    facts = [Fact("Steps", f"{step:,.0f}", of)]
+    samples = metrics.last("samples")
+    if math.isfinite(samples):
+        facts.append(Fact("Samples", f"{samples:,.0f}", "windows trained on"))
+    epoch = metrics.last("epoch")
+    if math.isfinite(epoch):
+        facts.append(Fact("Epoch", f"{epoch:.2f}".rstrip("0").rstrip("."), "at the last step"))
+    span = metrics.last("time") - float(metrics.column("time")[0])
+    if math.isfinite(span) and span > 0:
+        again = len(run.attempts) - 1 if run.attempts else len(run.restarts().steps)
+        more = f"{again} restart{'s' * (again != 1)}" if again > 0 else "no restart"
+        facts.append(Fact("Elapsed", duration(span), f"first to last line, {more}"))
+    return facts
+
+
+def _speed(metrics: Metrics) -> list[Fact]:
+    facts = []
+    if metrics.has("samples_per_s"):
+        facts.append(Fact("Throughput", f"{number(metrics.median('samples_per_s'))} /s", "samples, median"))
+    if metrics.has("data_wait_frac"):
+        facts.append(Fact("Data wait", percent(metrics.median("data_wait_frac")), "of step time, median"))
+    if metrics.has("mfu"):
+        facts.append(Fact("MFU", percent(metrics.median("mfu")), "model FLOPs utilisation, median"))
+    return facts
+
+
+def _setting(run: Run) -> list[Fact]:
+    facts = []
+    preset = run.option("model.preset")
+    if preset is not None:
+        facts.append(Fact("Model", str(preset), f"precision {run.option('train.precision') or 'not told'}"))
+    if run.attempts:
+        last = run.attempts[-1]
+        facts.append(Fact("Devices", f"{plain(last.world)} × {last.device or 'not told'}"))
+    count = sum(sum(index.splits.values()) for index in run.indexes)
+    people = sum(index.people or 0 for index in run.indexes)
+    if count:
+        facts.append(Fact("Data set", f"{count:,}", f"windows of {people:,} people" if people else "windows"))
+    return facts
+
+
+# In the order of the page.
+SECTIONS: tuple[Callable[[Run], Section], ...] = (
+    losses,
+    windows,
+    per_lead,
+    speed,
+    optimisation,
+    dataset,
+    attempts,
+    configuration,
+)

@@ -9,21 +9,30 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from physio_dist.report import drawing
-from physio_dist.report.curves import Series, loss_panel, smooth, smoothing_window, spread
-from physio_dist.report.drawing import number, percent, style
-from physio_dist.report.rundata import parse_examples
-from physio_dist.report.sheets import cut_off_uv, scale_bar_uv, sheet, squared_errors
+from physio_dist.report import components
+from physio_dist.report.components import number, percent, style
+from physio_dist.report.pretraining_plots import (
+    Series,
+    cut_off_uv,
+    loss_panel,
+    scale_bar_uv,
+    sheet,
+    smooth,
+    smoothing_window,
+    spread,
+    squared_errors,
+)
+from physio_dist.report.run_data import parse_examples
 from tests.report.report_samples import LEADS, example_tensors, examples_file, texts
 
 
-def test_smoothing_is_the_centred_mean_of_what_is_there():
+def test_smooth_averages_finite_neighbours():
     values = np.array([1.0, 2.0, np.nan, 4.0, 9.0])
     np.testing.assert_allclose(smooth(values, 3), [1.5, 1.5, np.nan, 6.5, 6.5])
 
 
 @pytest.mark.parametrize("rows", [1, 39, 40, 400, 10_000])
-def test_smoothing_window_is_odd_and_only_for_many_rows(rows):
+def test_smoothing_window_is_odd_and_grows_with_rows(rows):
     window = smoothing_window(rows)
     assert window % 2 == 1
     assert (window == 1) == (rows < 40)
@@ -55,8 +64,8 @@ def test_squared_errors_are_those_of_hidden_valid_samples():
     np.testing.assert_allclose(power, scale, rtol=1e-6)
 
 
-def test_a_sheet_names_its_leads_its_scale_and_what_is_not_valid(monkeypatch):
-    monkeypatch.setattr(drawing, "SVG_LIMIT_BYTES", 10_000_000)
+def test_sheet_names_leads_scale_and_invalid_leads(monkeypatch):
+    monkeypatch.setattr(components, "SVG_LIMIT_BYTES", 10_000_000)
     examples = parse_examples(examples_file(example_tensors(n=1), LEADS))
     with style():
         found = texts(sheet(examples, 0, "alt"))
@@ -65,7 +74,7 @@ def test_a_sheet_names_its_leads_its_scale_and_what_is_not_valid(monkeypatch):
     assert any("mV" in text and "1 s" in text for text in found)
 
 
-def test_a_name_with_markup_and_formula_signs_is_drawn_as_it_is():
+def test_sheet_draws_markup_and_formula_signs_literally():
     names = ["$a_b$ <b>&", "II\x00\x07"]
     examples = parse_examples(examples_file(example_tensors(n=1, channels=2), names))
     with style():
@@ -74,7 +83,7 @@ def test_a_name_with_markup_and_formula_signs_is_drawn_as_it_is():
     assert "II" in found
 
 
-def test_a_window_of_noise_becomes_a_small_png():
+def test_embed_turns_a_large_svg_into_png():
     tensors = example_tensors(n=1)
     noise = 300 * np.random.default_rng(0).standard_normal(tensors["target"].shape)
     tensors["target"] = noise.astype(np.float32)
@@ -86,7 +95,7 @@ def test_a_window_of_noise_becomes_a_small_png():
     assert PIL.Image.open(io.BytesIO(base64.b64decode(data))).width > image.width
 
 
-def test_nothing_valid_and_nothing_finite_still_draws():
+def test_sheet_draws_without_valid_or_finite_samples():
     tensors = example_tensors(n=1, channels=2)
     tensors["valid"][:] = 0
     tensors["reconstruction"][:] = np.nan
@@ -95,7 +104,7 @@ def test_nothing_valid_and_nothing_finite_still_draws():
     assert sum("not valid" in text for text in found) == 2
 
 
-def test_an_artefact_is_cut_off_and_told():
+def test_cut_off_uv_limits_an_artefact():
     tensors = example_tensors(n=1)
     assert cut_off_uv(parse_examples(examples_file(tensors, LEADS)), 0) is None
     tensors["target"][0, 0, 100] = 50_000
@@ -104,11 +113,11 @@ def test_an_artefact_is_cut_off_and_told():
 
 
 @pytest.mark.parametrize(("usual", "bar"), [(0.0, 10), (45, 50), (900, 1000), (1e9, 5000)])
-def test_scale_bar_is_round(usual, bar):
+def test_scale_bar_uv_is_round(usual, bar):
     assert scale_bar_uv(usual) == bar
 
 
-def test_a_loss_panel_names_the_last_drawn_values():
+def test_loss_panel_names_last_values():
     steps = np.arange(1.0, 6.0)
     with_gap = np.array([1.0, 0.5, np.nan, 0.25, np.nan])
     series = [
@@ -122,7 +131,7 @@ def test_a_loss_panel_names_the_last_drawn_values():
     assert "0.900" in found
 
 
-def test_the_same_data_give_the_same_bytes():
+def test_sheet_is_deterministic():
     examples = parse_examples(examples_file(example_tensors(n=1, channels=2), ["A", "B"]))
     with style():
         assert sheet(examples, 0, "alt").uri == sheet(examples, 0, "alt").uri
@@ -132,10 +141,10 @@ def test_the_same_data_give_the_same_bytes():
     ("value", "text"),
     [(0.31, "0.310"), (123.4, "123"), (12345.6, "12,346"), (0, "0"), (float("nan"), "–"), (float("inf"), "–")],
 )
-def test_numbers(value, text):
+def test_number_formats_values(value, text):
     assert number(value) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.413, "41 %"), (0.021, "2.1 %"), (2.5, "250 %"), (float("nan"), "–")])
-def test_percents(value, text):
+def test_percent_formats_values(value, text):
     assert percent(value).replace("\u00a0", " ") == text

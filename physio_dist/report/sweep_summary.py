@@ -1,30 +1,47 @@
-"""The head of a sweep's page: what was told apart, how well, and against what."""
+"""Summary of a sweep's page, and its protocol in words."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
-from physio_dist.report import protocol
-from physio_dist.report.drawing import percent
-from physio_dist.report.fusion_plots import label_of, metric, span
-from physio_dist.report.heldout import HeldOut
-from physio_dist.report.parts import Fact
-from physio_dist.report.summary import Summary, badge_of, duration
-from physio_dist.report.sweepdata import Row, Sweep
+from physio_dist.report.components import (
+    Cell,
+    Fact,
+    Section,
+    Summary,
+    Table,
+    badge_of,
+    duration,
+    metric,
+    p_word,
+    percent,
+    signed,
+    span,
+)
+from physio_dist.report.sweep_data import HeldOut, Sweep
+from physio_dist.report.sweep_plots import label_of
+from physio_dist.runs.sweep_results import ResultRow
 from physio_dist.stats.auc import Difference
 
 CHANCE = 0.5
-# Permuted labels that are told apart beyond this level speak of a leak.
+# Permuted labels with a p value below this level point to a leak.
 LEAK_P = 0.001
+LEAKY, BY_CLIP = "leaky_window", "clip_disjoint"
+_WARNING = "LEAKY SPLIT: windows of the same people and recordings trained and tested. "
+LEAKY_BADGE = (
+    "The split is leaky: windows of the same recordings trained and tested. No figure here holds for anybody new."
+)
+_METRICS = {"auc": "ROC\u2011AUC", "f1": "F1", "macro_f1": "Macro F1"}
 
 
-def summarise_sweep(sweep: Sweep, held: HeldOut | None) -> Summary:
+def summarise(sweep: Sweep, held: HeldOut | None) -> Summary:
     """The summary of a sweep; whatever it does not tell is left out or shown as a dash."""
     badge, text = badge_of(sweep.simulated())
-    if protocol.is_leaky(sweep):
-        badge, text = " ".join(filter(None, ("LEAKY", badge))), " ".join(filter(None, (protocol.BADGE, text)))
+    if is_leaky(sweep):
+        badge, text = " ".join(filter(None, ("LEAKY", badge))), " ".join(filter(None, (LEAKY_BADGE, text)))
     verdicts = [_headline(sweep), _others(sweep), *_gain(sweep, held), *_one_signal(sweep), _reached(sweep)]
     verdicts.append(_control(sweep))
     told = [verdict for verdict in verdicts if verdict]
@@ -33,56 +50,51 @@ def summarise_sweep(sweep: Sweep, held: HeldOut | None) -> Summary:
 
 def classes_in_words(sweep: Sweep) -> str:
     """What was told apart: ``arousal (high against low)``."""
-    label = sweep.word("label") or sweep.word("task")
+    label = sweep.results.label or sweep.results.task
     named = sweep.classes if len(sweep.classes) <= 6 else [*sweep.classes[:5], f"{len(sweep.classes) - 5} more"]
     apart = " against ".join(named) if len(named) == 2 else ", ".join(named)
     return f"{label} ({apart})" if label and apart else label or apart or "the classes"
 
 
-def with_interval(row: Row) -> str:
+def with_interval(row: ResultRow) -> str:
     """``0.873 (0.841–0.902)``."""
     inside = span(*row.interval)
-    return metric(row.scores["auc"]) + (f" ({inside})" if inside else "")
+    return metric(row.auc) + (f" ({inside})" if inside else "")
 
 
-def reached(row: Row, bound: Row | None) -> float:
+def reached(row: ResultRow, bound: ResultRow | None) -> float:
     """How much of the way from chance to the best possible AUC; NaN where either is unknown or there is no way."""
-    if bound is None or not bound.scores["auc"] > CHANCE:
+    if bound is None or not bound.auc > CHANCE:
         return math.nan
-    return (row.scores["auc"] - CHANCE) / (bound.scores["auc"] - CHANCE)
+    return (row.auc - CHANCE) / (bound.auc - CHANCE)
 
 
-def better_single(sweep: Sweep) -> Row | None:
+def better_single(sweep: Sweep) -> ResultRow | None:
     """The single modality with the higher AUC over all held-out people."""
     singles = [row for name in ("ecg", "eeg") if (row := sweep.row(name)) is not None]
-    known = [row for row in singles if math.isfinite(row.scores["auc"])]
-    return max(known, key=lambda row: row.scores["auc"]) if known else None
-
-
-def signed(value: float) -> str:
-    """A difference of scores with its sign, an en dash where there is none."""
-    return f"{value:+.3f}".replace("-", "\u2212") if math.isfinite(value) else "–"
+    known = [row for row in singles if math.isfinite(row.auc)]
+    return max(known, key=lambda row: row.auc) if known else None
 
 
 def _headline(sweep: Sweep) -> str:
     fused = sweep.row("fused")
-    if fused is None or not math.isfinite(fused.scores["auc"]):
+    if fused is None or not math.isfinite(fused.auc):
         return "The sweep has no AUC of the fused row, so nothing can be said about fusion."
     kind = "ROC-AUC" if len(sweep.classes) <= 2 else "mean ROC-AUC (each class against the others)"
     inside = span(*fused.interval)
     interval = f" (95 % interval over people {inside})" if inside else ""
-    windows, people = sweep.count("windows"), sweep.count("people")
+    windows, people = sweep.results.windows, sweep.results.people
     on = f" on {windows:,} windows" if windows is not None else ""
-    held = "" if protocol.shares_people(sweep) else "held-out "
+    held = "" if shares_people(sweep) else "held-out "
     on += f" of {people:,} {held}{'person' if people == 1 else 'people'}" if people is not None else ""
-    return f"Fused ECG + EEG tells {classes_in_words(sweep)} with {kind} {metric(fused.scores['auc'])}{interval}{on}."
+    return f"Fused ECG + EEG tells {classes_in_words(sweep)} with {kind} {metric(fused.auc)}{interval}{on}."
 
 
 def _others(sweep: Sweep) -> str:
     told = []
     for name, called in (("ecg", "ECG alone"), ("eeg", "EEG alone"), ("handmade", "hand-made features of both")):
         row = sweep.row(name)
-        if row is not None and math.isfinite(row.scores["auc"]):
+        if row is not None and math.isfinite(row.auc):
             told.append(f"{called} {with_interval(row)}")
     return f"Against it: {', '.join(told)}." if told else ""
 
@@ -90,16 +102,16 @@ def _others(sweep: Sweep) -> str:
 def _gain(sweep: Sweep, held: HeldOut | None) -> list[str]:
     """Fused against the better single signal, the hand-made features and the untrained encoders: a sentence each."""
     fused, best = sweep.row("fused"), better_single(sweep)
-    if fused is None or not math.isfinite(fused.scores["auc"]):
+    if fused is None or not math.isfinite(fused.auc):
         return []
     told = []
     against = [] if best is None else [(best, f"the better single signal ({label_of(best.name)})")]
     for name, called in (("handmade", "hand-made features"), ("untrained", "untrained encoders of the same shape")):
-        if (row := sweep.row(name)) is not None and math.isfinite(row.scores["auc"]):
+        if (row := sweep.row(name)) is not None and math.isfinite(row.auc):
             against.append((row, called))
     found = {} if held is None else held.differences
     for row, called in against:
-        text = f"Fused minus {called}: {signed(fused.scores['auc'] - row.scores['auc'])}"
+        text = f"Fused minus {called}: {signed(fused.auc - row.auc)}"
         one = found.get(("fused", row.name))
         if one is not None and math.isfinite(one.low):
             text += f", 95 % interval {signed(one.low)} to {signed(one.high)}, p = {p_word(one.p)}{_meaning(one)}"
@@ -118,7 +130,7 @@ def _one_signal(sweep: Sweep) -> list[str]:
         for name, left in names.items():
             row, single = sweep.row(name), sweep.row(left)
             if row is not None and single is not None:
-                against = f"{label_of(left)} {metric(single.scores['auc'])}"
+                against = f"{label_of(left)} {metric(single.auc)}"
                 parts.append(f"{label_of(name)} {with_interval(row)} against {against}")
         if parts:
             told.append(f"{what}: {'; '.join(parts)}.")
@@ -137,35 +149,29 @@ def _reached(sweep: Sweep) -> str:
         row = sweep.row(name)
         bound = None if row is None else sweep.bound(row)
         if row is not None and bound is not None and math.isfinite(share := reached(row, bound)):
-            told.append(f"{label_of(name)} {metric(bound.scores['auc'])} ({percent(share)})")
+            told.append(f"{label_of(name)} {metric(bound.auc)} ({percent(share)})")
     what = "Best possible AUC, from the simulator's hidden drives, and the share of the way there from chance"
     return f"{what}: {', '.join(told)}." if told else ""
 
 
 def _control(sweep: Sweep) -> str:
-    if sweep.permuted is None or not sweep.permuted.auc.size:
+    auc, permuted = sweep.permuted_auc, sweep.results.permuted
+    if permuted is None or not auc.size:
         return ""
-    auc = sweep.permuted.auc
-    p = f", p = {p_word(sweep.permuted.p)}" if math.isfinite(sweep.permuted.p) else ""
-    leak = sweep.permuted.p_leak
-    above = f"; above chance with p = {p_word(leak)}, which is what a split that leaks does" if leak < LEAK_P else ""
+    p = f", p = {p_word(permuted.p)}" if math.isfinite(permuted.p) else ""
+    leak = f"; above chance with p = {p_word(permuted.p_leak)}, which is what a split that leaks does"
     return (
         f"Control with labels permuted by recording within people ({auc.size} times): mean AUC "
-        f"{metric(float(np.mean(auc)))}, highest {metric(float(auc.max()))}{p}{above}."
+        f"{metric(float(auc.mean()))}, highest {metric(float(auc.max()))}{p}{leak * (permuted.p_leak < LEAK_P)}."
     )
-
-
-def p_word(p: float) -> str:
-    """A p value with two significant digits."""
-    return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
 def _facts(sweep: Sweep, held: HeldOut | None) -> list[Fact]:
     facts = []
-    windows, people = sweep.count("windows"), sweep.count("people")
+    windows, people = sweep.results.windows, sweep.results.people
     if windows is not None:
         facts.append(Fact("Held-out windows", f"{windows:,}", "each predicted once"))
-    if people is not None and protocol.shares_people(sweep):
+    if people is not None and shares_people(sweep):
         facts.append(Fact("People tested", f"{people:,}", "they are in training too"))
     elif people is not None:
         facts.append(Fact("Held-out people", f"{people:,}", "never in training or selection of their fold"))
@@ -175,7 +181,7 @@ def _facts(sweep: Sweep, held: HeldOut | None) -> list[Fact]:
             count = np.bincount(held.predictions.label, minlength=len(sweep.classes))
             more = ", ".join(f"{name} {n:,}" for name, n in zip(sweep.classes, count, strict=True))
         facts.append(Fact("Classes", f"{len(sweep.classes)}", more))
-    facts.append(Fact("Protocol", sweep.word("protocol") or "–", protocol.in_words(sweep)))
+    facts.append(Fact("Protocol", sweep.results.protocol or "–", protocol_in_words(sweep)))
     if sweep.trials:
         stopped = sum(trial.stopped for trial in sweep.trials)
         facts.append(Fact("Trials", f"{len(sweep.trials):,}", f"{stopped:,} stopped early"))
@@ -183,3 +189,53 @@ def _facts(sweep: Sweep, held: HeldOut | None) -> list[Fact]:
         if seconds > 0:
             facts.append(Fact("Search", duration(seconds), "all trials' times added up"))
     return facts
+
+
+def protocol_in_words(sweep: Sweep) -> str:
+    """How people were held out."""
+    protocol, folds = sweep.results.protocol, len(sweep.results.folds)
+    number = f"{folds} " if folds else ""
+    if protocol == "loso":
+        return f"leave one person out, {number}folds" if number else "leave one person out"
+    known = {
+        "grouped_kfold": f"{number}folds of whole people; each person is held out once",
+        "holdout": "one fixed group of people, held out from everything",
+        BY_CLIP: f"{number}folds of whole clips; the same people train and are tested, with other clips",
+        "person_and_clip": f"{number}folds of people and clips, neither of which trains; each window is tested once",
+        LEAKY: f"{number}folds of single windows at random: LEAKY, the same people and recordings train and test",
+    }
+    return known.get(protocol, protocol or "not told")
+
+
+def shares_people(sweep: Sweep) -> bool:
+    """Whether somebody who is tested may also have trained."""
+    return sweep.results.protocol in (LEAKY, BY_CLIP)
+
+
+def is_leaky(sweep: Sweep) -> bool:
+    """Whether the windows were divided at random."""
+    return sweep.results.protocol == LEAKY
+
+
+def mark_leaky(section: Section) -> Section:
+    """A section of a leaky sweep: every table and figure says so, wherever it may be copied to."""
+    return replace(
+        section,
+        tables=[replace(table, caption=_WARNING + table.caption) for table in section.tables],
+        figures=[replace(figure, caption=_WARNING + figure.caption) for figure in section.figures],
+    )
+
+
+def published(sweep: Sweep) -> Table | None:
+    """What the paper reports, beside the fused row; None where results.json tells of none."""
+    paper = sweep.results.published
+    if paper is None:
+        return None
+    auc, fused = paper.metric == "auc", sweep.row("fused")
+    ours = math.nan if fused is None else fused.auc if auc else fused.macro_f1
+    rows = [
+        [Cell(paper.source), Cell(f"{metric(paper.value)} ({percent(paper.value)})")],
+        [Cell("fused, this sweep"), Cell(metric(ours) + ("" if auc else " (mean over classes)"))],
+    ]
+    caption = f"As reported, not reproduced here. Unknown of it: {paper.unknown}."
+    return Table(["Published", _METRICS.get(paper.metric, paper.metric)], rows, caption)

@@ -68,7 +68,7 @@ def changed(**rows) -> bytes:
     ],
     ids=["binary", "three", "big", "loso"],
 )
-def test_every_kind_of_sweep_gives_a_page_that_needs_nothing_else(tmp_path, options):
+def test_render_sweep_of_every_kind_needs_no_other_file(tmp_path, options):
     folder = write_sweep(tmp_path, **options)
     text, page = page_of(folder)
     for tag, attrs in page.tags:
@@ -106,7 +106,7 @@ def sample(options) -> dict:
     return {"bounds": options.get("simulated", False)} | known
 
 
-def test_the_headline_tells_what_and_how_well(tmp_path):
+def test_summary_has_headline_scores(tmp_path):
     folder = write_sweep(tmp_path, permuted=20)
     document = told(folder)
     rows = {row["name"]: row for row in document["rows"]}
@@ -148,11 +148,11 @@ def test_the_headline_tells_what_and_how_well(tmp_path):
         ("person_and_clip", "neither of which trains"),
     ],
 )
-def test_protocols_in_plain_words(tmp_path, protocol, words):
+def test_summary_explains_the_protocol(tmp_path, protocol, words):
     assert words in page_of(write_sweep(tmp_path, protocol=protocol))[1].text
 
 
-def test_a_leaky_split_is_called_so_at_every_table_and_figure(tmp_path):
+def test_mark_leaky_labels_every_table_and_figure(tmp_path):
     text, page = page_of(write_sweep(tmp_path, protocol="leaky_window", permuted=20))
     assert '<strong class="badge">LEAKY</strong>' in text and "held-out people" not in page.text.split("Results")[0]
     captions = re.findall(r'<figcaption>.*?</figcaption>|<p class="caption">.*?</p>', text, re.DOTALL)
@@ -161,7 +161,7 @@ def test_a_leaky_split_is_called_so_at_every_table_and_figure(tmp_path):
     assert len(tables) == text.count("</table>")
 
 
-def test_the_papers_figure_stands_beside_ours(tmp_path):
+def test_published_compares_with_the_paper(tmp_path):
     document = results_of(predictions_of(), CLASSES)
     document["published"] = {"source": "arXiv 1", "metric": "f1", "value": 0.8114, "unknown": "the split"}
     _, page = page_of(write_sweep(tmp_path, results=json.dumps(document).encode()))
@@ -171,14 +171,14 @@ def test_the_papers_figure_stands_beside_ours(tmp_path):
         assert words in page.text
 
 
-def test_permuted_labels_above_chance_speak_of_a_leak(tmp_path):
+def test_control_reports_permuted_labels_above_chance(tmp_path):
     document = results_of(predictions_of(), CLASSES, permuted=20)
     document["permuted"]["p_leak"] = 3e-11
     _, page = page_of(write_sweep(tmp_path, results=json.dumps(document).encode()))
     assert "above chance with p = 3e-11" in page.text and "above chance has p = 3e-11" in page.text
 
 
-def test_simulated_signals_are_called_so_and_measured_against_their_bound(tmp_path):
+def test_render_sweep_compares_simulated_signals_with_their_bound(tmp_path):
     folder = write_sweep(tmp_path, simulated=True)
     rows = {row["name"]: row for row in told(folder)["rows"]}
     _, page = page_of(folder)
@@ -192,13 +192,13 @@ def test_simulated_signals_are_called_so_and_measured_against_their_bound(tmp_pa
 
 
 @pytest.mark.parametrize(("simulated", "data"), [(True, None), (True, paired_data(False)), (False, paired_data(True))])
-def test_the_results_decide_what_is_simulated(tmp_path, simulated, data):
+def test_badge_follows_results_before_data(tmp_path, simulated, data):
     raw = None if data is None else json.dumps(data).encode()
     _, page = page_of(write_sweep(tmp_path, simulated=simulated, data=raw))
     assert any(attrs.get("class") == "badge" for _, attrs in page.tags) == simulated
 
 
-def test_rows_of_missing_signals_noise_and_calibration(tmp_path):
+def test_baselines_show_missing_signals_noise_and_calibration(tmp_path):
     tensors = predictions_of(asked=True, bounds=True)
     document = results_of(tensors, CLASSES, simulated=True)
     for row in document["rows"]:
@@ -216,13 +216,13 @@ def test_rows_of_missing_signals_noise_and_calibration(tmp_path):
     assert "Calibration error" not in plain and "withheld at the test" not in plain and "noise" not in plain
 
 
-def test_recorded_signals_have_no_bound(tmp_path):
+def test_baselines_have_no_bound_on_recorded_signals(tmp_path):
     _, page = page_of(write_sweep(tmp_path))
     assert "est possible" not in page.text
     assert "named best" not in page.text
 
 
-def test_a_loss_and_a_doubtful_gain_are_called_so(tmp_path):
+def test_summary_names_a_loss_and_an_interval_with_zero(tmp_path):
     tensors = predictions_of()
     tensors["probability.fused"], tensors["probability.eeg"] = (
         tensors["probability.untrained"].copy(),
@@ -244,7 +244,7 @@ def test_a_loss_and_a_doubtful_gain_are_called_so(tmp_path):
     assert re.search(r"single signal \(EEG alone\): \S+, 95 % interval [^:]*: it includes zero", page.text)
 
 
-def test_people_are_counted(tmp_path):
+def test_people_counts_gains(tmp_path):
     folder = write_sweep(tmp_path)
     tensors = predictions_of()
     up = same = 0
@@ -262,7 +262,7 @@ def test_people_are_counted(tmp_path):
     assert f"Accuracy: fused is above the better of a person's single signals {counted}" in page.text
 
 
-def test_what_fusion_adds_is_counted_in_people_too(tmp_path):
+def test_gain_table_counts_people_better(tmp_path):
     """Of single people many have an AUC of exactly 1 with both rows: equal is not better."""
     tensors = predictions_of(windows=6)
     results = json.dumps(results_of(tensors, CLASSES)).encode()
@@ -283,7 +283,7 @@ def test_what_fusion_adds_is_counted_in_people_too(tmp_path):
     assert re.search(rf"EEG alone {shown} \S+ to \S+ \S+ {better} of 12", page.text)
 
 
-def test_each_class_has_its_own_area(tmp_path):
+def test_curves_have_one_area_per_class(tmp_path):
     classes = ("a", "b", "c")
     tensors = predictions_of(classes=classes)
     _, page = page_of(write_sweep(tmp_path, classes=classes))
@@ -293,7 +293,7 @@ def test_each_class_has_its_own_area(tmp_path):
         assert f"Fused ECG + EEG {area:.3f}" in alt
 
 
-def test_people_of_one_class_are_left_out_and_counted(tmp_path):
+def test_people_leaves_out_and_counts_people_of_one_class(tmp_path):
     tensors = predictions_of()
     tensors["label"][tensors["person"] == tensors["person"].min()] = 0
     files = {
@@ -305,7 +305,7 @@ def test_people_of_one_class_are_left_out_and_counted(tmp_path):
     assert "1 have windows of one class only and are left out" in page.text
 
 
-def test_trials_are_counted(tmp_path):
+def test_search_counts_trials(tmp_path):
     lines = trial_lines()
     _, page = page_of(write_sweep(tmp_path))
     fused = [line for line in lines if line["row"] == "fused"]
@@ -315,7 +315,7 @@ def test_trials_are_counted(tmp_path):
     assert f"Fused ECG + EEG {row} {max(line['val_auc'] for line in fused):.3f}" in page.text
 
 
-def test_what_each_fold_chose_is_told(tmp_path):
+def test_search_lists_selected_configurations(tmp_path):
     folder = write_sweep(tmp_path)
     first = next(row for row in told(folder)["rows"] if row["name"] == "fused")["per_fold"][0]
     _, page = page_of(folder)
@@ -328,7 +328,7 @@ def test_what_each_fold_chose_is_told(tmp_path):
     assert f"fold 0: held-out AUC {first['auc']:.3f}, epoch 5, pooling" in page.text
 
 
-def test_undefined_scores_are_dashes(tmp_path):
+def test_baselines_show_undefined_scores_as_dashes(tmp_path):
     nothing = dict.fromkeys(("auc", "pr_auc", "auc_ci", "macro_f1"))
     raw = changed(ecg=nothing, fused=nothing)
     _, page = page_of(write_sweep(tmp_path, results=raw))
@@ -337,7 +337,7 @@ def test_undefined_scores_are_dashes(tmp_path):
     assert "nan" not in page.text.lower()
 
 
-def test_only_nulls(tmp_path):
+def test_render_sweep_with_null_scores_has_no_images(tmp_path):
     empty = dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "auc", "pr_auc", "auc_ci", "confusion"))
     raw = changed(**{name: empty | {"per_fold": [], "spread": {}} for name in TITLES})
     raw = json.dumps(json.loads(raw) | {"occlusion": None}).encode()
@@ -363,14 +363,14 @@ def test_sections_without_data_say_so_in_a_line(tmp_path):
     assert len(page.images()) == 5
 
 
-def test_bare_results(tmp_path):
+def test_render_sweep_with_bare_results(tmp_path):
     (tmp_path / "results.json").write_text('{"rows": [{"name": "fused"}]}')
     _, page = page_of(tmp_path)
     assert "results.json has no row for: Majority class, Untrained encoders" in page.text
     assert "does not tell whether its signals are recorded or simulated" in page.text
 
 
-def test_rows_that_lack_are_told(tmp_path):
+def test_render_sweep_names_absent_rows(tmp_path):
     tensors = predictions_of()
     del tensors["probability.ecg"], tensors["probability.handmade"]
     files = {
@@ -385,7 +385,7 @@ def test_rows_that_lack_are_told(tmp_path):
     assert "lacks the fused or both single rows" in page.text
 
 
-def test_one_class_only(tmp_path):
+def test_render_sweep_with_one_class(tmp_path):
     tensors = predictions_of()
     tensors["label"][:] = 0
     files = {
@@ -398,19 +398,19 @@ def test_one_class_only(tmp_path):
     assert "Accuracy: fused is above" in page.text
 
 
-def test_a_majority_that_is_not_at_chance_is_explained(tmp_path):
+def test_baselines_explain_a_majority_off_chance(tmp_path):
     words = "folds differ a little in their training people's class shares"
     assert words in page_of(write_sweep(tmp_path, results=changed(majority={"auc": 0.493})))[1].text
     assert words not in page_of(write_sweep(tmp_path))[1].text
 
 
-def test_predictions_that_give_another_area_are_told(tmp_path):
+def test_curves_note_an_area_that_differs_from_results(tmp_path):
     _, page = page_of(write_sweep(tmp_path, results=changed(ecg={"auc": 0.123})))
     assert re.search(r"ECG alone: the predictions give 0\.\d{3}, results\.json says 0\.123\.", page.text)
     assert "the predictions give" not in page_of(write_sweep(tmp_path))[1].text
 
 
-def test_a_row_without_numbers_is_told(tmp_path):
+def test_curves_note_a_row_without_numbers(tmp_path):
     tensors = predictions_of()
     tensors["probability.handmade"][:] = np.nan
     raw = predictions_file(tensors, CLASSES, 4)
@@ -418,7 +418,7 @@ def test_a_row_without_numbers_is_told(tmp_path):
     assert "No curve for Hand-made features: its probabilities are not all numbers." in page.text
 
 
-def test_trials_without_a_result_and_an_unfinished_line_are_told(tmp_path):
+def test_search_notes_trials_without_result_and_an_unfinished_line(tmp_path):
     lines = trial_lines(5)
     lines[0] |= {"val_auc": None, "history": [[1, None]]}
     raw = "".join(json.dumps(line) + "\n" for line in lines).encode() + b'{"row": "fu'
@@ -430,7 +430,7 @@ def test_trials_without_a_result_and_an_unfinished_line_are_told(tmp_path):
     assert "8 of 8 trials came to no validation AUC" in page_of(write_sweep(tmp_path, trials=raw))[1].text
 
 
-def test_encoders_of_single_folds_are_listed(tmp_path):
+def test_dataset_lists_encoders_by_fold(tmp_path):
     document = results_of(predictions_of(), CLASSES)
     each = {str(fold): {"url": f"s3://b/fold-{fold}", "sha256": "ef" * 32} for fold in range(2)}
     document["encoders"]["ecg"] = {"by_fold": each}
@@ -441,11 +441,16 @@ def test_encoders_of_single_folds_are_listed(tmp_path):
     assert "ecg: I, II; eeg: Fp1, Fp2, Cz" in page.text
 
 
-def test_what_a_sweep_says_is_escaped(tmp_path):
+def test_render_sweep_escapes_markup(tmp_path):
     evil = "<script>alert('x')</script>\" onload=\"y"
     classes = (evil, "B")
     tensors = predictions_of(classes=classes)
-    document = results_of(tensors, classes) | {"label": evil, "protocol": evil, "notes": [evil], "selection": evil}
+    document = results_of(tensors, classes) | {
+        "label": evil,
+        "protocol": evil,
+        "notes": [evil],
+        "selection": {"rule": evil},
+    }
     document["encoders"] = {evil: {evil: evil}}
     document["rows"].append({"name": evil})
     lines = [line | {"row": evil, "config": {"pooling": evil, evil: evil}} for line in trial_lines(2)]
@@ -472,18 +477,18 @@ def test_credentials_stay_out(tmp_path):
     assert "s3://bucket/ecg-encoder" in text
 
 
-def test_the_same_sweep_gives_the_same_page(tmp_path):
+def test_render_sweep_is_deterministic(tmp_path):
     read = reader(write_sweep(tmp_path, simulated=True, permuted=20))
     assert render(read) == render(read)
 
 
-def test_a_directory_with_metrics_is_a_pretraining_run(tmp_path):
+def test_render_takes_a_directory_with_metrics_as_pretraining_run(tmp_path):
     folder = write_sweep(tmp_path)
     (folder / "metrics.jsonl").write_bytes(jsonl(metric_rows()))
     assert "pretraining run" in page_of(folder)[1].text
 
 
-def test_the_command_writes_the_page_and_ends_as_documented(tmp_path, capsys):
+def test_report_command_writes_the_page_and_exits_with_documented_status(tmp_path, capsys):
     def status(folder) -> int:
         return exit_status.status_of(lambda: cli._run(["report", str(folder)]))
 

@@ -8,18 +8,19 @@ import math
 import numpy as np
 import pytest
 
-from physio_dist.report import drawing, heldout, sweep_plots
-from physio_dist.report import fusion_plots as plots
-from physio_dist.report.drawing import style
-from physio_dist.report.sweep_section import chosen_of
-from physio_dist.report.sweepdata import FoldResult, Row, parse_predictions, parse_trials
+from physio_dist.report import components, sweep_data, sweep_search
+from physio_dist.report import sweep_plots as plots
+from physio_dist.report.components import style
+from physio_dist.report.sweep_data import parse_predictions, parse_trials
+from physio_dist.report.sweep_search import chosen_of
+from physio_dist.runs.sweep_results import FoldResult, ResultRow
 from tests.report.report_samples import texts
 from tests.report.sweep_samples import configs_of, predictions_file, predictions_of, trial_lines
 
 
 @pytest.fixture(autouse=True)
 def _as_svg(monkeypatch):
-    monkeypatch.setattr(drawing, "SVG_LIMIT_BYTES", 10_000_000)
+    monkeypatch.setattr(components, "SVG_LIMIT_BYTES", 10_000_000)
 
 
 def trials_of(count=20, row="fused"):
@@ -27,12 +28,12 @@ def trials_of(count=20, row="fused"):
     return parse_trials(raw)[0]
 
 
-def fused_row(configs) -> Row:
-    folds = [FoldResult(str(i), 3, 72, {}, config, 5) for i, config in enumerate(configs)]
-    return Row("fused", ("ecg", "eeg"), {}, (math.nan, math.nan), folds, {}, None)
+def fused_row(configs) -> ResultRow:
+    folds = [FoldResult(str(i), 3, 72, config=config, epoch=5) for i, config in enumerate(configs)]
+    return ResultRow("fused", ["ecg", "eeg"], per_fold=folds)
 
 
-def test_a_forest_names_rows_values_and_intervals():
+def test_forest_names_rows_values_and_intervals():
     lines = [
         plots.Interval("eeg", 0.71, 0.66, 0.75, [0.7, math.nan], 0.8),
         plots.Interval("fused", 0.834, 0.79, 0.871, [], math.nan),
@@ -45,7 +46,7 @@ def test_a_forest_names_rows_values_and_intervals():
     assert "chance" in found
 
 
-def test_curves_are_named_best_first_with_their_areas():
+def test_roc_panel_names_curves_by_area():
     line = np.array([0.0, 1.0])
     curves = [plots.Curve("ecg", line, line, 0.61), plots.Curve("bound_ecg", line, line, 0.93),
               plots.Curve("fused", line, line, 0.87), plots.Curve("eeg", line, line, math.nan)]  # fmt: skip
@@ -58,7 +59,7 @@ def test_curves_are_named_best_first_with_their_areas():
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5, 9])
-def test_a_confusion_matrix_tells_shares_of_true_classes_and_counts(classes):
+def test_confusions_show_shares_and_counts(classes):
     table = np.ones((classes, classes), np.int64)
     table[0, :2] = [30, 11 - classes]
     table[-1] = 0
@@ -77,7 +78,7 @@ def rows_of(ecg, eeg, fused):
     return {"ecg": np.array(ecg), "eeg": np.array(eeg), "fused": np.array(fused)}
 
 
-def test_people_stand_in_the_order_of_what_fusion_gains():
+def test_people_panel_sorts_by_gain():
     rows = rows_of([0.3, 0.9, 0.6, 0.7], [0.4, 0.5, np.nan, 0.7], [0.5, 0.7, 0.9, 0.7])
     assert plots.best_single(rows).tolist() == [0.4, 0.9, 0.6, 0.7]
     with style():
@@ -87,7 +88,7 @@ def test_people_stand_in_the_order_of_what_fusion_gains():
     assert "fused better: 2 of 4" in found
 
 
-def test_nobody_and_everybody_gains():
+def test_people_panel_where_all_or_none_gain():
     with style():
         found = texts(plots.people_panel("T", ["a"], rows_of([0.5], [0.6], [0.7]), 0.5, "alt"))
         assert "fused better: 1 of 1" in found and not any("not better" in text for text in found)
@@ -95,7 +96,7 @@ def test_nobody_and_everybody_gains():
         assert "fused not better: 1" in found and not any("fused better" in text for text in found)
 
 
-def test_a_crowd_has_no_names():
+def test_people_panel_leaves_out_many_names():
     n = plots.MOST_NAMES + 1
     rows = rows_of([0.5] * n, [0.6] * n, [0.7] * n)
     with style():
@@ -105,7 +106,7 @@ def test_a_crowd_has_no_names():
 
 
 @pytest.mark.parametrize(("n", "observed"), [(1, 0.7), (20, 0.3), (200, 0.9), (5, math.nan)])
-def test_permuted_labels_show_the_observed_value(n, observed):
+def test_permuted_strip_shows_the_observed_value(n, observed):
     values = np.linspace(0.45, 0.55, n)
     with style():
         found = texts(plots.permuted_strip(values, observed, "alt"))
@@ -113,17 +114,17 @@ def test_permuted_labels_show_the_observed_value(n, observed):
     assert any(text.startswith("observed") for text in found) == math.isfinite(observed)
 
 
-def test_parallel_coordinates_name_every_option_and_what_was_chosen():
+def test_parallel_names_options_and_selections():
     trials = trials_of()
     best = max(trials, key=lambda trial: trial.val_auc)
     chosen = chosen_of(fused_row([best.config] * 3))
     with style():
-        found = texts(sweep_plots.parallel(trials, chosen, "alt"))
+        found = texts(sweep_search.parallel(trials, chosen, "alt"))
     for text in ("pooling", "width", "dropout", "mean", "channels mean std", "32", "0.5", "all folds"):
         assert text in found
 
 
-def test_what_was_chosen_is_labelled_by_its_folds():
+def test_selections_of_labels_configurations_by_folds():
     one, two, three = configs_of(3)
     assert [label for label, _ in chosen_of(fused_row([one]))] == ["chosen"]
     assert [label for label, _ in chosen_of(fused_row([one, one]))] == ["all folds"]
@@ -132,20 +133,20 @@ def test_what_was_chosen_is_labelled_by_its_folds():
     assert chosen_of(fused_row([None])) == [] and chosen_of(None) == []
 
 
-def test_heights_on_an_axis_follow_the_values():
+def test_axis_heights_follow_values():
     configs = [{"lr": 0.001}, {"lr": 0.01}, {"lr": 0.1}]
-    np.testing.assert_allclose(sweep_plots._axis("lr", configs).place, [0, 0.5, 1])
+    np.testing.assert_allclose(sweep_search._axis("lr", configs).place, [0, 0.5, 1])
     configs = [{"width": 128}, {"width": 32}, {"width": 64}, {"width": 32}]
-    axis = sweep_plots._axis("width", configs)
+    axis = sweep_search._axis("width", configs)
     assert axis.place[1] < axis.place[3] < axis.place[2] < axis.place[0]
     assert [mark for _, mark in axis.marks] == ["32", "64", "128"]
-    axis = sweep_plots._axis("pooling", [{"pooling": "mean"}, {}, {"pooling": 3}])
+    axis = sweep_search._axis("pooling", [{"pooling": "mean"}, {}, {"pooling": 3}])
     assert math.isnan(axis.place[1]) and axis.place[2] < axis.place[0]
     assert [mark for _, mark in axis.marks] == ["3", "mean"]
 
 
 @pytest.mark.parametrize("change", ["one trial", "same value", "untried choice", "bare", "zero rate"])
-def test_odd_sweeps_are_drawn(change):
+def test_search_plots_draw_degenerate_trials(change):
     trials = trials_of(1 if change == "one trial" else 6)
     chosen = [("chosen", trials[0].config)]
     if change == "same value":
@@ -158,30 +159,30 @@ def test_odd_sweeps_are_drawn(change):
     if change == "zero rate":
         trials[1].config["lr"] = 0.0
     with style():
-        found = texts(sweep_plots.parallel(trials, chosen, "alt"))
+        found = texts(sweep_search.parallel(trials, chosen, "alt"))
         assert "AUC" in found
         assert ("chosen" in found) == (change not in ("untried choice", "bare"))
-        assert texts(sweep_plots.learning_curves("Curves", trials, "alt"))
-        assert "ECG alone" in texts(sweep_plots.trial_strips("T", trials, ["fused", "ecg"], "alt"))
+        assert texts(sweep_search.learning_curves("Curves", trials, "alt"))
+        assert "ECG alone" in texts(sweep_search.trial_strips("T", trials, ["fused", "ecg"], "alt"))
 
 
-def test_the_strips_name_the_best_of_each_row():
+def test_trial_strips_name_the_best_of_each_row():
     trials = trials_of(6) + trials_of(6, "ecg")
     with style():
-        found = texts(sweep_plots.trial_strips("T", trials, ["fused", "ecg"], "alt"))
+        found = texts(sweep_search.trial_strips("T", trials, ["fused", "ecg"], "alt"))
     for row in ("fused", "ecg"):
         assert f"{max(trial.val_auc for trial in trials if trial.row == row):.3f}" in found
 
 
-def test_curves_of_many_windows_stay_small():
+def test_roc_panel_of_many_windows_stays_small():
     found, _ = parse_predictions(predictions_file(predictions_of(100, 60), ("a", "b"), 4))
-    x, y = heldout.roc(found, "fused", 1)
+    x, y = sweep_data.roc(found, "fused", 1)
     with style():
         image = plots.roc_panel("ROC", [plots.Curve("fused", x, y, 0.8)] * 9, "alt")
     assert len(image.uri) < 400_000
 
 
-def test_the_same_trials_give_the_same_bytes():
+def test_parallel_is_deterministic():
     with style():
-        drawn = [sweep_plots.parallel(trials_of(), [("chosen", trials_of()[0].config)], "alt").uri for _ in range(2)]
+        drawn = [sweep_search.parallel(trials_of(), [("chosen", trials_of()[0].config)], "alt").uri for _ in range(2)]
     assert drawn[0] == drawn[1]

@@ -6,18 +6,31 @@ A section knows no other; one whose data the sweep lacks says so in ``missing`` 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from physio_dist.report import fusion_plots as plots
-from physio_dist.report import protocol, setting
-from physio_dist.report.drawing import percent
-from physio_dist.report.fusion_plots import colour_of, label_of, metric, span
-from physio_dist.report.fusion_summary import CHANCE, better_single, p_word, reached, signed
-from physio_dist.report.heldout import HeldOut, mean_roc, precision_recall, present, roc
-from physio_dist.report.parts import Cell, Figure, Section, Table
-from physio_dist.report.rundata import Floats, without_credentials
-from physio_dist.report.sweepdata import BOUND, METRICS, PREDICTIONS, ROWS, Row, Sweep
+from physio_dist.report import sweep_analysis, sweep_search
+from physio_dist.report import sweep_plots as plots
+from physio_dist.report.components import (
+    Cell,
+    Figure,
+    Section,
+    Table,
+    configuration_section,
+    metric,
+    p_word,
+    percent,
+    plain,
+    signed,
+    span,
+)
+from physio_dist.report.components import dataset as shard_sets
+from physio_dist.report.run_data import Floats, without_credentials
+from physio_dist.report.sweep_data import METRICS, ROWS, HeldOut, Ints, Sweep, mean_roc, precision_recall, present, roc
+from physio_dist.report.sweep_plots import colour_of, label_of
+from physio_dist.report.sweep_summary import CHANCE, better_single, published, reached
+from physio_dist.runs.sweep_results import BOUND, PREDICTIONS, ResultRow
 from physio_dist.stats.auc import PERMUTATIONS, compared, pooled_auc
 
 # More classes than this share one panel, as a mean.
@@ -60,9 +73,9 @@ def baselines(sweep: Sweep, held: HeldOut | None) -> Section:
     lines = [
         plots.Interval(
             row.name,
-            row.scores["auc"],
+            row.auc,
             *row.interval,
-            [fold.scores["auc"] for fold in row.folds] if len(row.folds) > 1 else [],
+            [fold.auc for fold in row.per_fold] if len(row.per_fold) > 1 else [],
             _bound_auc(sweep, row),
         )
         for row in rows
@@ -70,13 +83,13 @@ def baselines(sweep: Sweep, held: HeldOut | None) -> Section:
     figures = []
     if any(math.isfinite(line.value) for line in lines):
         figures = [Figure([plots.forest(lines, CHANCE, _forest_alt(rows))], _forest_caption(sweep), wide=True)]
-    tables = [table for table in (_score_table(sweep, rows), protocol.published(sweep)) if table is not None]
+    tables = [table for table in (_score_table(sweep, rows), published(sweep)) if table is not None]
     if (table := _gain_table(sweep, held)) is not None:
         tables.append(table)
     absent = [label_of(name) for name in ROWS if sweep.row(name) is None]
     notes = [f"results.json has no row for: {', '.join(absent)}."] if absent else []
     blind = sweep.row("majority")
-    if blind is not None and len(blind.folds) > 1 and abs(blind.scores["auc"] - CHANCE) > AREA_TOLERANCE:
+    if blind is not None and len(blind.per_fold) > 1 and abs(blind.auc - CHANCE) > AREA_TOLERANCE:
         notes.append(
             "The majority class has another AUC than 0.5 because folds differ a little in their training people's "
             "class shares: pooled over folds, even that orders windows."
@@ -89,16 +102,16 @@ def curves(sweep: Sweep, held: HeldOut | None) -> Section:
     if held is None:
         return _without_predictions("Curves", "curves", "no curve can be drawn")
     predictions, k = held.predictions, len(sweep.classes)
-    rows = [row for row in sweep.rows if row.name in held.pairs and row.name != "majority"]
+    rows = [row for row in sweep.results.rows if row.name in held.pairs and row.name != "majority"]
     classes = present(predictions, k)
     if not rows or not classes:
         return Section("Curves", "curves", missing="Nothing to draw: the held-out windows are all of one class.")
     images = []
     if k == 2:
         name = sweep.classes[1]
-        drawn = [plots.Curve(row.name, *roc(predictions, row.name, 1), row.scores["auc"]) for row in rows]
+        drawn = [plots.Curve(row.name, *roc(predictions, row.name, 1), row.auc) for row in rows]
         images.append(plots.roc_panel(f"ROC, positive: {name}", drawn, _curve_alt("ROC curves", drawn)))
-        drawn = [plots.Curve(r.name, *precision_recall(predictions, r.name, 1), r.scores["pr_auc"]) for r in rows]
+        drawn = [plots.Curve(r.name, *precision_recall(predictions, r.name, 1), r.pr_auc) for r in rows]
         base = float((predictions.label == 1).mean())
         title, alt = f"Precision over recall, positive: {name}", _curve_alt("Precision-recall curves", drawn)
         images.append(plots.recall_panel(title, drawn, base, alt))
@@ -111,7 +124,7 @@ def curves(sweep: Sweep, held: HeldOut | None) -> Section:
             images.append(plots.roc_panel(f"ROC, {sweep.classes[c]} against the others", drawn, alt))
         how = "Each class against all others. "
     else:
-        drawn = [plots.Curve(r.name, *mean_roc(predictions, r.name, classes), r.scores["auc"]) for r in rows]
+        drawn = [plots.Curve(r.name, *mean_roc(predictions, r.name, classes), r.auc) for r in rows]
         images.append(plots.roc_panel(f"ROC, mean over {len(classes)} classes", drawn, _curve_alt("ROC", drawn)))
         how = f"Mean over {len(classes)} classes, each against all others, at the same rate of false positives. "
     caption = f"{how}{_pooled(sweep, held)} Best first at the right; dashed grey: chance."
@@ -120,17 +133,17 @@ def curves(sweep: Sweep, held: HeldOut | None) -> Section:
     notes = [f"No curve for {label_of(name)}: its probabilities are not all numbers." for name in predictions.broken]
     for row in rows:
         area = pooled_auc(held.pairs[row.name])
-        if abs(area - row.scores["auc"]) > AREA_TOLERANCE:
+        if abs(area - row.auc) > AREA_TOLERANCE:
             notes.append(f"{label_of(row.name)}: the predictions give {metric(area)}, results.json says "
-                         f"{metric(row.scores['auc'])}.")  # fmt: skip
+                         f"{metric(row.auc)}.")  # fmt: skip
     return Section("Curves", "curves", figures=[Figure(images, caption)], notes=notes)
 
 
 def confusion(sweep: Sweep, held: HeldOut | None) -> Section:
     """What was taken for what, of the hand-made, the single and the fused rows."""
     del held
-    found = [(row.name, row.confusion) for name in ROWS[2:] if (row := sweep.row(name)) is not None]
-    tables = [(name, table) for name, table in found if table is not None and len(table) > 0]
+    rows = [row for name in ROWS[2:] if (row := sweep.row(name)) is not None]
+    tables: list[tuple[str, Ints]] = [(row.name, np.array(row.confusion)) for row in rows if row.confusion]
     if not tables:
         return Section("Confusion", "confusion", missing="results.json holds no confusion matrix.")
     classes = sweep.classes or [str(number) for number in range(len(tables[0][1]))]
@@ -154,7 +167,7 @@ def people(sweep: Sweep, held: HeldOut | None) -> Section:
         return Section("People", "people", missing=missing)
     text, images = [], []
     blind = sweep.row("majority")
-    majority = math.nan if blind is None else blind.scores["accuracy"]
+    majority = math.nan if blind is None else blind.accuracy
     for kind, table in (("ROC-AUC", found.auc), ("Accuracy", found.accuracy)):
         rows = {name: table[name] for name in SIGNALS if name in table}
         both = np.isfinite(rows["fused"]) & np.isfinite(plots.best_single(rows))
@@ -186,22 +199,21 @@ def control(sweep: Sweep, held: HeldOut | None) -> Section:
     """AUCs under permuted labels with the observed one."""
     del held
     title, anchor = "Permuted labels", "permuted"
-    if sweep.permuted is None or not sweep.permuted.auc.size:
+    auc, permuted, fused = sweep.permuted_auc, sweep.results.permuted, sweep.row("fused")
+    if permuted is None or not auc.size:
         missing = "Labels were not permuted in this sweep (tune.permutations), so this control for leakage is missing."
         return Section(title, anchor, missing=missing)
-    auc, fused = sweep.permuted.auc, sweep.row("fused")
-    observed = math.nan if fused is None else fused.scores["auc"]
+    observed = math.nan if fused is None else fused.auc
     mean, most = float(auc.mean()), float(auc.max())
-    p = sweep.permuted.p
     numbers = f"mean {metric(mean)}, range {metric(float(auc.min()))} to {metric(most)}"
     alt = f"ROC-AUC of the fused row under {auc.size} permutations: {numbers}; observed {metric(observed)}."
     caption = (
         f"The evaluation repeated {auc.size} times with labels permuted by recording within each person: {numbers}. "
         "A leak between training and held-out windows would lift these AUCs above chance."
     )
-    if math.isfinite(p):
+    if math.isfinite(p := permuted.p):
         caption += f" p = {p_word(p)}; with {auc.size} permutations it cannot fall below {p_word(1 / (auc.size + 1))}."
-    if math.isfinite(leak := sweep.permuted.p_leak):
+    if math.isfinite(leak := permuted.p_leak):
         caption += f" That their mean is above chance has p = {p_word(leak)}."
     caption += f" {_size(sweep)}"
     image = plots.permuted_strip(auc, observed, alt)
@@ -211,18 +223,16 @@ def control(sweep: Sweep, held: HeldOut | None) -> Section:
 def dataset(sweep: Sweep, held: HeldOut | None) -> Section:
     """The shard sets and the frozen encoders."""
     del held
-    section = setting.dataset(sweep)
-    encoders = sweep.results.get("encoders")
-    if not isinstance(encoders, dict) or not encoders:
+    section = shard_sets(sweep)
+    if not sweep.results.encoders:
         return section
     tables = list(section.tables)
-    for signal, facts in encoders.items():
+    for signal, encoder in sweep.results.encoders.items():
         rows = [[Cell("Encoder"), Cell(f"{signal.upper()}, frozen")]]
-        told = facts if isinstance(facts, dict) else {"url": facts}
-        if isinstance(each := told.get("by_fold"), dict):
-            told = {f"fold {fold}": one for fold, one in each.items()}
-        for name, value in told.items():
-            rows.append([Cell(str(name).replace("_", " ")), Cell(without_credentials(setting.plain(value)))])
+        by_fold = encoder.get("by_fold")
+        facts = {f"fold {fold}": each for fold, each in by_fold.items()} if isinstance(by_fold, dict) else encoder
+        for name, value in facts.items():
+            rows.append([Cell(str(name).replace("_", " ")), Cell(without_credentials(plain(value)))])
         tables.append(Table([], rows, numeric=False))
     notes = [section.missing] if section.missing else []
     return Section(section.title, section.anchor, tables=tables, notes=notes)
@@ -231,20 +241,20 @@ def dataset(sweep: Sweep, held: HeldOut | None) -> Section:
 def configuration(sweep: Sweep, held: HeldOut | None) -> Section:
     """The options a reader asks for first, and the whole resolved file folded away."""
     del held
-    return setting.configuration(sweep, OPTIONS)
+    return configuration_section(sweep, OPTIONS)
 
 
 def _without_predictions(title: str, anchor: str, so: str) -> Section:
     return Section(title, anchor, missing=f"The run holds no {PREDICTIONS}, so {so}.")
 
 
-def _bound_auc(sweep: Sweep, row: Row) -> float:
+def _bound_auc(sweep: Sweep, row: ResultRow) -> float:
     bound = sweep.bound(row)
-    return math.nan if bound is None else bound.scores["auc"]
+    return math.nan if bound is None else bound.auc
 
 
 def _size(sweep: Sweep) -> str:
-    windows, people_ = sweep.count("windows"), sweep.count("people")
+    windows, people_ = sweep.results.windows, sweep.results.people
     if windows is None or people_ is None:
         return ""
     return f"{windows:,} held-out windows of {people_:,} {'person' if people_ == 1 else 'people'}."
@@ -261,14 +271,14 @@ def _windows_each(windows: np.ndarray) -> str:
     return f"{low:,} windows each." if low == high else f"{low:,} to {high:,} windows each."
 
 
-def _forest_alt(rows: list[Row]) -> str:
-    told = [f"{label_of(row.name)} {metric(row.scores['auc'])}" for row in rows]
+def _forest_alt(rows: list[ResultRow]) -> str:
+    told = [f"{label_of(row.name)} {metric(row.auc)}" for row in rows]
     return f"ROC-AUC with 95 % intervals: {', '.join(told)}."
 
 
 def _forest_caption(sweep: Sweep) -> str:
     text = "Dot: ROC-AUC over the pooled windows of all held-out people; line: 95 % interval over people (bootstrap)."
-    if any(len(row.folds) > 1 for row in sweep.real_rows):
+    if any(len(row.per_fold) > 1 for row in sweep.real_rows):
         text += " Faint ticks: single folds."
     if any(math.isfinite(_bound_auc(sweep, row)) for row in sweep.real_rows):
         text += " Open diamond: best possible with these signals, for somebody who could read the simulator's drives."
@@ -277,7 +287,7 @@ def _forest_caption(sweep: Sweep) -> str:
     return f"{text} {_size(sweep)}".strip()
 
 
-def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
+def _score_table(sweep: Sweep, rows: list[ResultRow]) -> Table:
     bounded = any(math.isfinite(_bound_auc(sweep, row)) for row in rows)
     calibrated = any(math.isfinite(row.ece) for row in rows)
     error = ["Calibration error"] if calibrated else []
@@ -286,38 +296,35 @@ def _score_table(sweep: Sweep, rows: list[Row]) -> Table:
     for row in rows:
         cells = [Cell(label_of(row.name), colour=colour_of(row.name))]
         for name in METRICS:
-            spread = row.spread[name]
-            more = f"± {metric(spread)}" if math.isfinite(spread) and len(row.folds) > 1 else ""
-            cells.append(Cell(metric(row.scores[name]), more=more))
+            spread = getattr(row.spread, name)
+            more = f"± {metric(spread)}" if math.isfinite(spread) and len(row.per_fold) > 1 else ""
+            cells.append(Cell(metric(getattr(row, name)), more=more))
             if name == "auc":
                 cells.append(Cell(span(*row.interval) or "–"))
         if calibrated:
             before = f"before {metric(row.ece_before)}" if math.isfinite(row.ece_before) else ""
             cells.append(Cell(metric(row.ece), more=before))
         if bounded:
-            bound = sweep.bound(row)
-            share = reached(row, bound)
+            share = reached(row, sweep.bound(row))
             cells.append(Cell(metric(_bound_auc(sweep, row))))
             bar = max(share, 0.0) if math.isfinite(share) else None
             cells.append(Cell(percent(share), bar=bar, colour="" if bar is None else colour_of(row.name)))
         lines.append(cells)
-    caption = f"Over the pooled windows of all held-out people. {_size(sweep)}"
-    if any(math.isfinite(row.interval[0]) for row in rows):
-        caption += " The interval is that of the ROC-AUC, over people."
-    if any(len(row.folds) > 1 for row in rows):
-        caption += " ±: standard deviation over folds."
-    if calibrated:
-        caption += " Calibration error: how far probabilities are from how often they are right (15 bins)."
-    if any(math.isfinite(row.ece_before) for row in rows):
-        caption += " Before: without the temperatures, which were fitted on validation people."
-    if any(row.name.endswith("_only") for row in rows):
-        caption += " Shown: the fused heads with the other signal withheld at the test."
-    if bounded:
-        caption += (
-            " Best possible: reached by somebody who could read the simulator's hidden drives of the same signals. "
-            "Way reached: how much of the way from chance (0.5) to that."
-        )
-    return Table(head, lines, caption.strip())
+    sentences = {
+        f"Over the pooled windows of all held-out people. {_size(sweep)}": True,
+        "The interval is that of the ROC-AUC, over people.": any(row.auc_ci for row in rows),
+        "±: standard deviation over folds.": any(len(row.per_fold) > 1 for row in rows),
+        "Calibration error: how far probabilities are from how often they are right (15 bins).": calibrated,
+        "Before: without the temperatures, which were fitted on validation people.": any(
+            math.isfinite(row.ece_before) for row in rows
+        ),
+        "Shown: the fused heads with the other signal withheld at the test.": any(
+            row.name.endswith("_only") for row in rows
+        ),
+        "Best possible: reached by somebody who could read the simulator's hidden drives of the same signals. Way "
+        "reached: how much of the way from chance (0.5) to that.": bounded,
+    }
+    return Table(head, lines, " ".join(text.strip() for text, said in sentences.items() if said))
 
 
 def _gain_table(sweep: Sweep, held: HeldOut | None) -> Table | None:
@@ -377,3 +384,19 @@ def _people_listing(held: HeldOut) -> str:
         cells = [person, f"{found.fold[i]:>4}", f"{found.windows[i]:>7,}", *(f"{metric(v):>13}" for v in values)]
         lines.append("  ".join(cells))
     return "\n".join(lines)
+
+
+# In the order of the page.
+SECTIONS: tuple[Callable[[Sweep, HeldOut | None], Section], ...] = (
+    baselines,
+    curves,
+    confusion,
+    sweep_analysis.calibration,
+    people,
+    sweep_analysis.occlusion,
+    sweep_analysis.features,
+    sweep_search.search,
+    control,
+    dataset,
+    configuration,
+)

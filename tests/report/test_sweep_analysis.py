@@ -10,24 +10,32 @@ import pytest
 from safetensors.numpy import load, save
 
 from physio_dist.errors import DataError, UserError
-from physio_dist.report import drawing, heldout
-from physio_dist.report import insight_plots as plots
-from physio_dist.report.drawing import style
-from physio_dist.report.insight import Withheld, parse_leaned, parse_planes
+from physio_dist.report import components, sweep_data
+from physio_dist.report import sweep_analysis as plots
+from physio_dist.report.components import style
 from physio_dist.report.page import render
-from physio_dist.report.sweepdata import parse_predictions
+from physio_dist.report.sweep_data import parse_planes, parse_predictions
+from physio_dist.runs.sweep_results import EmbeddingSummary, NeighbourShares, Occlusion, OcclusionResults, SweepResults
+from physio_dist.runs.typed_json import from_json
 from physio_dist.signals.montage import EEG_19, ELECTRODES
 from physio_dist.signals.simulators.eeg import POSITIONS
 from physio_dist.stats.auc import p_of_no_difference
 from tests.report.report_samples import Page, reader, texts
-from tests.report.sweep_samples import leaned_of, plane_file, predictions_file, predictions_of, results_of, write_sweep
+from tests.report.sweep_samples import (
+    occlusion_of,
+    plane_file,
+    predictions_file,
+    predictions_of,
+    results_of,
+    write_sweep,
+)
 
 CLASSES = ("rest", "task")
 
 
 @pytest.fixture(autouse=True)
 def _as_svg(monkeypatch):
-    monkeypatch.setattr(drawing, "SVG_LIMIT_BYTES", 10_000_000)
+    monkeypatch.setattr(components, "SVG_LIMIT_BYTES", 10_000_000)
 
 
 def page_of(folder) -> Page:
@@ -38,30 +46,30 @@ def results_with(**changes) -> bytes:
     return json.dumps(results_of(predictions_of(), CLASSES) | changes).encode()
 
 
-def test_bins_of_probability_are_counted():
+def test_reliability_counts_bins():
     tensors = predictions_of()
     p = np.tile([0.04, 0.049, 0.31, 0.999, 1.0, 0.95], 48)
     tensors["label"] = np.tile([0, 1, 0, 1, 1, 0], 48)
     tensors["probability.fused"] = np.stack([1 - p, p], axis=1).astype(np.float32)
     found, _ = parse_predictions(predictions_file(tensors, CLASSES, 4))
-    bins = heldout.reliability(found, "fused")
+    bins = sweep_data.reliability(found, "fused")
     assert bins.count.tolist() == [96, 0, 0, 48, 0, 0, 0, 0, 0, 144]
     np.testing.assert_allclose(bins.sure[[0, 3, 9]], [0.0445, 0.31, 0.983], atol=1e-6)
     np.testing.assert_allclose(bins.right[[0, 3, 9]], [0.5, 0, 2 / 3])
     assert np.isnan(bins.right[1])
 
 
-def test_with_more_classes_it_is_the_predicted_one_that_counts():
+def test_reliability_of_three_classes_uses_the_predicted_one():
     tensors = predictions_of(classes=("a", "b", "c"))
     found, _ = parse_predictions(predictions_file(tensors, ("a", "b", "c"), 4))
-    bins = heldout.reliability(found, "fused")
+    bins = sweep_data.reliability(found, "fused")
     table = found.probability["fused"]
     right = (table.argmax(axis=1) == found.label).mean()
     assert np.nansum(bins.right * bins.count) / bins.count.sum() == pytest.approx(right)
     assert bins.count[:3].sum() == 0, "the most probable of three has a third at least"
 
 
-def test_reliability_is_drawn_for_every_row(tmp_path):
+def test_calibration_draws_every_row(tmp_path):
     tensors = predictions_of(asked=True)
     document = results_of(tensors, CLASSES)
     for row in document["rows"]:
@@ -72,15 +80,15 @@ def test_reliability_is_drawn_for_every_row(tmp_path):
     assert "Fused, ECG shown" in alt and "Majority" not in alt
     assert "calibration" in {attrs.get("id") for tag, attrs in page.tags if tag == "section"}
     found, _ = parse_predictions(content["predictions"])
-    bins = heldout.reliability(found, "fused")
+    bins = sweep_data.reliability(found, "fused")
     with style():
-        drawn = texts(plots.reliability([("fused", bins, 0.123), ("eeg", bins, float("nan"))], "x", "y", "alt"))
+        drawn = texts(plots.reliability_panels([("fused", bins, 0.123), ("eeg", bins, float("nan"))], "x", "y", "alt"))
     assert "calibration error 0.123" in drawn and {"fused", "EEG", "x", "y"} <= set(drawn)
     for i in np.flatnonzero(bins.count):
         assert f"{bins.count[i]} {bins.sure[i]:.3f} {bins.right[i]:.3f}" in page.text
 
 
-def test_paired_tests_stand_in_the_table_and_the_summary(tmp_path):
+def test_gain_table_and_summary_have_paired_p_values(tmp_path):
     tensors = predictions_of(asked=True)
     files = {
         "results": json.dumps(results_of(tensors, CLASSES)).encode(),
@@ -98,7 +106,7 @@ def test_paired_tests_stand_in_the_table_and_the_summary(tmp_path):
     assert re.search(r"Fused minus hand-made features: \S+, 95 % interval \S+ to \S+, p = [\d.e-]+", page.text)
 
 
-def test_what_heads_lean_on_is_told_and_drawn(tmp_path):
+def test_occlusion_lists_and_draws_effects(tmp_path):
     page = page_of(write_sweep(tmp_path))
     assert "without the ECG +0.041 (+0.021 to +0.056), without the EEG +0.213" in page.text
     alts = [i["alt"] for i in page.images()]
@@ -107,16 +115,16 @@ def test_what_heads_lean_on_is_told_and_drawn(tmp_path):
     assert any("EEG alone 2 s +0.077" in alt for alt in alts)
     for words in ("Cz +0.131 +0.111 to +0.146 0.066", "eeg 2 s +0.077"):
         assert words in page.text
-    entries = parse_leaned(leaned_of()).channels
+    entries = from_json(OcclusionResults, occlusion_of(), "results.json").channels
     with style():
-        drawn = texts(plots.bars("T", entries, "alt"))
+        drawn = texts(plots.occlusion_bars("T", [(one.channel, one) for one in entries], "alt"))
         assert [text for text in drawn if text in ("I", "II", "Fp1", "Fp2", "Cz")] == ["I", "II", "Fp1", "Fp2", "Cz"]
         at = {name: plots.on_scalp(name) for name in ("Fp1", "Fp2", "Cz")}
-        head = texts(plots.scalp("T", [one for one in entries if one.signal == "eeg"], at, "alt"))
+        head = texts(plots.scalp_map("T", [one for one in entries if one.signal == "eeg"], at, "alt"))
         assert {"Fp1", "Fp2", "Cz", "0.131", "0 or less"} <= set(head)
 
 
-def test_electrodes_stand_where_the_system_puts_them():
+def test_on_scalp_follows_the_10_10_system():
     for name, (x, y, z) in zip(EEG_19, POSITIONS, strict=True):
         radius = np.arccos(z) / (np.pi / 2)
         flat = np.hypot(x, y) or 1.0
@@ -133,7 +141,7 @@ def test_electrodes_stand_where_the_system_puts_them():
     assert [plots.on_scalp(name) for name in ("ECG", "II", "V1", "", "C11", "Fp3")] == [None] * 6
 
 
-def test_planes_by_person_and_by_label(tmp_path):
+def test_features_draws_embedding_by_person_and_label(tmp_path):
     page = page_of(write_sweep(tmp_path))
     alts = [i["alt"] for i in page.images()]
     for words in ("ECG features on a plane, by person: 41", "EEG features on a plane, by person: 83",
@@ -150,59 +158,56 @@ def test_planes_by_person_and_by_label(tmp_path):
     assert len(set(styles)) == 36 and len(set(plots.person_colours(9))) == 9
 
 
-def test_a_sweep_of_an_earlier_version_says_what_it_lacks(tmp_path):
+def test_analysis_sections_name_what_is_missing(tmp_path):
     raw = results_with(occlusion=None, embedding=None)
     page = page_of(write_sweep(tmp_path, results=raw, embedding=None))
-    assert "does not tell what the fused heads lean on" in page.text
+    assert "holds no occlusion analysis" in page.text
     assert "The run holds no embedding.safetensors" in page.text
 
 
-def test_one_person_and_one_channel_are_drawn(tmp_path):
-    leaned = leaned_of(people=1)
-    leaned["channels"] = leaned["channels"][:1]
-    leaned["patches"] = []
-    page = page_of(write_sweep(tmp_path, results=results_with(occlusion=leaned)))
+def test_occlusion_with_one_person_and_one_channel(tmp_path):
+    effects = occlusion_of(people=1)
+    effects["channels"] = effects["channels"][:1]
+    effects["patches"] = []
+    page = page_of(write_sweep(tmp_path, results=results_with(occlusion=effects)))
     assert "without the EEG +0.213." in page.text
-    leaned["signals"] = [one | {"auc_drop": None, "prob_shift": None} for one in leaned["signals"]]
-    assert (
-        "does not tell what the fused heads lean on"
-        in page_of(write_sweep(tmp_path, results=results_with(occlusion=leaned))).text
-    )
+    effects["signals"] = [one | {"auc_drop": None, "prob_shift": None} for one in effects["signals"]]
+    assert "holds no occlusion analysis" in page_of(write_sweep(tmp_path, results=results_with(occlusion=effects))).text
 
 
 @pytest.mark.parametrize(
     "value", [[1], {"signals": 3}, {"channels": [{"ci": 3}]}, {"patches": [{"auc_drop": "much"}]}, {"signals": [2]}]
 )
-def test_what_cannot_be_understood_is_told(value):
+def test_occlusion_results_raise_on_wrong_types(value):
     with pytest.raises(UserError, match="occlusion"):
-        parse_leaned(value)
+        from_json(SweepResults, {"rows": [], "occlusion": value}, "results.json")
 
 
-def test_damaged_planes_are_told():
+def test_parse_planes_raises_on_damage():
     raw = plane_file(predictions_of())
-    whole = parse_planes(raw, {"eeg": {"person": 0.5}}, 2)
-    assert list(whole) == ["ecg", "eeg"] and whole["eeg"].near["person"][0] == 0.5
+    whole = parse_planes(raw, EmbeddingSummary(eeg=NeighbourShares(person=0.5)), 2)
+    assert list(whole) == ["ecg", "eeg"] and whole["eeg"].shares.person == 0.5
     with pytest.raises(UserError, match=r"embedding\.safetensors"):
-        parse_planes(raw[:50], {}, 2)
+        parse_planes(raw[:50], EmbeddingSummary(), 2)
     tensors = load(raw)
     for name, value in (("ecg.label", tensors["ecg.label"][:-1]), ("eeg.place", tensors["eeg.place"][:, :1])):
         with pytest.raises(DataError, match="do not fit"):
-            parse_planes(bytes(save(tensors | {name: np.ascontiguousarray(value)})), {}, 2)
+            parse_planes(bytes(save(tensors | {name: np.ascontiguousarray(value)})), EmbeddingSummary(), 2)
     with pytest.raises(DataError, match=r"0\.\.0"):
-        parse_planes(raw, {}, 1)
+        parse_planes(raw, EmbeddingSummary(), 1)
     with pytest.raises(UserError, match="person"):
-        parse_planes(raw, {"eeg": {"person": "most"}}, 2)
+        from_json(EmbeddingSummary, {"eeg": {"person": "most"}}, "results.json")
 
 
-def test_many_channels_are_cut_and_counted(tmp_path):
-    leaned = leaned_of()
+def test_occlusion_limits_channels(tmp_path):
+    effects = occlusion_of()
     names = [name for name in ELECTRODES if name not in ("Nz", "Iz")]
-    leaned["channels"] = [
+    effects["channels"] = [
         {"signal": "eeg", "channel": name, "auc_drop": 0.001 * i, "ci": None, "prob_shift": 0.0}
         for i, name in enumerate(names)
     ]  # fmt: skip
-    page = page_of(write_sweep(tmp_path, results=results_with(occlusion=leaned)))
+    page = page_of(write_sweep(tmp_path, results=results_with(occlusion=effects)))
     assert f"The {plots.MOST_BARS} channels missed most, of {len(names)}." in page.text
-    entry = Withheld("eeg", "x", -0.5, float("nan"), float("nan"), 0.0)
+    entry = ("x", Occlusion(signal="eeg", auc_drop=-0.5, prob_shift=0.0))
     with style():
-        assert "\u22120.500" in texts(plots.bars("T", [entry], "alt"))
+        assert "\u22120.500" in texts(plots.occlusion_bars("T", [entry], "alt"))

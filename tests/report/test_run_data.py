@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from physio_dist.errors import UserError
-from physio_dist.report.rundata import find_restarts, load_run, parse_examples, parse_metrics, without_credentials
+from physio_dist.report.run_data import load_run, parse_examples, parse_metrics, without_credentials
 from tests.report.report_samples import LEADS, example_tensors, examples_file, jsonl, metric_rows, reader, write_run
 
 
-def test_columns_keep_values_and_turn_null_and_nan_into_nan():
+def test_parse_metrics_turns_null_and_nan_into_nan():
     raw = b'{"step": 1, "loss": 2.5, "lr": null}\n{"step": 2, "loss": NaN, "lr": 0.1, "mfu": Infinity}\n'
     metrics = parse_metrics(raw)
     assert metrics.rows == 2
@@ -26,7 +26,7 @@ def test_columns_keep_values_and_turn_null_and_nan_into_nan():
 
 
 @pytest.mark.parametrize("raw", [None, b"", b"\n \n"])
-def test_without_metrics_the_message_names_the_file(raw):
+def test_parse_metrics_raises_without_lines(raw):
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         parse_metrics(raw)
 
@@ -42,31 +42,31 @@ def test_without_metrics_the_message_names_the_file(raw):
         b'{"step": 2, "loss": "a"}',
     ],
 )
-def test_a_broken_line_is_named(line):
+def test_parse_metrics_names_a_damaged_line(line):
     raw = b'{"step": 1, "loss": 1.0}\n\n' + line + b'\n{"step": 3, "loss": 1.0}\n'
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 3"):
         parse_metrics(raw)
 
 
-def test_a_broken_last_line_is_an_error_once_it_is_terminated():
+def test_parse_metrics_raises_on_a_terminated_damaged_last_line():
     with pytest.raises(UserError, match="line 2"):
         parse_metrics(b'{"step": 1}\n{"step": 2, "lo\n')
 
 
-def test_half_a_last_line_is_a_run_still_writing():
+def test_parse_metrics_leaves_out_an_unfinished_last_line():
     metrics = parse_metrics(b'{"step": 1}\n{"step": 2, "lo')
     assert metrics.unfinished
     assert metrics.rows == 1
 
 
-def test_replayed_steps_replace_the_older_lines():
+def test_parse_metrics_replaces_replayed_steps():
     steps = [(1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25), (3, 0.35)]
     metrics = parse_metrics(jsonl([{"step": step, "loss": loss} for step, loss in steps]))
     np.testing.assert_array_equal(metrics.column("step"), [1, 2, 3])
     np.testing.assert_array_equal(metrics.column("loss"), [0.1, 0.25, 0.35])
 
 
-def test_examples_come_back_whole():
+def test_parse_examples_returns_all_tensors():
     tensors = example_tensors(n=2)
     examples = parse_examples(examples_file(tensors, LEADS))
     np.testing.assert_array_equal(examples.target, tensors["target"])
@@ -80,7 +80,7 @@ def test_examples_come_back_whole():
     assert not examples.hidden_samples("intra")[0, 5].any(), "an invalid lead is never scored"
 
 
-def test_a_patch_hidden_both_ways_counts_as_lead_wise():
+def test_parse_examples_counts_a_patch_hidden_both_ways_as_inter():
     tensors = example_tensors(n=1)
     tensors["intra"][0, 10] = 1
     examples = parse_examples(examples_file(tensors, LEADS))
@@ -89,7 +89,7 @@ def test_a_patch_hidden_both_ways_counts_as_lead_wise():
 
 
 @pytest.mark.parametrize("fault", ["bytes", "tensor", "shape", "names", "patches"])
-def test_broken_examples_are_named(fault):
+def test_parse_examples_raises_on_damage(fault):
     tensors = example_tensors(n=1)
     if fault == "tensor":
         del tensors["valid"]
@@ -113,34 +113,34 @@ def test_broken_examples_are_named(fault):
         ({"attempts": b"[1]"}, "attempts.json"),
     ],
 )
-def test_other_broken_files_are_named(tmp_path, changes, name):
+def test_load_run_names_a_damaged_file(tmp_path, changes, name):
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         load_run(reader(write_run(tmp_path, **changes)))
 
 
-def test_restarts_are_those_of_the_attempts_file(tmp_path):
-    restarts = find_restarts(load_run(reader(write_run(tmp_path))))
+def test_restarts_come_from_attempts(tmp_path):
+    restarts = load_run(reader(write_run(tmp_path))).restarts()
     assert restarts.steps == [30.0]
     assert restarts.from_attempts
 
 
-def test_without_an_attempts_file_a_long_pause_is_a_restart(tmp_path):
+def test_restarts_without_attempts_are_long_pauses(tmp_path):
     rows = metric_rows()
     for row in rows[40:]:
         row["time"] += 600
-    restarts = find_restarts(load_run(reader(write_run(tmp_path, metrics=jsonl(rows), attempts=None))))
+    restarts = load_run(reader(write_run(tmp_path, metrics=jsonl(rows), attempts=None))).restarts()
     assert restarts.steps == [40.0]
     assert not restarts.from_attempts
 
 
-def test_a_slow_validation_is_no_restart(tmp_path):
+def test_restarts_ignore_a_slow_validation(tmp_path):
     rows = metric_rows()
     for row in rows[40:]:
         row["time"] += 30
-    assert find_restarts(load_run(reader(write_run(tmp_path, metrics=jsonl(rows), attempts=None)))).steps == []
+    assert load_run(reader(write_run(tmp_path, metrics=jsonl(rows), attempts=None))).restarts().steps == []
 
 
-def test_options_and_simulated(tmp_path):
+def test_option_of_a_dotted_path(tmp_path):
     run = load_run(reader(write_run(tmp_path)))
     assert run.option("train.lr") == 0.0005
     assert run.option("train.lr.deeper") is None
@@ -148,7 +148,7 @@ def test_options_and_simulated(tmp_path):
     assert run.simulated() == [True]
 
 
-def test_the_examples_tell_simulated_where_data_json_does_not(tmp_path):
+def test_simulated_falls_back_to_examples(tmp_path):
     raw = json.dumps({"indexes": [{"url": "u"}]}).encode()
     assert load_run(reader(write_run(tmp_path, data=raw))).simulated() == [True]
 
@@ -161,5 +161,5 @@ def test_the_examples_tell_simulated_where_data_json_does_not(tmp_path):
         ("plain: a@b.c, x?y", "plain: a@b.c, x?y"),
     ],
 )
-def test_credentials_in_urls_are_taken_out(text, shown):
+def test_without_credentials_removes_secrets_of_urls(text, shown):
     assert without_credentials(text) == shown

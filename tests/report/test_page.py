@@ -14,7 +14,7 @@ from tests.report.sweep_samples import write_sweep
 pytestmark = pytest.mark.integration
 
 
-def test_runs_stand_below_each_other_with_anchors_of_their_own(tmp_path):
+def test_render_gives_several_runs_unique_anchors(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     for folder, name in ((first, "of-ecg"), (second, "of-eeg")):
         folder.mkdir()
@@ -36,7 +36,7 @@ def test_runs_stand_below_each_other_with_anchors_of_their_own(tmp_path):
         assert 'class="runs"' not in page
 
 
-def test_a_run_that_is_none_spoils_the_page_of_all(tmp_path):
+def test_render_raises_on_a_directory_without_a_run(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "metrics.jsonl").write_bytes(jsonl(metric_rows()))
     with pytest.raises(UserError, match=r"neither metrics\.jsonl"):

@@ -41,7 +41,7 @@ def percent_of(value: float, reference: float) -> str:
     return f"{share:.1f} %" if share < 10 else f"{share:.0f} %"
 
 
-def test_the_page_needs_nothing_else(tmp_path):
+def test_render_run_needs_no_other_file(tmp_path):
     text, page = page_of(write_run(tmp_path))
     for tag, attrs in page.tags:
         assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
@@ -54,7 +54,7 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert len(text) < 3_000_000
 
 
-def test_the_page_does_not_grow_with_windows_or_steps(tmp_path):
+def test_render_run_limits_size_with_many_windows_and_steps(tmp_path):
     tensors = example_tensors(n=16)
     rng = np.random.default_rng(0)
     tensors["target"] = (200 * rng.standard_normal(tensors["target"].shape)).astype(np.float32)
@@ -65,7 +65,7 @@ def test_the_page_does_not_grow_with_windows_or_steps(tmp_path):
     assert "6 of 16 held-out windows" in page.text
 
 
-def test_summary_tells_the_final_numbers(tmp_path):
+def test_summary_has_final_errors_and_speed(tmp_path):
     rows = metric_rows()
     final = rows[-1]
     assert final["val_loss"] is not None
@@ -83,13 +83,13 @@ def test_summary_tells_the_final_numbers(tmp_path):
     assert "1 restart" in page.text
 
 
-def test_a_term_without_interpolation_of_its_own_is_not_compared_to_it(tmp_path):
+def test_summary_leaves_out_interpolation_equal_to_zero(tmp_path):
     _, page = page_of(write_run(tmp_path))
     lead_wise = next(text for text in page.texts if text.startswith("Lead-wise (leads hidden whole)"))
     assert "interpolating" not in lead_wise
 
 
-def test_a_model_worse_than_trivial_is_called_so(tmp_path):
+def test_summary_marks_a_model_worse_than_its_baselines(tmp_path):
     rows = metric_rows()
     rows[-1] |= {"val_intra": 1.0, "val_inter": 1.5}
     _, page = page_of(write_run(tmp_path, metrics=jsonl(rows)))
@@ -101,7 +101,7 @@ def test_a_model_worse_than_trivial_is_called_so(tmp_path):
 @pytest.mark.parametrize(
     ("told", "badge"), [([True], "SIMULATED"), ([True, False], "PARTLY SIMULATED"), ([False], None), ([], None)]
 )
-def test_badge(tmp_path, told, badge):
+def test_badge_shows_simulated_data(tmp_path, told, badge):
     indexes = [index for flag in told for index in data_json(flag)["indexes"]]
     raw = json.dumps({"indexes": indexes}).encode() if told else None
     _, page = page_of(write_run(tmp_path, data=raw, examples=None))
@@ -113,7 +113,7 @@ def test_badge(tmp_path, told, badge):
         assert "does not tell whether its signals are recorded or simulated" in page.text
 
 
-def test_lead_table(tmp_path):
+def test_per_lead_has_unexplained_variance_of_each_lead(tmp_path):
     tensors = example_tensors(n=2)
     _, page = page_of(write_run(tmp_path, examples=examples_file(tensors, LEADS)))
     hidden = np.repeat(tensors["inter"] * tensors["valid"][:, :, None], 200, axis=2).astype(bool)
@@ -126,7 +126,7 @@ def test_lead_table(tmp_path):
     assert "From 2 example windows only" in page.text
 
 
-def test_every_image_has_an_alternative_text_and_every_figure_a_caption(tmp_path):
+def test_render_run_has_alternative_texts_and_captions(tmp_path):
     _, page = page_of(write_run(tmp_path))
     assert len(page.images()) == 2 + 2 + 2 + 2
     assert all(len(attrs["alt"] or "") > 20 for attrs in page.images())
@@ -134,7 +134,7 @@ def test_every_image_has_an_alternative_text_and_every_figure_a_caption(tmp_path
     assert tags.count("figure") == tags.count("figcaption") == 1 + 2 + 1 + 1
 
 
-def test_utilisation_is_drawn_where_it_was_measured(tmp_path):
+def test_speed_draws_utilisation_where_logged(tmp_path):
     rows = [row | {"mfu": 0.42} for row in metric_rows()]
     _, page = page_of(write_run(tmp_path, metrics=jsonl(rows)))
     assert len(page.images()) == 9
@@ -155,7 +155,7 @@ def test_sections_without_data_say_so_in_a_line(tmp_path):
         assert line in page.text
 
 
-def test_a_run_of_bare_steps(tmp_path):
+def test_render_run_with_steps_alone_has_no_images(tmp_path):
     folder = write_run(tmp_path, metrics=b'{"step": 1}\n', config=None, examples=None, data=None, attempts=None)
     _, page = page_of(folder)
     assert page.images() == []
@@ -163,20 +163,20 @@ def test_a_run_of_bare_steps(tmp_path):
     assert "Neither throughput nor data wait was logged." in page.text
 
 
-def test_one_step(tmp_path):
+def test_render_run_with_one_step(tmp_path):
     _, page = page_of(write_run(tmp_path, metrics=jsonl(metric_rows()[:1]), attempts=None))
     assert "Steps 1 of 60 planned" in page.text
     assert "No validation result was logged" in page.text
 
 
-def test_no_validation(tmp_path):
+def test_render_run_without_validation(tmp_path):
     _, page = page_of(write_run(tmp_path, metrics=jsonl(metric_rows(validate=0))))
     assert "No validation result was logged" in page.text
     assert "Held-out error" not in page.text
     assert len(page.images()) == 8
 
 
-def test_null_and_nan(tmp_path):
+def test_render_run_leaves_gaps_at_null_and_nan(tmp_path):
     rows = metric_rows()
     rows[3] |= {"loss": float("nan"), "loss_intra": None, "grad_norm": float("inf")}
     rows[4] |= {"loss_intra": float("nan"), "samples_per_s": None}
@@ -188,21 +188,21 @@ def test_null_and_nan(tmp_path):
     assert "Lead-wise (leads" not in page.text, "nothing can be said about a term whose result is not finite"
 
 
-def test_a_term_that_is_switched_off_is_left_out(tmp_path):
+def test_losses_leaves_out_a_term_that_is_switched_off(tmp_path):
     rows = [row | {"loss_inter": None, "val_inter": None} for row in metric_rows()]
     _, page = page_of(write_run(tmp_path, metrics=jsonl(rows)))
     assert "the lead-wise term is not drawn" in page.text
     assert len(page.images()) == 7
 
 
-def test_two_channels(tmp_path):
+def test_windows_with_two_channels(tmp_path):
     raw = examples_file(example_tensors(n=1, channels=2), ["F3-C3", "F4-C4"], simulated=False)
     _, page = page_of(write_run(tmp_path, examples=raw))
     assert "1 held-out window as" in page.text
     assert "hidden F3-C3" in page.text
 
 
-def test_what_a_run_says_is_escaped(tmp_path):
+def test_render_run_escapes_markup(tmp_path):
     evil = "<script>alert('x')</script>\" onload=\"y"
     data = data_json()
     data["indexes"][0]["url"] = f"s3://b/{evil}"
@@ -225,16 +225,16 @@ def test_credentials_stay_out(tmp_path):
     assert "s3://bucket/ecg/index.json" in text
 
 
-def test_an_unfinished_line_is_told(tmp_path):
+def test_render_run_notes_an_unfinished_line(tmp_path):
     _, page = page_of(write_run(tmp_path, metrics=jsonl(metric_rows()) + b'{"step": 61, "lo'))
     assert "last line of metrics.jsonl was not finished" in page.text
 
 
-def test_the_same_run_gives_the_same_page(tmp_path):
+def test_render_run_is_deterministic(tmp_path):
     read = reader(write_run(tmp_path))
     assert render(read) == render(read)
 
 
-def test_no_run(tmp_path):
+def test_render_raises_on_an_empty_directory(tmp_path):
     with pytest.raises(UserError, match=r"neither metrics\.jsonl .* nor results\.json .*run\.dir/run\.name"):
         render(reader(tmp_path))

@@ -196,23 +196,24 @@ def features(sweep: Sweep, held: HeldOut | None) -> Section:
 
 
 def _verdict(sweep: Sweep) -> str:
-    told = []
+    sentences = []
     for signal, plane in sweep.planes.items():
         shares = plane.shares
-        if math.isfinite(shares.person) and shares.person_chance > 0:
-            lead = shares.label - shares.label_chance
-            more = ""
-            if math.isfinite(lead):
-                side = "above" if lead > 0 else "below"
-                more = f", {100 * abs(lead):.0f} points {side} chance" if abs(lead) >= 0.005 else ", as by chance"
-            told.append(
-                f"of a window's nearest {signal.upper()} neighbours {percent(shares.person)} are of the same person "
-                f"({shares.person / shares.person_chance:.1f} times as many as by chance); of the nearest of other people "
-                f"{percent(shares.label)} have its label{more}"
-            )
-    if not told:
+        if not (math.isfinite(shares.person) and shares.person_chance > 0):
+            continue
+        above = shares.label - shares.label_chance
+        more = ""
+        if math.isfinite(above):
+            points = f"{100 * abs(above):.0f} points {'above' if above > 0 else 'below'} chance"
+            more = f", {points}" if abs(above) >= 0.005 else ", as by chance"
+        sentences.append(
+            f"of a window's nearest {signal.upper()} neighbours {percent(shares.person)} are of the same person "
+            f"({shares.person / shares.person_chance:.1f} times as many as by chance); of the nearest of other people "
+            f"{percent(shares.label)} have its label{more}"
+        )
+    if not sentences:
         return ""
-    text = "; ".join(told)
+    text = "; ".join(sentences)
     return (
         f"{text[0].upper()}{text[1:]}. What tells people apart is what a split leaks that has the same people on both "
         "sides."

@@ -20,7 +20,7 @@ from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder
 from physio_dist.models.encoders.patches import to_patches
-from physio_dist.models.fusion.base import pool
+from physio_dist.models.fusion.pooling import pool
 from physio_dist.stats.scores import auc
 
 Floats = npt.NDArray[np.floating]

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from physio_dist.data.loading.order import permutation, seed_of
-from physio_dist.models.fusion.base import Head, Reduction
+from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import HEADS
+from physio_dist.models.fusion.reduction import Reduction
 from physio_dist.stats.scores import temperature_of
 
 Ints = npt.NDArray[np.int64]
@@ -223,7 +224,7 @@ class Heads:
         job = self.jobs[head]
         inputs = {name: torch.from_numpy(np.array(values[rows])) for name, values in job.inputs.items()}
         there = {name: torch.from_numpy(np.array(values[rows])) for name, values in job.there.items()}
-        mask = self._shape.shown(there, len(next(iter(inputs.values()))))
+        mask = self._shape.token_mask(there, len(next(iter(inputs.values()))))
         return self._heads[head].concatenate(inputs, mask), mask
 
     def _of(self, x: Tensor, keep: list[Tensor] | None, mask: Tensor, training: bool) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from physio_dist.evaluation.clips import BaselinePeriod, subtract_baseline
 from physio_dist.evaluation.features import Features
-from physio_dist.models.fusion.base import make_tokens
+from physio_dist.models.fusion.pooling import make_tokens
 
 # Windows pooled at a time: features of patches are much larger than their pooled values.
 _WINDOWS = 256

@@ -27,7 +27,7 @@ from physio_dist.evaluation.label_table import LabelTable, load_label_table, sha
 from physio_dist.evaluation.logistic import fit_logistic
 from physio_dist.evaluation.results import majority
 from physio_dist.evaluation.splits import Fold, folds_of, inner_splits, labelled
-from physio_dist.models.fusion.base import pool
+from physio_dist.models.fusion.pooling import pool
 from physio_dist.stats.scores import score
 
 Floats = npt.NDArray[np.float64]

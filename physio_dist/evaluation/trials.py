@@ -17,8 +17,9 @@ from physio_dist.errors import UserError
 from physio_dist.evaluation.head_training import Heads, Job
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold, permuted
-from physio_dist.models.fusion.base import Head, Reduction, reduction
+from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import input_kind
+from physio_dist.models.fusion.reduction import Reduction, fit_reduction
 from physio_dist.stats.scores import auc
 
 Floats = npt.NDArray[np.floating]
@@ -166,7 +167,7 @@ def reductions_of(
                             f"fold {fold.name}: the {signal.upper()} is missing in all windows of the people that some "
                             "head would be trained on; use fewer folds, or a set in which more people have it"
                         )
-                    found[f"{key}/{fold.name}/{i}"] = reduction(mine.reshape(-1, mine.shape[-1]), most)
+                    found[f"{key}/{fold.name}/{i}"] = fit_reduction(mine.reshape(-1, mine.shape[-1]), most)
     return found
 
 

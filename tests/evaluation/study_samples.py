@@ -22,7 +22,7 @@ from physio_dist.evaluation.head_training import Job
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import folds_of
 from physio_dist.evaluation.trials import Study, reductions_of
-from physio_dist.models.fusion.base import reduction
+from physio_dist.models.fusion.reduction import fit_reduction
 
 CONFIG: dict[str, Any] = {
     "pooling": "mean", "components": 64, "depth": 1, "width": 8, "dropout": 0.2, "label_smoothing": 0.0, "lr": 0.01,
@@ -122,7 +122,7 @@ def features_of(label: np.ndarray, strength: float, d: int, seed: int, scale: fl
 
 def job_of(inputs: Mapping[str, np.ndarray], label: np.ndarray, rows: np.ndarray, purpose: str, **more: Any) -> Job:
     """A head to train whose inputs are reduced by its own rows."""
-    reductions = {name: reduction(x[rows].reshape(-1, x.shape[-1]), 64) for name, x in inputs.items()}
+    reductions = {name: fit_reduction(x[rows].reshape(-1, x.shape[-1]), 64) for name, x in inputs.items()}
     return Job(inputs, reductions, label, rows, purpose, **more)
 
 

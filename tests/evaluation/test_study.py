@@ -23,7 +23,7 @@ from physio_dist.evaluation.results import oracle_rows, permuted_part
 from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, prepare, train
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, preset
 from physio_dist.models.export import save_encoder
-from physio_dist.models.fusion.base import pool
+from physio_dist.models.fusion.pooling import pool
 from physio_dist.stats.scores import METRICS, auc, score
 from tests.evaluation.study_samples import CONFIG, facts_of, features_of, paired, study_of, table_of
 

@@ -36,7 +36,7 @@ from physio_dist.evaluation.splits import folds_of
 from physio_dist.evaluation.trials import MODALITIES, SEARCHED, Study, reductions_of
 from physio_dist.models.encoders.criss_cross import PRESETS, CrissCrossEncoder, preset
 from physio_dist.models.export import save_encoder
-from physio_dist.models.fusion.base import pool
+from physio_dist.models.fusion.pooling import pool
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -24,7 +24,7 @@ from physio_dist.evaluation.label_table import SIGNALS
 from physio_dist.evaluation.pooling import pool_features
 from physio_dist.evaluation.results import same_bytes
 from physio_dist.evaluation.trials import Study
-from physio_dist.models.fusion.base import reduction
+from physio_dist.models.fusion.reduction import fit_reduction
 from physio_dist.runs.sweep_results import EmbeddingSummary, NeighbourShares
 
 Floats = npt.NDArray[np.float64]
@@ -58,7 +58,7 @@ def embedding(study: Study) -> tuple[EmbeddingSummary, bytes]:
         values = pool_features(features, table.sample[rows], "channels_mean_std", rest)
         values = _filled(values, features.valid[table.sample[rows]])
         with one_thread(), threadpool_limits(1):
-            given = reduction(values, _COMPONENTS)
+            given = fit_reduction(values, _COMPONENTS)
             x = ((values - given.mean) * given.scale @ given.axes).astype(np.float64)
             place = TSNE(
                 init="pca", random_state=0, perplexity=min(_PERPLEXITY, (len(rows) - 1) / 3), method="barnes_hut"

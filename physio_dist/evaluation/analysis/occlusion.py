@@ -22,7 +22,7 @@ from physio_dist.evaluation.head_training import one_thread
 from physio_dist.evaluation.pooling import pool_features
 from physio_dist.evaluation.trials import Choice, Study
 from physio_dist.models.encoders.criss_cross import PATCH
-from physio_dist.models.fusion.base import Head
+from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.runs.sweep_results import ChannelOcclusion, Occlusion, OcclusionResults, PatchOcclusion
 from physio_dist.stats.auc import Difference, compare_all_pairs, difference, pooled_auc

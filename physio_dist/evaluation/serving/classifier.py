@@ -24,8 +24,9 @@ from physio_dist.evaluation.head_training import one_thread
 from physio_dist.evaluation.serving.classifier_files import CONFIG, EVERYBODY, FOLDER, FORMATS, KIND, hash_of, needed
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder
 from physio_dist.models.export import load_export, read_export_config
-from physio_dist.models.fusion.base import Head, make_tokens
-from physio_dist.models.fusion.heads import build, input_kind
+from physio_dist.models.fusion.head import Head
+from physio_dist.models.fusion.heads import build_head, input_kind
+from physio_dist.models.fusion.pooling import make_tokens
 from physio_dist.signals.montage import select
 from physio_dist.signals.recording import MICROVOLTS, RecordError, Recording, Signal
 from physio_dist.signals.windows import Window, WindowSpec, windows_of
@@ -365,7 +366,7 @@ def _heads(members: Sequence[Mapping[str, Any]], data: bytes) -> tuple[Head, ...
     tensors, heads = safetensors.torch.load(data), list[Head]()
     for member in members:
         for _ in range(member["heads"]):
-            head, start = build(member["head"]), f"{len(heads)}."
+            head, start = build_head(member["head"]), f"{len(heads)}."
             head.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
             heads.append(head.eval())
     return tuple(heads)

@@ -33,7 +33,7 @@ from physio_dist.evaluation.trials import (
     train,
     trained_heads,
 )
-from physio_dist.models.fusion.base import Head
+from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.signals.windows import WindowSpec
 
@@ -187,7 +187,7 @@ def _ensemble(
     first, *others = [
         {
             "heads": len(mine),
-            "head": mine[0].about(),
+            "head": mine[0].to_dict(),
             "config": member.config,
             "epoch": member.epoch,
             "val_auc": round(member.val_auc, 6),

@@ -1,7 +1,6 @@
-"""Heads beside concatenation, and what makes a head of plain values.
+"""Fusion heads by name, and their construction from plain values.
 
-All of them answer for a window in which a modality is missing; where every modality is, they say what they have learnt
-of the classes' frequencies at most.
+Every head accepts missing modalities; with none left it returns at most the class prior.
 """
 
 from __future__ import annotations
@@ -12,17 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from physio_dist.models.fusion.base import ConcatHead, Head, build_mlp, masked_softmax
+from physio_dist.models.fusion.head import Head, build_mlp, masked_softmax
 
-# Of a token in cross-attention: its products are by far the dearest part of any head.
+# Of a token in cross-attention, whose products are by far the most expensive part of any head.
 _TOKEN_WIDTH = 32
 
 
-class GatedHead(Head):
-    """Each modality is projected to a common width; a gate, which sees all of them, weighs them for each window.
+class ConcatHead(Head):
+    """Concatenation of the reduced modalities and an MLP: the fusion of arXiv 2512.15250. Linear at depth 0."""
 
-    Gates are a softmax over the modalities that are there, so with one alone its weight is 1. It begins with equal
-    weights.
+    kind = "concat"
+    hidden: nn.ModuleList
+    norms: nn.ModuleList
+    out: nn.Linear
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        build_mlp(self, sum(self.sizes.values()), self.classes, self.depth, self.width)
+
+    def classify(self, x: Tensor, keep: Sequence[Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+        """See :meth:`Head.classify`."""
+        return self.forward_mlp(self, torch.cat(self.pooled(x, mask), dim=-1) if len(self.attend) else x, keep)
+
+
+class GatedHead(Head):
+    """Gated fusion: modalities are projected to a common width and weighted by a gate that takes all of them.
+
+    Weights are a softmax over the available modalities, equal at the start.
     """
 
     kind = "gated"
@@ -30,8 +45,8 @@ class GatedHead(Head):
     norms: nn.ModuleList
     out: nn.Linear
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.project = nn.ModuleList(nn.Linear(size, self.width) for size in self.sizes.values())
         self.gate = nn.Linear(sum(self.sizes.values()), len(self.sizes))
         nn.init.zeros_(self.gate.weight)
@@ -51,11 +66,11 @@ class GatedHead(Head):
 
 
 class CrossAttentionHead(Head):
-    """Tokens of each modality look at those of the others, once.
+    """Cross-attention fusion: tokens of each modality attend once to those of the others.
 
-    Tokens are projected to a common width; each adds to itself what it finds at the other modalities' tokens (one
-    attention head, scaled products). The mean over a modality's tokens, and over the modalities that are there, is
-    classified. With one modality alone there is nothing to look at, and what remains is the mean of its tokens.
+    Tokens are projected to a common width; the result of attention to the other modalities' tokens (one head, scaled
+    products) is added to each. The mean over a modality's tokens, then over the available modalities, is classified.
+    With one modality alone it is the mean of its tokens.
     """
 
     kind = "cross_attention"
@@ -64,15 +79,15 @@ class CrossAttentionHead(Head):
     norms: nn.ModuleList
     out: nn.Linear
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         width = min(self.width, _TOKEN_WIDTH)
         self.project = nn.ModuleList(nn.Linear(size, width) for size in self.sizes.values())
         self.query, self.key = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.value = nn.Linear(width, width)
         build_mlp(self, width, self.classes, self.depth, self.width)
         owner = torch.arange(len(self.tokens)).repeat_interleave(torch.tensor(list(self.tokens.values())))
-        # Which tokens are of another modality, ``[token, token]``.
+        # bool ``[token, token]``: pairs of different modalities.
         self.foreign = owner[:, None] != owner[None, :]
 
     def classify(self, x: Tensor, keep: Sequence[Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
@@ -93,7 +108,7 @@ class CrossAttentionHead(Head):
 
 
 class _Part(nn.Module):
-    """The layers of one modality."""
+    """MLP of one modality."""
 
     hidden: nn.ModuleList
     norms: nn.ModuleList
@@ -105,49 +120,49 @@ class _Part(nn.Module):
 
 
 class LateHead(Head):
-    """A head for each modality, trained by itself; the mean of the probabilities of those that are there."""
+    """Late fusion: a head per modality, trained independently; the mean probability of the available ones."""
 
     kind = "late"
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.each = nn.ModuleList(_Part(size, self.classes, self.depth, self.width) for size in self.sizes.values())
         self.layers = self.depth * len(self.sizes)
 
     def branch_logits(self, x: Tensor, keep: Sequence[Tensor] | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits of each modality; see :meth:`Head.branch_logits`."""
-        found = []
-        for i, (part, mine) in enumerate(zip(self.each, self.pooled(x, mask), strict=True)):
-            kept = None if keep is None else keep[i * self.depth : (i + 1) * self.depth]
-            found.append(self.forward_mlp(part, mine, kept))  # type: ignore[arg-type]
-        logits = torch.stack(found, dim=-2)
+        branches = []
+        for i, (mlp, vector) in enumerate(zip(self.each, self.pooled(x, mask), strict=True)):
+            branch_keep = None if keep is None else keep[i * self.depth : (i + 1) * self.depth]
+            branches.append(self.forward_mlp(mlp, vector, branch_keep))  # type: ignore[arg-type]
+        logits = torch.stack(branches, dim=-2)
         return logits, logits.new_ones(logits.shape[:-1]).bool() if mask is None else self.present(mask)
 
     def classify(self, x: Tensor, keep: Sequence[Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
         """The logarithm of the mean probability; see :meth:`Head.classify`."""
-        logits, there = self.branch_logits(x, keep, mask)
-        # Where none is there each says what it says of nothing.
-        counts = (there | ~there.any(dim=-1, keepdim=True)).unsqueeze(-1)
+        logits, available = self.branch_logits(x, keep, mask)
+        # If none is available, all branches count, each with its output for an empty input.
+        counts = (available | ~available.any(dim=-1, keepdim=True)).unsqueeze(-1)
         return logits.log_softmax(-1).masked_fill(~counts, -torch.inf).logsumexp(dim=-2) - counts.sum(dim=-2).log()
 
 
-HEADS: dict[str, type[Head]] = {one.kind: one for one in (ConcatHead, GatedHead, CrossAttentionHead, LateHead)}
+HEADS: dict[str, type[Head]] = {head.kind: head for head in (ConcatHead, GatedHead, CrossAttentionHead, LateHead)}
 
 
-def build(about: Mapping[str, Any]) -> Head:
-    """A head from :meth:`Head.about`, its weights those of a new one; ``load_state_dict`` fills it.
+def build_head(values: Mapping[str, Any]) -> Head:
+    """Build a head from :meth:`Head.to_dict`, with new weights, for ``load_state_dict``.
 
     Raises:
-        KeyError: of no known kind, or something is missing.
+        KeyError: the kind is unknown, or a value is missing.
     """
     names = ("features", "classes", "depth", "width", "dropout", "components", "tokens")
-    return HEADS[about["head"]](*(about[name] for name in names))
+    return HEADS[values["head"]](*(values[name] for name in names))
 
 
 def input_kind(config: Mapping[str, Any]) -> str:
-    """What :func:`physio_dist.models.fusion.tokens` makes of features for a head of this configuration.
+    """The kind of input that `make_tokens` has to make for a head of this configuration.
 
-    A head that reads tokens takes channels for them where the pooling keeps channels apart, else patches.
+    For a head that reads tokens these are channels if the pooling keeps channels apart, else patches.
     """
     pooling = str(config["pooling"])
     if HEADS[config.get("head", "concat")].reads_tokens:

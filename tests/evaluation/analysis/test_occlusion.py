@@ -19,8 +19,8 @@ from physio_dist.evaluation.label_table import load_label_table
 from physio_dist.evaluation.pooling import pool_features
 from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, train
 from physio_dist.evaluation.trials import Choice, trained_heads
-from physio_dist.models.fusion.base import make_tokens
 from physio_dist.models.fusion.heads import input_kind
+from physio_dist.models.fusion.pooling import make_tokens
 from tests.evaluation.study_samples import CONFIG, changed, facts_of, publish_set, study_of, waves, write_features
 
 pytestmark = pytest.mark.integration

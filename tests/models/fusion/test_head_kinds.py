@@ -18,7 +18,7 @@ from physio_dist.errors import UserError
 from physio_dist.evaluation.head_training import Heads, Job
 from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, train
 from physio_dist.evaluation.trials import Choice, control, noisy, predict, predict_ablated, reductions_of, trained_heads
-from physio_dist.models.fusion.heads import build, input_kind
+from physio_dist.models.fusion.heads import build_head, input_kind
 from physio_dist.stats.scores import auc, calibration_error, temperature_of
 from tests.evaluation.study_samples import CONFIG, changed, features_of, job_of, study_of, table_of
 
@@ -83,7 +83,7 @@ def test_it_is_plain_adamw_on_cross_entropy(kind: str, weight: str) -> None:
         heads.epoch()
         optimizer.zero_grad()
         if kind == "late":
-            mask = model.shown(there, len(mine))
+            mask = model.token_mask(there, len(mine))
             logits, _ = model.branch_logits(model.concatenate(x, mask), None, mask)
             loss = sum(
                 cross_entropy(logits[seen[name], i], label[seen[name]], share) for i, name in enumerate(("ecg", "eeg"))
@@ -156,7 +156,7 @@ def test_a_head_that_is_kept_says_what_it_said() -> None:
     heads = trained(jobs, config("gated"))
     heads.calibrate([np.arange(60, 90)] * 2)
     kept = heads.head(1)
-    again = build(json.loads(json.dumps(kept.about())))
+    again = build_head(json.loads(json.dumps(kept.to_dict())))
     again.load_state_dict(kept.state_dict())
     x = {name: torch.from_numpy(values) for name, values in TOKENS.items()}
     with torch.no_grad():

@@ -1,26 +1,26 @@
-"""Heads beside concatenation: their formulas written out again, and what is missing."""
+"""Fusion heads against their formulas written out row by row, with missing modalities."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from physio_dist.config.search import HEADS as NAMES
 from physio_dist.config.search import POOLINGS, TOKENS
-from physio_dist.models.fusion.base import Head, make_tokens, pool, reduction
-from physio_dist.models.fusion.heads import HEADS, GatedHead, build, input_kind
+from physio_dist.models.fusion.head import Head
+from physio_dist.models.fusion.heads import HEADS, GatedHead, build_head, input_kind
+from physio_dist.models.fusion.reduction import fit_reduction
 
 N = 12
 FEATURES = {"ecg": 3, "eeg": 5}
 TOKEN = {"ecg": 4, "eeg": 2}
 
 
-def test_every_name_has_a_head() -> None:
+def test_every_option_value_has_a_head() -> None:
     assert tuple(HEADS) == NAMES
 
 
@@ -38,7 +38,7 @@ def head(kind: str, depth: int = 1, many: dict[str, int] | None = None, features
         for parameter in model.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
     given = rows(many)
-    model.reduce_by({name: reduction(given[name].flatten(0, -2).numpy(), 64) for name in features})
+    model.reduce_by({name: fit_reduction(given[name].flatten(0, -2).numpy(), 64) for name in features})
     return model.eval()
 
 
@@ -119,7 +119,7 @@ def plain(model: Head, x: dict[str, Tensor], shown: dict[str, Tensor], depth: in
 @pytest.mark.parametrize("many", [None, TOKEN], ids=["vectors", "tokens"])
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("kind", NAMES)
-def test_a_head_is_its_formula_and_so_are_its_gradients(kind: str, depth: int, many: dict[str, int] | None) -> None:
+def test_head_and_gradients_match_formula_row_by_row(kind: str, depth: int, many: dict[str, int] | None) -> None:
     x, shown = rows(many), there(many)
     whole = {name: torch.ones_like(mask) for name, mask in shown.items()}
     for given, masks in ((None, whole), (shown, shown)):
@@ -140,7 +140,7 @@ def test_a_head_is_its_formula_and_so_are_its_gradients(kind: str, depth: int, m
 
 @pytest.mark.parametrize("many", [None, TOKEN], ids=["vectors", "tokens"])
 @pytest.mark.parametrize("kind", NAMES)
-def test_what_is_missing_has_no_part_whatever_is_in_it(kind: str, many: dict[str, int] | None) -> None:
+def test_head_ignores_content_of_missing_tokens(kind: str, many: dict[str, int] | None) -> None:
     model, x, shown = head(kind, many=many), rows(many), there(many)
     broken = {name: values.clone() for name, values in x.items()}
     for name, mask in shown.items():
@@ -154,7 +154,7 @@ def test_what_is_missing_has_no_part_whatever_is_in_it(kind: str, many: dict[str
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_the_order_of_modalities_and_of_tokens_plays_no_part(kind: str) -> None:
+def test_head_is_invariant_to_order_of_modalities_and_tokens(kind: str) -> None:
     x, shown, model = rows(TOKEN), there(TOKEN), head(kind, many=TOKEN)
     wanted = model(x, shown)
     turned = {name: values.flip(1) for name, values in x.items()}
@@ -176,64 +176,43 @@ def test_the_order_of_modalities_and_of_tokens_plays_no_part(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_a_head_comes_back_from_plain_values_and_its_state(kind: str) -> None:
+def test_build_head_restores_head_from_values_and_state(kind: str) -> None:
     model = head(kind, many=TOKEN)
     model.get_buffer("temperature").fill_(2.0)
-    again = build(model.about())
+    again = build_head(model.to_dict())
     again.load_state_dict(model.state_dict())
     x = rows(TOKEN)
     assert torch.equal(again.eval()(x), model(x))
     model.get_buffer("temperature").fill_(1.0)
     torch.testing.assert_close(again(x) * 2, model(x))
-    assert again.about() == model.about()
+    assert again.to_dict() == model.to_dict()
     with pytest.raises(KeyError):
-        build({**model.about(), "head": "mean"})
+        build_head({**model.to_dict(), "head": "mean"})
 
 
-def test_attention_begins_as_the_mean_and_gates_as_equals() -> None:
+def test_attention_starts_as_mean_and_gates_start_equal() -> None:
     torch.manual_seed(0)
     gated = GatedHead(FEATURES, 2, 1, 6, 0.0, 64, TOKEN)
     x = rows(TOKEN)
-    gated.reduce_by({name: reduction(values.flatten(0, 1).numpy(), 64) for name, values in x.items()})
+    gated.reduce_by({name: fit_reduction(values.flatten(0, 1).numpy(), 64) for name, values in x.items()})
     z = gated.concatenate(x)
     means = [part.mean(1) for part in gated.parts(z).values()]
     for found, wanted in zip(gated.pooled(z, None), means, strict=True):
         torch.testing.assert_close(found, wanted)
-    mask = gated.shown(there(TOKEN), N)
+    mask = gated.token_mask(there(TOKEN), N)
     gates = gated.gates(gated.hide(z, mask), mask)
     assert gates[4].tolist() == [0.5, 0.5] and gates[0].tolist() == [0.0, 1.0] and gates[1].tolist() == [1.0, 0.0]
     assert gates[3].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_one_modality_alone_is_a_head_too(kind: str) -> None:
+def test_head_accepts_single_modality(kind: str) -> None:
     model = head(kind, features={"eeg": 5})
     x = {"eeg": rows()["eeg"]}
     assert model(x).shape == (N, 3) and model(x).isfinite().all()
 
 
-def test_tokens_by_hand() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((3, 4, 5, 2)).astype(np.float32)
-    valid = np.ones((3, 4), dtype=bool)
-    valid[1, [0, 2]] = False
-    valid[2] = False
-    x[~valid] = np.inf
-    patches, there_ = make_tokens(x, valid, "attention")
-    assert patches.shape == (3, 5, 2) and there_.tolist() == [[True] * 5, [True] * 5, [False] * 5]
-    np.testing.assert_allclose(patches[0].numpy(), x[0].mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(patches[1].numpy(), x[1, [1, 3]].mean(0), rtol=1e-5, atol=1e-6)
-    assert not patches[2].any()
-    channels, there_ = make_tokens(x, valid, "channels_attention")
-    assert np.array_equal(there_.numpy(), valid)
-    np.testing.assert_allclose(channels.numpy()[valid], x.mean(2)[valid], rtol=1e-5, atol=1e-6)
-    assert not channels[~there_].any()
-    for kind in POOLINGS:
-        vector, there_ = make_tokens(x, valid, kind)
-        assert torch.equal(vector, pool(x, valid, kind)) and there_.tolist() == [[True], [True], [False]]
-
-
-def test_heads_that_read_tokens_take_them_where_the_pooling_says() -> None:
+def test_input_kind_of_token_heads_follows_pooling() -> None:
     for kind in (*POOLINGS, *TOKENS):
         assert input_kind({"pooling": kind}) == input_kind({"pooling": kind, "head": "gated"}) == kind
         wanted = "channels_attention" if kind.startswith("channels") else "attention"

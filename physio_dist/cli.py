@@ -34,11 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument("reader", metavar="READER", help=", ".join(readers.names()))
     shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N,trials=N")
     shard.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or s3://")
-    shard.add_argument("options", nargs="*", metavar="key=value", help="see docs/data.md")
+    shard.add_argument("options", nargs="*", metavar="key=value", help="see docs/guides/data.md")
 
     index = verbs.add_parser("index", help="an index for a WebDataset that somebody else wrote")
     index.add_argument("url", metavar="URL")
-    index.add_argument("options", nargs="*", metavar="key=value", help="channels=I,II,...; see docs/data.md")
+    index.add_argument("options", nargs="*", metavar="key=value", help="channels=I,II,...; see docs/guides/data.md")
 
     verify = verbs.add_parser("verify", help="check every shard against the index")
     verify.add_argument("url", metavar="URL")

@@ -144,7 +144,7 @@ def load_label_table(
         if not known:
             raise UserError(
                 f"{option}={name}: the windows of {shards.url} have no labels at all; convert the recordings again "
-                "with a table of labels and people (docs/data.md)"
+                "with a table of labels and people (docs/guides/data.md)"
             )
         hint = closest(name, known)
         available = f"; it has {', '.join(sorted(known))}" + (f"; {hint}" if hint else "")

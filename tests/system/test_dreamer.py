@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 CONFIG = "configs/tune/dreamer.yaml"
 PEOPLE, CLIPS = 5, 18
-# As docs/fusion.md has it.
+# As docs/guides/fusion.md has it.
 WORDS = ("signals=ecg,eeg", "leads=found", "eeg.channels=found", "source=dreamer")
 FEW = (
     "tune.label=arousal", "tune.trials=2", "tune.max_epochs=2", "tune.permutations=2", "tune.scheduler=fifo",

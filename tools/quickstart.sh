@@ -46,7 +46,7 @@ draw_progress() {  # draw_progress TITLE LINE: a bar on the terminal, redrawn un
         filled=0
         [ "${total:-0}" = 0 ] || filled=$((30 * count / total))
         printf '\r%-66s [%s%s] %4s s  %-22s' "$1" "$(printf '%*s' "$filled" '' | tr ' ' '#')" "${blank:filled}" \
-            "$SECONDS" "${total:+${count}/${total} ${unit}}"
+            "$SECONDS" "$([ "${total:-0}" = 0 ] || echo "$count/$total $unit")"
         sleep 1
     done
 }

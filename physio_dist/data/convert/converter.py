@@ -363,7 +363,7 @@ def tell(summary: Summary, say: Callable[[str], None]) -> None:
         f"({', '.join(splits)})" + (" - SIMULATED signals" if made.simulated else "")
     )
     if not made.simulated and made.people == len(np.unique(read_sample_table(made).waveform)) > 1:
-        say("  each record counts as a person: where they share people, tell them apart (docs/guides/data.md) before a split")
+        say("  each record counts as a person: if records share people, identify them first (docs/guides/data.md)")
     if summary.records_per_s is not None:
         say(f"  {summary.records_per_s:.1f} records/s")
     for reason, count in summary.rejected.most_common():

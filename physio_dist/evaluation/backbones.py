@@ -24,6 +24,7 @@ from physio_dist.models.export import (
     save_encoder,
 )
 from physio_dist.runs.run_dir import PEOPLE_FILE
+from physio_dist.runtime.seeding import seed_torch
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,8 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
 
     What the shape alone, without pretraining, is good for is the baseline of every frozen encoder.
     """
-    digest = hashlib.blake2b(f"untrained/{backbone.signal}/{seed}".encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+        seed_torch("untrained", backbone.signal, seed)
         module = CrissCrossEncoder(backbone.module.config).eval()
     # The same weights may be those of encoders that differ in what has none, such as dropout.
     about = json.dumps(module.config.to_dict(), sort_keys=True).encode()

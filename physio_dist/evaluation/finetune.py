@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Protocol
@@ -14,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from physio_dist.data.loading.dataset import ShardDataset
-from physio_dist.data.loading.order import permutation
 from physio_dist.evaluation.backbones import Backbone
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder
 from physio_dist.models.encoders.patches import to_patches
 from physio_dist.models.fusion.pooling import pool
+from physio_dist.runtime.seeding import permutation, seed_torch
 from physio_dist.stats.scores import auc
 
 Floats = npt.NDArray[np.floating]
@@ -89,9 +88,8 @@ def finetune(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, validation = fold.inner[0]
-    digest = hashlib.blake2b(f"finetune/{purpose}".encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+        seed_torch("finetune", purpose)
         encoders = {name: deepcopy(backbone.module) for name, backbone in backbones.items()}
         channels = {name: len(source.info.channels) for name, source in sources.items()}
         model = _Classifier(encoders, channels, len(table.classes), options.pooling).to(device)

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from physio_dist.data.loading.order import permutation, seed_of
 from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import HEADS
 from physio_dist.models.fusion.reduction import Reduction
+from physio_dist.runtime.seeding import permutation, rng, torch_generator
 from physio_dist.stats.scores import temperature_of
 
 Ints = npt.NDArray[np.int64]
@@ -98,8 +98,8 @@ class Heads:
                 self._ready = self._reduced([slice(None)] * len(self.jobs), rows + 1)
         self.temperature = torch.ones(len(self.jobs))
         self._weight = torch.stack([self._weights(job) for job in self.jobs])
-        self._dropout = [np.random.Generator(np.random.SFC64(_seed(job.purpose, "dropout"))) for job in self.jobs]
-        self._withheld = [torch.Generator().manual_seed(_seed(job.purpose, "modality")) for job in self.jobs]
+        self._dropout = [rng(job.purpose, "dropout") for job in self.jobs]
+        self._withheld = [torch_generator(job.purpose, "modality") for job in self.jobs]
         # Neither biases nor norms are pulled to zero.
         weights = [p for name, p in self.parameters.items() if p.ndim == 3]
         others = [p for name, p in self.parameters.items() if p.ndim < 3]
@@ -108,7 +108,7 @@ class Heads:
 
     def _new(self, job: Job) -> Head:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(job.purpose, "weights"))
+            torch.set_rng_state(torch_generator(job.purpose, "weights").get_state())
             head = self._empty()
         head.reduce_by(job.reductions)
         return head
@@ -279,10 +279,6 @@ def _side_by_side(numbers: Sequence[Ints], padding: int) -> tuple[Ints, npt.NDAr
     found = np.full(seen.shape, padding, dtype=np.int64)
     found[seen] = np.concatenate(numbers)
     return found, seen
-
-
-def _seed(*purpose: str) -> int:
-    return seed_of(*purpose) >> 1
 
 
 @contextlib.contextmanager

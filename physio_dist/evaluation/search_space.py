@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from physio_dist.config import SearchOptions, TuneConfig
-from physio_dist.data.loading.order import permutation, seed_of
 from physio_dist.errors import UserError
 from physio_dist.evaluation.trials import SEARCHED
+from physio_dist.runtime.seeding import permutation, seed_of
 
 STARTUP = 10
 """Configurations that are drawn before Optuna proposes any: the number its sampler asks for."""

@@ -14,9 +14,9 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from physio_dist.config.task import LEAKY
 from physio_dist.data.format.index import SPLITS
-from physio_dist.data.loading.order import permutation
 from physio_dist.errors import UserError
 from physio_dist.evaluation.label_table import LabelTable
+from physio_dist.runtime.seeding import permutation
 
 Ints = npt.NDArray[np.int64]
 

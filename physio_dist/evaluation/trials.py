@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist.config import TuneConfig
-from physio_dist.data.loading.order import seed_of
 from physio_dist.errors import UserError
 from physio_dist.evaluation.head_training import Heads, Job
 from physio_dist.evaluation.label_table import LabelTable
@@ -20,6 +19,7 @@ from physio_dist.evaluation.splits import Fold, permuted
 from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.models.fusion.reduction import Reduction, fit_reduction
+from physio_dist.runtime.seeding import seed_of
 from physio_dist.stats.scores import auc
 
 Floats = npt.NDArray[np.floating]

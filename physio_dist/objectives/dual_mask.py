@@ -12,7 +12,6 @@ would have taken it; it is then masked as if it had no others.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from physio_dist.config.mask import MaskOptions
 from physio_dist.errors import UserError
+from physio_dist.runtime.seeding import seed_of
 
 # Constants of splitmix64 (Steele, Lea, Flood 2014).
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -274,8 +274,7 @@ def _uniform(seed: int, purpose: str, positions: NDArray[np.int64], count: int) 
     A counter-based hash rather than a numpy generator: it is vectorised over samples and stays the same for
     ever, which numpy's streams do not promise.
     """
-    digest = hashlib.blake2b(f"{seed}\n{purpose}".encode(), digest_size=8).digest()
-    key = np.uint64(int.from_bytes(digest, "little"))
+    key = np.uint64(seed_of(f"{seed}\n{purpose}", byteorder="little"))
     position = np.asarray(positions).astype(np.uint64).reshape(-1, 1)
     number = np.arange(1, count + 1, dtype=np.uint64)
     bits = _mix(_mix(position * _GAMMA + key) + number * _GAMMA)

@@ -12,10 +12,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.sample import Domain
 
 from physio_dist.config import SearchOptions, TuneConfig
-from physio_dist.data.loading.order import seed_of
 from physio_dist.evaluation.search_space import LOG_RANGES, STARTUP, Trial, round_within, searched_names
 from physio_dist.evaluation.trial_log import TrialLog
 from physio_dist.evaluation.trials import eligible_epochs
+from physio_dist.runtime.seeding import seed_of
 
 MAX_RETRIES = 3
 """Further attempts at a trial whose worker was lost."""

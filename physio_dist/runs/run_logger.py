@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import numpy
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from physio_dist import __version__, storage
 from physio_dist.config import PretrainConfig
@@ -22,6 +19,7 @@ from physio_dist.runs.run_files import ATTEMPTS, DATA, EXAMPLES, Attempt, DataFa
 from physio_dist.runs.trackers import Tracker, open_tracker
 from physio_dist.runs.typed_json import to_json
 from physio_dist.runtime.distributed import DistInfo
+from physio_dist.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class RunLogger:
         self._trace_name = f"trace/rank-{place.rank}.jsonl"
         self._board: SummaryWriter | None = None
         self._tracker: Tracker | None = None
-        self._bar: Any = None
+        self._progress: Progress | None = None
 
     def open(self, start: int, device: torch.device, versions: dict[str, str]) -> None:
         """Open the growing files, and note what this start trains on and with."""
@@ -116,9 +114,8 @@ class RunLogger:
         )
         where = f"going on after step {start}" if start else "starting"
         self.say(f"{where}: {self.run_dir.url} (attempt {self.attempt})")
-        if self.first and sys.stderr.isatty():
-            self._bar = tqdm(total=options.train.steps, initial=start, unit="step", dynamic_ncols=True)
-        self._began, self._start = time.monotonic(), start
+        if self.first:
+            self._progress = Progress(options.train.steps, "step", initial=start, log=self.say)
 
     def log(self, line: dict[str, Any]) -> None:
         """Take a line of metrics (first rank)."""
@@ -144,15 +141,9 @@ class RunLogger:
         storage.write_bytes(self.run_dir.file(EXAMPLES), data)
 
     def log_progress(self, step: int, loss: float, rate: float, wait: float) -> None:
-        """Tell a person (first rank)."""
-        text = f"loss {loss:.4f}, {rate:.0f} samples/s, data wait {wait:.1%}"
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(text)
-            return
-        per_step = (time.monotonic() - self._began) / max(step - self._start, 1)
-        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.options.train.steps - step)))
-        self.say(f"step {step}/{self.options.train.steps}: {text}, ETA {left}")
+        """Show step, loss, samples per second and share of time spent waiting for data (first rank)."""
+        if self._progress is not None:
+            self._progress.report(step, f"loss {loss:.4f}, {rate:.0f} samples/s, data wait {wait:.1%}")
 
     def flush(self) -> None:
         """Have everything so far in files."""
@@ -161,8 +152,8 @@ class RunLogger:
 
     def close(self) -> None:
         """Send the rest."""
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
         if self._board is not None:
             self._board.close()
         if self._tracker is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from physio_dist.data.loading.dataset import Batch
 from physio_dist.models.encoders.criss_cross import PATCH
 from physio_dist.models.encoders.patches import to_patches
 from physio_dist.objectives.dual_mask import DualMask, MaskConfig, sample_masks
+from physio_dist.runtime.seeding import seed_torch
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def to_device(prepared: MaskedBatch, rows: slice, device: torch.device) -> Micro
 
 def seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
     """Seed dropout by these numbers, so that a resumed run draws what an uninterrupted one would."""
-    digest = hashlib.blake2b(f"dropout/{seed}/{step}/{micro}/{rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    seed_torch("dropout", seed, step, micro, rank)
 
 
 def learning_rate(step: int, train: TrainOptions) -> float:

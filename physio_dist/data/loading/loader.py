@@ -17,9 +17,10 @@ import numpy as np
 
 from physio_dist import storage
 from physio_dist.data.loading.dataset import Batch, ShardDataset
-from physio_dist.data.loading.order import Mixture, node_slice, permutation, rank_slice
+from physio_dist.data.loading.order import Mixture, node_slice, rank_slice
 from physio_dist.data.loading.schedule import Schedule
 from physio_dist.runtime.arrays import Int64Array
+from physio_dist.runtime.seeding import permutation
 
 T = TypeVar("T")
 

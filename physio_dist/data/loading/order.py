@@ -10,7 +10,6 @@ The whole state of the order is one number: how many global batches have been ta
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,31 +18,13 @@ import numpy as np
 
 from physio_dist.errors import UserError
 from physio_dist.runtime.arrays import Float64Array, Int64Array
+from physio_dist.runtime.seeding import permutation
 
 # More lanes mix better and serve more nodes: 128 is one lane for every node of a large cluster.
 LANES = 128
 # Samples over which a run shuffles, all lanes together: with 128 lanes each shuffles over 4,096, several shards' worth,
 # so that neighbours in storage part. A node holds its lanes' share of the shards that these samples lie in.
 WINDOW = 524_288
-
-
-def seed_of(*purpose: object) -> int:
-    """64 bits that are a function of ``purpose`` alone, as a seed or for a draw."""
-    return int.from_bytes(hashlib.blake2b("/".join(map(str, purpose)).encode(), digest_size=8).digest(), "big")
-
-
-def permutation(n: int, *purpose: str | int) -> Int64Array:
-    """A permutation of ``range(n)`` that depends on ``purpose`` alone.
-
-    Philox's raw bits are fixed by its specification, and sorting them keeps the result apart from NumPy's own
-    shuffling, which may change between releases.
-
-    Returns:
-        int64 ``[n]``.
-    """
-    key = hashlib.blake2b("/".join(map(str, purpose)).encode(), digest_size=16).digest()
-    bits = np.random.Philox(key=np.frombuffer(key, dtype="<u8").astype(np.uint64)).random_raw(n)
-    return np.argsort(bits, kind="stable").astype(np.int64)
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:

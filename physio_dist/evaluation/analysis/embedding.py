@@ -17,7 +17,6 @@ from scipy.spatial.distance import cdist
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from physio_dist.data.loading.order import permutation
 from physio_dist.evaluation.features import open_features
 from physio_dist.evaluation.head_training import one_thread
 from physio_dist.evaluation.label_table import SIGNALS
@@ -26,6 +25,7 @@ from physio_dist.evaluation.results import same_bytes
 from physio_dist.evaluation.trials import Study
 from physio_dist.models.fusion.reduction import fit_reduction
 from physio_dist.runs.sweep_results import EmbeddingSummary, NeighbourShares
+from physio_dist.runtime.seeding import permutation
 
 Floats = npt.NDArray[np.float64]
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 
 from physio_dist.data.format.index import open_set
-from physio_dist.data.loading.order import permutation
 from physio_dist.evaluation.features import Features, open_features
 from physio_dist.evaluation.head_training import one_thread
 from physio_dist.evaluation.pooling import pool_features
@@ -25,6 +24,7 @@ from physio_dist.models.encoders.criss_cross import PATCH
 from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.runs.sweep_results import ChannelOcclusion, Occlusion, OcclusionResults, PatchOcclusion
+from physio_dist.runtime.seeding import permutation
 from physio_dist.stats.auc import Difference, compare_all_pairs, difference, pooled_auc
 
 Floats = npt.NDArray[np.float32]

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from physio_dist.data.loading import order
-from physio_dist.data.loading.order import Mixture, SetOrder, mixture, permutation, rank_slice, shares
+from physio_dist.data.loading.order import Mixture, SetOrder, mixture, rank_slice, shares
 from physio_dist.errors import UserError
+from physio_dist.runtime.seeding import permutation
 
 WORLDS = (1, 2, 3, 4, 7, 8, 64, 1016, 1024)
 BATCHES = (1, 2, 7, 8, 13, 64, 97, 128, 131, 300, 1024, 2048, 4103)

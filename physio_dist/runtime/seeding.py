@@ -10,7 +10,8 @@ import hashlib
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
+
+from physio_dist.runtime.arrays import Int64Array
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ def rng(*purpose: object) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(seed_of(*purpose) >> 1))
 
 
-def permutation(n: int, *purpose: str | int) -> npt.NDArray[np.int64]:
+def permutation(n: int, *purpose: str | int) -> Int64Array:
     """Permutation of ``range(n)``, int64 ``[n]``.
 
     Philox's raw bits are fixed by its specification, and sorting them keeps the result apart from NumPy's own

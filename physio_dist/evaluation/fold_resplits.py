@@ -45,8 +45,8 @@ class FoldsConfig(TuneConfig):
         if self.tune.protocol not in _TURNS:
             raise UserError(
                 f"tune.protocol={self.tune.protocol} has no people who take turns, so there is nothing to make a "
-                f"resplit for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's own "
-                "test split: pretrain on tune.data itself"
+                f"resplit for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's "
+                "own test split: pretrain on tune.data itself"
             )
 
 

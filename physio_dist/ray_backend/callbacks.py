@@ -1,4 +1,11 @@
-"""What the controller of a Ray Train run calls: before it ends ranks, and after some were lost."""
+"""Callbacks in the controller of a Ray Train run.
+
+:class:`FailureCallback` uses Ray's public interface. :class:`SaveBeforeResize` cannot: ``ray.train.UserCallback`` has
+``after_report`` and ``after_exception`` only, and nothing public is called before Ray ends healthy workers to start
+more or fewer of them. ``ControllerCallback`` and ``WorkerGroupCallback`` are Ray's developer interface
+(``@DeveloperAPI``), as is passing them in ``RunConfig.callbacks``, but Ray does not export them, hence the import from
+``_internal``. Without these hooks an elastic resize would repeat the steps since the newest checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +19,38 @@ from physio_dist.ray_backend.coordinator import RunState
 
 
 class FailureCallback(ray.train.UserCallback):  # type: ignore[misc]
-    """What the controller of the Ray Train run passes on to the coordinator."""
+    """Reports lost workers to the coordinator."""
 
     def __init__(self, coordinator: Any) -> None:
         self._coordinator = coordinator
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        told = [f"rank {rank}: {last_line(error)}" for rank, error in sorted(worker_exceptions.items())]
-        # Waited for: the resizer, which comes next, must not take the lost ranks for some that can save.
-        ray.get(self._coordinator.tell_loss.remote("; ".join(told)))
+        """Record the loss."""
+        messages = [f"rank {rank}: {last_line(error)}" for rank, error in sorted(worker_exceptions.items())]
+        # Waits for the answer: SaveBeforeResize, which comes next, must not wait for lost ranks to save.
+        ray.get(self._coordinator.record_loss.remote("; ".join(messages)))
 
 
 class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Has the ranks save before Ray ends them to start more or fewer, so that no step is repeated.
-
-    Ray takes such a callback beside the documented ones, and calls it in the controller of the run.
-    """
+    """Lets the ranks save before Ray ends them to start more or fewer, so that no step is repeated."""
 
     def __init__(self, coordinator: Any) -> None:
         self._coordinator = coordinator
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        now: RunState = ray.get(self._coordinator.read.remote())
-        if now.ranks:
+        """Request a checkpoint and wait for it."""
+        state: RunState = ray.get(self._coordinator.read.remote())
+        if state.ranks:
             saved = ray.get(self._coordinator.request_checkpoint.remote())
-            ray.get(self._coordinator.tell_resize.remote(resize_decision.num_workers, saved))
+            ray.get(self._coordinator.record_resize.remote(resize_decision.num_workers, saved))
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        ray.get(self._coordinator.tell_ended.remote())
+        """Record that no rank is at work."""
+        ray.get(self._coordinator.record_shutdown.remote())
 
 
 def last_line(error: BaseException) -> str:
-    """What an error of Ray's says, in short."""
+    """Shorten the message of one of Ray's errors."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Ray adds a page of guesses after the first sentence.
+    # Ray adds a page of possible causes after the first sentence.
     return (lines or [type(error).__name__])[-1].partition(". ")[0][:300]

@@ -1,4 +1,4 @@
-"""A Ray cluster as its drivers meet it: which one, whether it is large enough, where to look.
+"""Connection of a driver to a Ray cluster, and the cluster's resources.
 
 Tokens, certificates and credentials come from the environment of the nodes; nothing here writes them anywhere.
 """
@@ -25,14 +25,14 @@ from physio_dist.runtime import exit_status
 
 _PROBE_S = 5.0
 _CONNECT_S = 22.0
-# What an earlier run held comes back within seconds of its end.
+# The resources of a run that has ended are free within seconds.
 _RETURN_S = 15.0
-# What Ray has begun to place on a machine that then lost its power stays there for 130 to 170 s, and all that is asked
-# for later stays behind it.
+# A placement that Ray has begun on a machine that then lost its power stays pending for 130 to 170 s, and later
+# requests wait behind it.
 _LOST_S = 240.0
 _ANSWER_S = 2.0
-_TELL_S = 10.0
-# The opening of HTTP/2, which every gRPC server answers with its settings: a preface and an empty settings frame.
+_REPORT_S = 10.0
+# HTTP/2's preface and an empty settings frame, which every gRPC server answers with its settings.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = 4
 
@@ -45,9 +45,9 @@ def connect(say: Say, hear_workers: bool = True, option: str = "RAY_ADDRESS") ->
     """Connect to the cluster that ``RAY_ADDRESS`` names, else to one that runs on this machine, else start one here.
 
     Args:
-        say: told which cluster it is.
-        hear_workers: whether what workers print is repeated here; it is in the dashboard in any case.
-        option: where the address came from, for messages.
+        say: receives which cluster it is.
+        hear_workers: whether the output of workers is repeated here; it is in the dashboard in any case.
+        option: origin of the address, for messages.
 
     Raises:
         UserError: there is no cluster at the address, it refuses this client, or it runs other versions.
@@ -55,19 +55,18 @@ def connect(say: Say, hear_workers: bool = True, option: str = "RAY_ADDRESS") ->
     address = os.environ.get("RAY_ADDRESS", "")
     if address not in ("", "auto", "local"):
         _probe(address, option)
-        # It answers, so that Ray need not try for 20 s what a wrong token will not change.
+        # It answers, so that Ray need not retry for 20 s, in vain if the token is wrong.
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")
-    # What speaks HTTP/2 and is no cluster is asked by Ray for minutes, in a call that nothing interrupts.
+    # Ray would wait for minutes for a server that speaks HTTP/2 and is no cluster, in a call that nothing interrupts.
     limit = threading.Timer(_CONNECT_S, _give_up, (address, option))
     limit.daemon = True
     if address not in ("", "local"):
         limit.start()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        # Ray says in a dozen lines what is said here in one.
         context = ray.init(logging_level="WARNING", log_to_driver=hear_workers)
     except (AuthenticationError, ConnectionError) as error:
-        # A wrong token surfaces as a failed connection, for a reason that stands further down.
+        # A wrong token surfaces as a failed connection, and further down the chain of causes.
         if isinstance(error, AuthenticationError) or "AuthenticationError" in _causes(error):
             raise UserError(
                 f"the Ray cluster{_at(address)} wants a token, and there is none or a wrong one: set "
@@ -85,92 +84,100 @@ def connect(say: Say, hear_workers: bool = True, option: str = "RAY_ADDRESS") ->
     finally:
         limit.cancel()
         if threading.current_thread() is threading.main_thread():
-            # Ray takes it over, and would end the process with a status of its own.
+            # Ray has replaced it by a handler that ends the process with another status.
             signal.signal(signal.SIGTERM, on_sigterm)
     global _dashboard
     _dashboard = context.dashboard_url or ""
-    ours = any(child.name() == "gcs_server" for child in psutil.Process().children())
-    what = "started a Ray cluster on this machine alone" if ours else f"Ray cluster at {_gcs_address()}"
+    own = any(child.name() == "gcs_server" for child in psutil.Process().children())
+    name = "started a Ray cluster on this machine alone" if own else f"Ray cluster at {_gcs_address()}"
     nodes, total = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
     gpus = f", {total['GPU']:g} GPU(s)" if total.get("GPU") else ""
-    say(f"{what}: {nodes} node(s), {total.get('CPU', 0):g} CPU(s){gpus}")
+    say(f"{name}: {nodes} node(s), {total.get('CPU', 0):g} CPU(s){gpus}")
     if url := dashboard_url():
         say(f"dashboard: {url}")
 
 
 def dashboard_url() -> str | None:
-    """Address of the dashboard of the cluster that was connected to, if it has one."""
+    """Return the URL of the connected cluster's dashboard, if it has one."""
     if not _dashboard:
         return None
     return _dashboard if "://" in _dashboard else f"http://{_dashboard}"
 
 
 def free_slots(cpus: float, gpus: float) -> int:
-    """How many workers of that size the living nodes can hold, were they empty."""
+    """Return how many workers of that size the living nodes could hold if they were empty."""
     count = 0
     for node in ray.nodes():
         if node["Alive"]:
-            there = node["Resources"]
-            fits = [there.get(name, 0.0) / each for name, each in (("CPU", cpus), ("GPU", gpus)) if each > 0]
-            # A hair more, because a share of a CPU is no exact binary number.
+            resources = node["Resources"]
+            fits = [resources.get(name, 0.0) / each for name, each in (("CPU", cpus), ("GPU", gpus)) if each > 0]
+            # A share of a CPU is no exact binary number.
             count += int(min(fits, default=0.0) + 1e-6)
     return count
 
 
 def draining_nodes() -> set[str]:
-    """Addresses of the nodes that were announced to go, by `ray drain-node`, an autoscaler or a provider's agent."""
+    """Return the addresses of nodes that are announced to go, by `ray drain-node`, an autoscaler or a provider's agent.
+
+    Ray 2.60 has no public interface for this outside a training function: ``ray.nodes()``, ``ray.util.state`` and
+    ``ray.train.UserCallback`` do not have the draining state. ``ray.train.get_preemption_info()`` is public, but it is
+    a barrier of all workers, which must call it equally often: it would be one more collective in each step, and in
+    another thread would get in the way of ``ray.train.report()``. Ray Train itself reads the state from the function
+    used here.
+    """
     try:
         ids = set(ray._private.state.state.get_draining_nodes())
     except AttributeError:
-        # Ray tells its own libraries alone, so another release may tell it elsewhere. Nothing but a notice is missed.
+        # Another release may have moved it. Then nodes go without an extra checkpoint.
         return set()
     return {node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in ids}
 
 
 def require_resources(cpus: float, gpus: float, workers: int, wait_s: float, say: Say, option: str = "") -> None:
-    """Make sure that ``workers`` of ``cpus`` and ``gpus`` each find room now, or within ``wait_s`` seconds.
+    """Check that ``workers`` of ``cpus`` and ``gpus`` each can be placed now, or within ``wait_s`` seconds.
 
     Args:
-        cpus, gpus: of each worker.
-        workers: that have to fit at the same time.
-        wait_s: seconds to wait for nodes that an autoscaler may bring.
-        say: is told at least every 10 s what is waited for.
-        option: the one that sets ``wait_s``, for the message.
+        cpus, gpus: resources of each worker.
+        workers: number of workers that must fit at the same time.
+        wait_s: seconds to wait for nodes that an autoscaler may add.
+        say: receives a message about the shortage every 10 s.
+        option: name of the option for ``wait_s``, for the message.
 
     Raises:
-        UserError: they do not; the message says what is there and what was asked.
+        UserError: they cannot; the message has the requested and the available resources.
     """
     advice = "Ask for less or add nodes" + (f"; {option}=SECONDS waits for them" if option else "")
     if free_slots(cpus, gpus) < workers and wait_s <= 0:
         raise UserError(f"{describe_shortage(cpus, gpus, workers, unresponsive_nodes())}. {advice}")
     bundle = {name: each for name, each in (("CPU", cpus), ("GPU", gpus)) if each > 0}
-    # A group that waits for its place is also what tells an autoscaler to bring nodes.
+    # A pending placement group also makes an autoscaler add nodes.
     group = placement_group([bundle] * workers, strategy="PACK")
     try:
-        began, look_at, returns_s = time.monotonic(), 0.0, _RETURN_S
-        # Whole seconds: Ray cuts fractions off.
+        started, report_at, return_s = time.monotonic(), 0.0, _RETURN_S
+        # Whole seconds, because Ray truncates fractions.
         while not group.wait(1):
-            waited = time.monotonic() - began
-            if waited < look_at:
+            waited = time.monotonic() - started
+            if waited < report_at:
                 continue
-            lost = unresponsive_nodes()
-            returns_s = _LOST_S if lost else returns_s
-            enough, what = free_slots(cpus, gpus) >= workers, describe_shortage(cpus, gpus, workers, lost)
-            patience = max(wait_s, returns_s) if enough else wait_s
+            unresponsive = unresponsive_nodes()
+            return_s = _LOST_S if unresponsive else return_s
+            enough = free_slots(cpus, gpus) >= workers
+            shortage = describe_shortage(cpus, gpus, workers, unresponsive)
+            patience = max(wait_s, return_s) if enough else wait_s
             if waited >= patience:
                 busy = "; others are using it" if enough else ""
-                raise UserError(f"{what}{busy}. Waited {patience:g} s in vain. {advice}")
-            say(f"waiting up to {patience - waited:.0f} s for room: {what}")
-            look_at = min(waited + _TELL_S, patience)
+                raise UserError(f"{shortage}{busy}. Waited {patience:g} s in vain. {advice}")
+            say(f"waiting up to {patience - waited:.0f} s for room: {shortage}")
+            report_at = min(waited + _REPORT_S, patience)
     finally:
         remove_placement_group(group)
 
 
 def unresponsive_nodes() -> list[str]:
-    """Addresses of the nodes that Ray takes for living, as it does a lost one for a minute, and that do not answer."""
+    """Return the addresses of nodes that do not answer though Ray, for about a minute, takes them for alive."""
     nodes = [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes() if node["Alive"]]
     with ThreadPoolExecutor(32) as pool:
-        return [address for (address, _), answers in zip(nodes, pool.map(_answers, nodes), strict=True) if not answers]
+        return [address for (address, _), answer in zip(nodes, pool.map(_answers, nodes), strict=True) if not answer]
 
 
 def _answers(address: tuple[str, int]) -> bool:
@@ -181,22 +188,23 @@ def _answers(address: tuple[str, int]) -> bool:
     return True
 
 
-def describe_shortage(cpus: float, gpus: float, workers: int, lost: Sequence[str]) -> str:
-    """What was asked, what is there and which nodes are :func:`silent`, for a message."""
+def describe_shortage(cpus: float, gpus: float, workers: int, unresponsive: Sequence[str]) -> str:
+    """Describe the requested and the available resources and the :func:`unresponsive_nodes`, for a message."""
 
-    def told(resources: dict[str, float]) -> str:
+    def text(resources: dict[str, float]) -> str:
         return f"{resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)"
 
     nodes = sum(node["Alive"] for node in ray.nodes())
     each = f"{cpus:g} CPU(s)" + (f" and {gpus:g} GPU(s)" if gpus else "")
     return (
-        f"asked for {workers} worker(s) of {each}; the cluster has {told(ray.cluster_resources())} on {nodes} node(s), "
-        f"{told(ray.available_resources())} of them free" + (f"; no answer from {', '.join(lost)}" if lost else "")
+        f"asked for {workers} worker(s) of {each}; the cluster has {text(ray.cluster_resources())} on {nodes} node(s), "
+        f"{text(ray.available_resources())} of them free"
+        + (f"; no answer from {', '.join(unresponsive)}" if unresponsive else "")
     )
 
 
 def _probe(address: str, option: str) -> None:
-    """Ask the address for a sign of life, because Ray itself asks for two minutes."""
+    """Check that a gRPC server answers, because Ray itself tries for two minutes."""
     if "://" in address:
         raise UserError(
             f"{option}={storage.without_secrets(address)} is an address for `ray job submit` or for Ray Client; a "
@@ -207,15 +215,15 @@ def _probe(address: str, option: str) -> None:
     if not host or not port.isdigit():
         raise UserError(f"{option}={address} is not of the form HOST:PORT")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S) as link:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S) as connection:
             answer = b"\0\0\0\4"
             if os.environ.get("RAY_USE_TLS", "0") in ("", "0"):
-                link.sendall(_HELLO)
-                answer = link.recv(9)
+                connection.sendall(_HELLO)
+                answer = connection.recv(9)
     except OSError as error:
-        why = error.strerror or str(error) or type(error).__name__
+        reason = error.strerror or str(error) or type(error).__name__
         raise UserError(
-            f"no Ray cluster answers at {address} ({why}): start one with `ray start --head`, correct {option}, or "
+            f"no Ray cluster answers at {address} ({reason}): start one with `ray start --head`, correct {option}, or "
             "set it to local to use this machine alone"
         ) from None
     if len(answer) < 4 or answer[3] != _SETTINGS:
@@ -223,13 +231,13 @@ def _probe(address: str, option: str) -> None:
 
 
 def _give_up(address: str, option: str) -> None:
-    def tell() -> None:
+    def fail() -> None:
         raise UserError(
             f"what answers at {address} is no Ray cluster, or one too busy to let a driver in within {_CONNECT_S:g} s: "
             f"{option} takes the cluster's HOST:PORT"
         )
 
-    os._exit(exit_status.status_of(tell))
+    os._exit(exit_status.status_of(fail))
 
 
 def _gcs_address() -> str:
@@ -240,10 +248,10 @@ def _at(address: str) -> str:
     return f" at {address}" if address else ""
 
 
-def _mismatch(told: str, address: str) -> str | None:
-    """A message where Ray tells of other versions in the cluster, for which it has no class of error."""
-    versions = re.findall(r"(Ray|Python): (\S+)", told)
-    if "Version mismatch" not in told or len(versions) != 4:
+def _mismatch(message: str, address: str) -> str | None:
+    """Return a message if Ray's is about other versions in the cluster, for which it has no exception class."""
+    versions = re.findall(r"(Ray|Python): (\S+)", message)
+    if "Version mismatch" not in message or len(versions) != 4:
         return None
     theirs, ours = (" and ".join(" ".join(pair) for pair in versions[i : i + 2]) for i in (0, 2))
     return (
@@ -253,11 +261,11 @@ def _mismatch(told: str, address: str) -> str | None:
 
 
 def _causes(error: BaseException | None) -> str:
-    told = []
+    messages = []
     while error is not None:
-        told.append(str(error))
+        messages.append(str(error))
         error = error.__cause__ or error.__context__
-    return "\n".join(told)
+    return "\n".join(messages)
 
 
 def _first_line(error: BaseException) -> str:

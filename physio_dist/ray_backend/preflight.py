@@ -1,6 +1,6 @@
-"""A look at every rank on a Ray cluster before the ranks meet: the same versions everywhere, a GPU where one was given.
+"""Preflight check of all ranks on a Ray cluster: the same versions everywhere, and a GPU where one was assigned.
 
-What is found here would otherwise surface minutes later, as a collective that hangs or a kernel that is missing.
+A mismatch would otherwise surface minutes later, as a collective that hangs or a missing kernel.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import ray.train.torch
 from physio_dist import __version__
 from physio_dist.errors import EXIT_USER, UserError
 
-# What ranks exchange tensors with has to be the same on all of them.
-_ALIKE = ("torch", "deepspeed")
+# Packages by which ranks exchange tensors.
+_SAME_VERSION = ("torch", "deepspeed")
 
 
 @dataclass(frozen=True)
 class RankEnv:
-    """What a rank says of itself.
+    """Environment of a rank.
 
     Attributes:
-        node: address of its machine.
+        node: IP address of the node.
         version: of physio-dist.
-        versions: of the packages that have to be alike on all ranks, by name; empty where one is missing.
+        versions: of the packages that must be the same on all ranks; an empty string if one is missing.
         cuda: whether torch finds a GPU.
-        visible: ``CUDA_VISIBLE_DEVICES`` there.
+        visible: ``CUDA_VISIBLE_DEVICES`` of the worker.
     """
 
     node: str
@@ -41,10 +41,10 @@ class RankEnv:
 
 
 def collect_env() -> RankEnv:
-    """What this process would be as a rank."""
+    """Return the environment of this process."""
     import torch
 
-    versions = {name: _version(name) for name in _ALIKE}
+    versions = {name: _version(name) for name in _SAME_VERSION}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return RankEnv(ray.util.get_node_ip_address(), __version__, versions, torch.cuda.is_available(), visible)
 
@@ -57,12 +57,12 @@ def _version(package: str) -> str:
 
 
 def check_env(ranks: Sequence[RankEnv], version: str, gpu: bool) -> str | None:
-    """Why these ranks cannot train together, and what to do; None where they can.
+    """Return why these ranks cannot train together and what to do, or None if they can.
 
     Args:
-        ranks: in their order.
-        version: of physio-dist where the command was started.
-        gpu: whether each was given one.
+        ranks: environments by rank.
+        version: physio-dist's version where the command was started.
+        gpu: whether each rank was assigned a GPU.
     """
     for number, rank in enumerate(ranks):
         if rank.version != version:
@@ -71,7 +71,7 @@ def check_env(ranks: Sequence[RankEnv], version: str, gpu: bool) -> str | None:
                 "install the same on every node, or bring yours along with `ray job submit --working-dir . -- python "
                 "-m physio_dist.launch ...`"
             )
-        for name in _ALIKE:
+        for name in _SAME_VERSION:
             if not rank.versions[name]:
                 return f"node {rank.node} has no {name}: install on it what physio-dist needs"
             if rank.versions[name] != ranks[0].versions[name]:
@@ -90,12 +90,12 @@ def check_env(ranks: Sequence[RankEnv], version: str, gpu: bool) -> str | None:
 
 @dataclass
 class PreflightTorchConfig(ray.train.torch.TorchConfig):  # type: ignore[misc]
-    """Ray's own set-up of the process group, after the roll call.
+    """Ray's set-up of the process group, preceded by the preflight check.
 
     Attributes:
-        coordinator: is told what is wrong, which ends the run.
-        gpu: whether each rank was given one.
-        version: of physio-dist where the command was started.
+        coordinator: receives the error, which ends the run.
+        gpu: whether each rank was assigned a GPU.
+        version: version of physio-dist where the command was started.
     """
 
     coordinator: Any = None
@@ -104,14 +104,14 @@ class PreflightTorchConfig(ray.train.torch.TorchConfig):  # type: ignore[misc]
 
     @property
     def backend_cls(self) -> type:
-        """What Ray calls when all workers are there."""
+        """Class that Ray instantiates when all workers have started."""
         return _Backend
 
 
 class _Backend(ray.train.torch.TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: PreflightTorchConfig) -> None:
-        wrong = check_env(worker_group.execute(collect_env), backend_config.version, backend_config.gpu)
-        if wrong is not None:
-            ray.get(backend_config.coordinator.tell_end.remote(EXIT_USER, wrong, True))
-            raise UserError(wrong)
+        error = check_env(worker_group.execute(collect_env), backend_config.version, backend_config.gpu)
+        if error is not None:
+            ray.get(backend_config.coordinator.report_end.remote(EXIT_USER, error, True))
+            raise UserError(error)
         super().on_start(worker_group, backend_config)

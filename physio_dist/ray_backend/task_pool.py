@@ -1,4 +1,4 @@
-"""A conversion's processes on a Ray cluster: the pool that ``shards/`` is handed where the option ``ray`` is given."""
+"""Process pool of a conversion on a Ray cluster, for the option ``ray``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from physio_dist.errors import PhysioError, UserError
 from physio_dist.ray_backend import cluster
 from physio_dist.runtime import exit_status
 
-# Losses of its worker or node that a task bears; a record that makes the system kill whoever reads it ends there.
+# Restarts of a task whose worker or node was lost; a record that makes the system kill its reader fails after them.
 _TRIES = 5
-# Tasks given to Ray beyond those that have room, so that no node waits for the driver, and autoscalers see demand.
-_LEAST = 16
-_LOOK_S = 5.0
-_TELL_S = 60.0
+# Tasks submitted beyond the CPUs, so that no node waits for the driver and autoscalers see demand.
+_MIN_SUBMITTED = 16
+_RESOURCES_S = 5.0
+_REPORT_S = 60.0
 
 R = TypeVar("R")
 
@@ -34,53 +34,53 @@ class RayTaskPool:
     """Processes of the cluster that is connected to, one CPU each.
 
     Args:
-        workers: tasks at the same time; 0 for as many as there is room for.
+        workers: tasks at the same time; 0 for as many as the cluster has CPUs.
     """
 
     is_remote = True
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._limit, self._looked = 0, -_LOOK_S
+        self._limit, self._updated = 0, -_RESOURCES_S
 
     def imap_unordered(
         self, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
     ) -> Iterator[tuple[int, R]]:  # fmt: skip
-        """As :class:`~physio_dist.data.convert.process_pool.Pool` has it; Ray retries what a lost worker had."""
+        """See :class:`~physio_dist.data.convert.process_pool.Pool`; Ray retries the tasks of a lost worker."""
         waiting, running = iter(enumerate(tasks)), dict[Any, int]()
-        task_of = ray.remote(num_cpus=1, max_retries=_TRIES, runtime_env={"env_vars": ONE_THREAD})(_do)
-        # The dashboard shows it.
-        task_of = task_of.options(name=work.__name__)
-        heard = time.monotonic()
+        remote_task = ray.remote(num_cpus=1, max_retries=_TRIES, runtime_env={"env_vars": ONE_THREAD})(_run_task)
+        # The name that the dashboard shows.
+        remote_task = remote_task.options(name=work.__name__)
+        last_result = time.monotonic()
         while True:
-            for number, task in islice(waiting, max(0, self._most() - len(running))):
-                running[task_of.remote(work, __version__, storage.reachable_hosts, task)] = number
+            for number, task in islice(waiting, max(0, self._max_submitted() - len(running))):
+                running[remote_task.remote(work, __version__, storage.reachable_hosts, task)] = number
             if not running:
                 return
             done, _ = ray.wait(list(running), timeout=1.0)
             if done:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > _TELL_S:
-                heard = time.monotonic()
-                what = cluster.describe_shortage(1, 0, len(running), cluster.unresponsive_nodes())
-                say(f"nothing has come back for {_TELL_S:g} s: {what}")
+                last_result = time.monotonic()
+            elif time.monotonic() - last_result > _REPORT_S:
+                last_result = time.monotonic()
+                shortage = cluster.describe_shortage(1, 0, len(running), cluster.unresponsive_nodes())
+                say(f"nothing has come back for {_REPORT_S:g} s: {shortage}")
             for reference in done:
                 yield running.pop(reference), _result(reference)
 
-    def _most(self) -> int:
-        if not self._workers and time.monotonic() - self._looked >= _LOOK_S:
-            self._looked = time.monotonic()
-            self._limit = max(_LEAST, 2 * int(ray.cluster_resources().get("CPU", 0)))
+    def _max_submitted(self) -> int:
+        if not self._workers and time.monotonic() - self._updated >= _RESOURCES_S:
+            self._updated = time.monotonic()
+            self._limit = max(_MIN_SUBMITTED, 2 * int(ray.cluster_resources().get("CPU", 0)))
         return self._workers or self._limit
 
 
 @contextlib.contextmanager
 def on_cluster(address: str, workers: int, wait_s: float) -> Iterator[RayTaskPool]:
-    """The processes of a Ray cluster; where the block ends badly they are ended, for all they do is resumable.
+    """Connect to a Ray cluster for a conversion; its tasks end with the block, as all of them can be resumed.
 
     Args:
-        address: HOST:PORT, or ``auto`` for what ``RAY_ADDRESS`` names or else runs on this machine.
-        workers: tasks at the same time; 0 for as many as there is room for.
+        address: HOST:PORT, or ``auto`` for the cluster of ``RAY_ADDRESS`` or else on this machine.
+        workers: tasks at the same time; 0 for as many as the cluster has CPUs.
         wait_s: seconds to wait for nodes that an autoscaler may bring.
 
     Raises:
@@ -95,33 +95,33 @@ def on_cluster(address: str, workers: int, wait_s: float) -> Iterator[RayTaskPoo
         cluster.require_resources(1.0, 0.0, 1, wait_s, say, "wait_s")
         yield RayTaskPool(workers)
     finally:
-        # This ends the tasks too. To cancel them makes Ray 2.60 abort where one of them has just come to its end.
-        with _mute():
+        # Ends the tasks too. Cancelling them makes Ray 2.60 abort if one of them has just ended.
+        with _hide_stderr():
             ray.shutdown()
 
 
 @contextlib.contextmanager
-def _mute() -> Iterator[None]:
-    """Nothing reaches stderr meanwhile: below Python, Ray complains there that it cannot start ended tasks again."""
+def _hide_stderr() -> Iterator[None]:
+    """Discard stderr, where Ray's C++ code complains that it cannot restart ended tasks."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def say(text: str) -> None:
-    """Tell the person, beside what the command prints."""
+    """Print a message to stderr, beside the output of the command."""
     print(f"physio-dist: {text}", file=sys.stderr, flush=True)
 
 
-def _do(work: Callable[..., R], version: str, contacted: set[str], task: tuple[Any, ...]) -> R:
-    """One task, in a process of a node."""
-    storage.reachable_hosts.update(contacted)
+def _run_task(work: Callable[..., R], version: str, hosts: set[str], task: tuple[Any, ...]) -> R:
+    """Run one task in a worker process."""
+    storage.reachable_hosts.update(hosts)
     try:
         if version != __version__:
             raise UserError(f"physio-dist is {__version__} there and {version} where the command was started")

@@ -23,7 +23,7 @@ from tests.tiers import require
 OBSERVED = FOLDER / "observability"
 ALERTS = OBSERVED / "alerts.yml"
 DASHBOARD = json.loads((OBSERVED / "grafana.json").read_text())
-NAMES = (*metrics_export.LINE, *metrics_export.RUN, *metrics_export.SWEEP)
+NAMES = (*metrics_export.STEP_METRICS, *metrics_export.RUN_METRICS, *metrics_export.SWEEP_METRICS)
 OURS = {f"ray_{metrics_export.PREFIX}{name}" for name in NAMES}
 
 

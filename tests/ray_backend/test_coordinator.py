@@ -1,4 +1,4 @@
-"""What the driver of a run and its ranks tell each other."""
+"""State shared by the driver of a run and its ranks."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import asyncio
 from physio_dist.ray_backend.coordinator import CoordinatorActor
 
 
-def test_a_wish_reaches_who_waits_for_it_and_is_granted_by_the_next_commit() -> None:
-    async def talk() -> list[bool]:
+def test_checkpoint_request_notifies_all_listeners_and_returns_at_next_commit() -> None:
+    async def scenario() -> list[bool]:
         coordinator = CoordinatorActor()
-        # The listener of ranks that are gone hears it too, and takes it from nobody.
+        # A listener of ranks that are gone does not consume the request.
         listeners = [asyncio.create_task(coordinator.wait_for_checkpoint_request()) for _ in range(2)]
         await asyncio.sleep(0)
-        wish = asyncio.create_task(coordinator.request_checkpoint(30))
+        request = asyncio.create_task(coordinator.request_checkpoint(30))
         await asyncio.gather(*listeners)
-        assert not wish.done()
-        await coordinator.tell_commit()
-        granted = await wish
-        # Nobody commits: an earlier checkpoint does not count.
-        return [granted, await coordinator.request_checkpoint(0.05)]
+        assert not request.done()
+        await coordinator.record_commit()
+        committed = await request
+        # No commit follows: an earlier checkpoint does not count.
+        return [committed, await coordinator.request_checkpoint(0.05)]
 
-    assert asyncio.run(talk()) == [True, False]
+    assert asyncio.run(scenario()) == [True, False]
 
 
-def test_ranks_that_were_ended_are_not_at_work() -> None:
-    async def talk() -> None:
+def test_shutdown_clears_ranks_and_records_no_loss() -> None:
+    async def scenario() -> None:
         coordinator = CoordinatorActor()
         await coordinator.join(0)
-        await coordinator.tell_resize(3, True)
+        await coordinator.record_resize(3, True)
         assert (await coordinator.read()).ranks == {0}
-        await coordinator.tell_ended()
-        now = await coordinator.read()
-        assert not now.ranks
-        assert not now.losses
-        assert now.notes == ["room for 3 rank(s): they start again after saving"]
+        await coordinator.record_shutdown()
+        state = await coordinator.read()
+        assert not state.ranks
+        assert not state.losses
+        assert state.notes == ["room for 3 rank(s): they start again after saving"]
 
-    asyncio.run(talk())
+    asyncio.run(scenario())

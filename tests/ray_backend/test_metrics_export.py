@@ -1,4 +1,4 @@
-"""What a driver shows of its run, worked out from the coordinator."""
+"""Metrics of a run, computed from the coordinator's state."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import pytest
 
 from physio_dist.config import TrainOptions
 from physio_dist.ray_backend.coordinator import CoordinatorActor, RunState
-from physio_dist.ray_backend.metrics_export import LINE, RUN, run_metrics
+from physio_dist.ray_backend.metrics_export import RUN_METRICS, STEP_METRICS, run_metrics
 
 TRAIN = TrainOptions(steps=1000, global_batch=64, save_every=50)
 
 
-def test_before_the_first_step_ages_count_from_the_start() -> None:
-    coordinator = RunState(stepped=100.0, commits=[100.0])
-    assert run_metrics(coordinator, TRAIN, 130.0) == {
+def test_run_metrics_counts_ages_from_start_before_first_step() -> None:
+    state = RunState(step_time=100.0, commit_times=[100.0])
+    assert run_metrics(state, TRAIN, 130.0) == {
         "steps": 1000.0, "ranks": 0.0, "restarts": 0.0, "nonfinite": 0.0, "step_age_s": 30.0, "checkpoint_age_s": 30.0,
     }  # fmt: skip
 
 
-def test_a_line_is_shown_but_for_what_it_does_not_know() -> None:
-    line = {"step": 7, "loss": None, "lr": 1e-3, "samples_per_s": 128.0, "val_loss": 0.5}
-    coordinator = RunState(ranks={0, 1}, losses=["rank 0"], line=line, stepped=5.0, commits=[0.0, 4.0])
-    shown = run_metrics(coordinator, TRAIN, 6.0)
-    assert set(shown) <= set(LINE) | set(RUN)
+def test_run_metrics_omits_undefined_metrics() -> None:
+    metrics = {"step": 7, "loss": None, "lr": 1e-3, "samples_per_s": 128.0, "val_loss": 0.5}
+    state = RunState(ranks={0, 1}, losses=["rank 0"], metrics=metrics, step_time=5.0, commit_times=[0.0, 4.0])
+    shown = run_metrics(state, TRAIN, 6.0)
+    assert set(shown) <= set(STEP_METRICS) | set(RUN_METRICS)
     assert shown.items() >= {
         "step": 7.0, "lr": 1e-3, "val_loss": 0.5, "ranks": 2.0, "restarts": 1.0, "step_age_s": 1.0,
         "checkpoint_age_s": 2.0,
@@ -34,26 +34,26 @@ def test_a_line_is_shown_but_for_what_it_does_not_know() -> None:
     assert "loss" not in shown
 
 
-def test_two_checkpoints_of_the_same_ranks_make_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_interval_ignores_time_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("physio_dist.ray_backend.coordinator.time.time", lambda: now)
 
-    async def play() -> list[float | None]:
+    async def scenario() -> list[float | None]:
         nonlocal now
         actor, seen = CoordinatorActor(), list[float | None]()
-        await actor.tell({"samples_per_s": 320.0})
+        await actor.report_metrics({"samples_per_s": 320.0})
         for at in (30, 70, 130, 300, 350, 375):
             now, lost = float(at), at == 300
-            await (actor.tell_loss("rank 1") if lost else actor.tell_commit())
+            await (actor.record_loss("rank 1") if lost else actor.record_commit())
             shown = run_metrics(await actor.read(), TRAIN, now + 1)
             assert shown["checkpoint_age_s"] == (171.0 if lost else 1.0)
             seen.append(shown.get("checkpoint_every_s"))
         return seen
 
     # 50 steps of 64 samples at 320 a second are 10 s; the time of a loss and its return is no interval.
-    assert asyncio.run(play()) == [10.0, 40.0, 60.0, 10.0, 10.0, 25.0]
+    assert asyncio.run(scenario()) == [10.0, 40.0, 60.0, 10.0, 10.0, 25.0]
 
 
-def test_a_clock_that_is_set_back_makes_no_negative_age() -> None:
-    shown = run_metrics(RunState(stepped=100.0, commits=[90.0]), TRAIN, 50.0)
+def test_run_metrics_ages_are_not_negative_if_clock_is_set_back() -> None:
+    shown = run_metrics(RunState(step_time=100.0, commit_times=[90.0]), TRAIN, 50.0)
     assert shown["step_age_s"] == shown["checkpoint_age_s"] == 0.0

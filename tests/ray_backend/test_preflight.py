@@ -1,4 +1,4 @@
-"""Which ranks may train together; the roll call of real ones is in tests/system/test_launch_input.py."""
+"""Preflight check of ranks; tests/system/test_launch_input.py runs it on a cluster."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from physio_dist.ray_backend.preflight import RankEnv, check_env
 GOOD = RankEnv("10.0.0.1", "1.0", {"torch": "2.13.0+cu130", "deepspeed": "0.19.8"}, True, "0,1")
 
 
-def test_this_process_answers_what_it_is() -> None:
-    mine = preflight.collect_env()
-    assert mine.version == __version__
-    assert mine.versions["torch"] == torch.__version__
-    assert mine.versions["deepspeed"]
-    assert mine.cuda == torch.cuda.is_available()
+def test_collect_env_describes_this_process() -> None:
+    env = preflight.collect_env()
+    assert env.version == __version__
+    assert env.versions["torch"] == torch.__version__
+    assert env.versions["deepspeed"]
+    assert env.cuda == torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(
-    ("change", "gpu", "told"),
+    ("change", "gpu", "message"),
     [
         ({}, True, None),
         ({"cuda": False}, False, None),
@@ -33,13 +33,13 @@ def test_this_process_answers_what_it_is() -> None:
         ({"cuda": False}, True, "rank 1 on node 10.0.0.2 was given a GPU (CUDA_VISIBLE_DEVICES=0,1), but torch"),
     ],
 )  # fmt: skip
-def test_one_rank_among_good_ones(change: dict[str, object], gpu: bool, told: str | None) -> None:
+def test_check_env_reports_one_bad_rank(change: dict[str, object], gpu: bool, message: str | None) -> None:
     odd = replace(GOOD, node="10.0.0.2", **change)  # type: ignore[arg-type]
-    said = check_env([GOOD, odd, GOOD], "1.0", gpu)
-    assert said is None if told is None else (said or "").startswith(told)
+    error = check_env([GOOD, odd, GOOD], "1.0", gpu)
+    assert error is None if message is None else (error or "").startswith(message)
 
 
-def test_what_no_node_has_is_told_too() -> None:
+def test_check_env_reports_package_missing_everywhere() -> None:
     none = replace(GOOD, versions={"torch": "2.13.0", "deepspeed": ""})
     assert (
         check_env([none, none], "1.0", True) == "node 10.0.0.1 has no deepspeed: install on it what physio-dist needs"

@@ -36,5 +36,5 @@ def without_gpus(**_: object) -> ray.train.torch.TorchConfig:
 
 
 train_driver.train_one_rank = note
-train_driver.RollCall = without_gpus
+train_driver.PreflightTorchConfig = without_gpus
 exit_status.end_rank(exit_status.status_of(lambda: train_driver.main(sys.argv[1:])))

@@ -381,24 +381,24 @@ def test_a_cluster_that_wants_a_token(ray_nodes: Cluster, ray_run: Make) -> None
     assert "b" * 64 not in run.said()
 
 
-# A rank is lost, and Ray resizes at once, with a board that is slow to hear.
+# A rank is lost, and Ray resizes at once, with a coordinator that answers slowly.
 LOSING = """
 import asyncio, ray
 from physio_dist.ray_backend.coordinator import CoordinatorActor
 from physio_dist.ray_backend.callbacks import FailureCallback, SaveBeforeResize
 
 class Slow(CoordinatorActor):
-    async def tell_loss(self, what):
+    async def record_loss(self, message):
         await asyncio.sleep(1)
-        await super().tell_loss(what)
+        await super().record_loss(message)
 
 ray.init(log_to_driver=False)
-board = ray.remote(Slow).options(num_cpus=0).remote()
-ray.get(board.join.remote(0))
-FailureCallback(board).after_exception(None, {0: RuntimeError("gone")})
-SaveBeforeResize(board).before_controller_execute_resize_decision(None)
-now = ray.get(board.read.remote())
-assert now.losses == ["rank 0: gone"] and not now.notes, now
+coordinator = ray.remote(Slow).options(num_cpus=0).remote()
+ray.get(coordinator.join.remote(0))
+FailureCallback(coordinator).after_exception(None, {0: RuntimeError("gone")})
+SaveBeforeResize(coordinator).before_controller_execute_resize_decision(None)
+state = ray.get(coordinator.read.remote())
+assert state.losses == ["rank 0: gone"] and not state.notes, state
 """
 
 

@@ -1,7 +1,7 @@
-"""World-free checkpoints: whole tensors under plain names, committed by a manifest that is written last.
+"""Checkpoints that any world size can load: whole tensors under plain names, and a manifest that is written last.
 
-A folder without a manifest is not a checkpoint; one whose files disagree with their hashes is passed over with a
-warning, and the one before it is used.
+A folder without a manifest is not a checkpoint; one whose files disagree with their hashes is skipped with a warning,
+and the one before it is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
 
-# 2 has the state of the judge of steps, and perhaps a moving average of the weights.
+# 2 added the state of the step guard, and the moving average of the weights.
 FORMAT = 2
 _READABLE = (1, 2)
 FOLDER = "checkpoints"
@@ -34,16 +34,16 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, in terms that know no ranks.
+    """State of a run that does not depend on the number of ranks.
 
     Attributes:
-        step: steps taken, which is also the number of global batches taken.
-        samples: trained on, over all ranks.
+        step: steps done, which is also the number of global batches used.
+        samples: number of samples trained on, over all ranks.
         fingerprints: of the shard sets, in the mixture's order.
-        order: what else decides which samples a step takes: seed, global batch, weights.
+        order: everything else that determines the samples of a step: seed, global batch, weights.
         encoder: the encoder's configuration.
-        signal: facts an export states: channels, rate, simulated or not.
-        guard: the losses, norms and the scale by which the next step is judged.
+        signal: facts for the export: channels, rate, simulated or not.
+        guard: state of the step guard.
     """
 
     step: int
@@ -57,7 +57,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint; ``ema`` is None where the run keeps no moving average of its weights."""
+    """A loaded checkpoint; ``ema`` is None if the run keeps no moving average of its weights."""
 
     url: str
     progress: Progress
@@ -68,7 +68,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Draft:
-    """A checkpoint whose files are there and whose manifest is not."""
+    """A checkpoint that is written but not committed."""
 
     folder: str
     manifest: dict[str, Any]
@@ -82,8 +82,8 @@ def folder_of(run: str, step: int) -> str:
 def steps(run: str) -> list[int]:
     """Steps of the folders under ``checkpoints/``, newest first, committed or not."""
     names = storage.names(storage.join(run, FOLDER))
-    found = [name.removeprefix("step-") for name in names if name.startswith("step-")]
-    return sorted((int(name) for name in found if name.isdigit()), reverse=True)
+    numbers = [name.removeprefix("step-") for name in names if name.startswith("step-")]
+    return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
 
 
 def is_committed(folder: str) -> bool:
@@ -92,12 +92,12 @@ def is_committed(folder: str) -> bool:
 
 
 def write(run: str, progress: Progress, tensors: dict[str, Tensors]) -> Draft:
-    """Write all of a checkpoint but its manifest (one process calls this).
+    """Write all files of a checkpoint but its manifest (called by one process).
 
     Args:
         run: URL of the run.
-        progress: where the run stands.
-        tensors: by file name: `MODEL`, `OPTIMIZER`, perhaps `EMA`. Each is taken out once it is written.
+        progress: state of the run.
+        tensors: by file name: `MODEL`, `OPTIMIZER`, optionally `EMA`. Each is removed once it is written.
 
     Raises:
         StorageError: it could not be written; the folder has no manifest then.
@@ -117,7 +117,7 @@ def _put(draft: Draft, name: str, data: bytes) -> None:
 
 
 def commit(draft: Draft) -> str:
-    """Write the manifest, from when on the checkpoint counts; the URL of its folder."""
+    """Write the manifest, which makes the checkpoint valid; returns the URL of its folder."""
     storage.write_json(storage.join(draft.folder, MANIFEST), draft.manifest)
     return draft.folder
 
@@ -140,7 +140,7 @@ def read(folder: str) -> Checkpoint:
             f"{folder} has checkpoint format {manifest.get('format')!r}; this version of physio-dist reads up to "
             f"{FORMAT}: update it, or choose another run.name"
         )
-    content = {name: _checked(folder, name, facts) for name, facts in manifest["files"].items()}
+    content = {name: _read_verified(folder, name, facts) for name, facts in manifest["files"].items()}
     try:
         progress = Progress(**json.loads(content[STATE]))
         return Checkpoint(
@@ -151,28 +151,28 @@ def read(folder: str) -> Checkpoint:
         raise DataError(f"{folder} is damaged: {error}") from None
 
 
-def _checked(folder: str, name: str, facts: dict[str, Any]) -> bytes:
-    where = storage.join(folder, name)
+def _read_verified(folder: str, name: str, facts: dict[str, Any]) -> bytes:
+    url = storage.join(folder, name)
     try:
-        data = storage.read_bytes(where)
+        data = storage.read_bytes(url)
     except storage.NotFoundError:
-        raise DataError(f"{where} is missing, though the checkpoint was committed") from None
+        raise DataError(f"{url} is missing, though the checkpoint was committed") from None
     if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
-        raise DataError(f"{where} disagrees with its manifest: it was truncated or altered")
+        raise DataError(f"{url} disagrees with its manifest: it was truncated or altered")
     return data
 
 
 def newest(run: str, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest committed checkpoint that is whole; None where the run has none.
+    """The newest committed checkpoint that is intact; None if the run has none.
 
-    The run may go on meanwhile: a checkpoint that is pruned while it is read is not taken for a damaged one.
+    The run may be training meanwhile: a checkpoint that is pruned while it is read does not count as damaged.
 
     Raises:
         DataError: there are committed checkpoints, and every one is damaged.
     """
     damaged: list[str] = []
     tried: set[str] = set()
-    # Listed again after each try, because a newer one may be there by then.
+    # Listed again after each try, because there may be a newer one by then.
     while untried := [folder for step in steps(run) if (folder := folder_of(run, step)) not in tried]:
         folder = untried[0]
         tried.add(folder)
@@ -195,17 +195,17 @@ def newest(run: str, warn: Callable[[str], None]) -> Checkpoint | None:
 def prune(run: str, keep: int, newest_step: int) -> None:
     """Delete all but the ``keep`` newest committed checkpoints, and half-written ones before the newest.
 
-    Folders of later steps are left alone: they are not older than ``newest_step``, and may be worth a look.
+    Folders of later steps than ``newest_step`` are kept.
     """
-    kept = 0
+    count = 0
     for step in steps(run):
         folder = folder_of(run, step)
         if step > newest_step:
             continue
         if is_committed(folder):
-            kept += 1
-            if kept <= keep:
+            count += 1
+            if count <= keep:
                 continue
-            # The manifest goes first, so that a delete cut short leaves no damaged checkpoint.
+            # The manifest goes first, so that an interrupted delete leaves no damaged checkpoint.
             storage.remove(storage.join(folder, MANIFEST))
         storage.remove(folder, recursive=True)

@@ -1,4 +1,4 @@
-"""A run's newest committed checkpoint -> an encoder folder that anybody can load; needs neither GPU nor DeepSpeed."""
+"""Export of a run's newest committed checkpoint as an encoder folder; needs neither GPU nor DeepSpeed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def export(run: str, out: str, warn: Callable[[str], None], raw: bool = False) -
     Args:
         run: URL of a run.
         out: URL of a folder.
-        warn: told when the newest checkpoint is damaged and an older one is used.
-        raw: take the weights themselves where the run also keeps their moving average (``train.ema``).
+        warn: called when the newest checkpoint is damaged and an older one is used.
+        raw: export the weights themselves even if the run keeps their moving average (``train.ema``).
 
     Returns:
         The checkpoint that was exported.
@@ -30,26 +30,26 @@ def export(run: str, out: str, warn: Callable[[str], None], raw: bool = False) -
         UserError: the run is not there or has no committed checkpoint.
         DataError: all of its checkpoints are damaged.
     """
-    found = checkpoint.newest(run, warn)
-    if found is None:
+    saved = checkpoint.newest(run, warn)
+    if saved is None:
         names = storage.names(run)
-        there = "it has no committed checkpoint yet" if names else "there is nothing there"
-        raise UserError(f"{run}: {there}; give the folder run.dir/run.name of a run")
-    model = MaskedModel(EncoderConfig(**found.progress.encoder))
-    average = None if raw else found.ema
-    model.load_state_dict({**found.model, **(average or {})})
-    about: dict[str, Any] = {
-        **found.progress.signal,
-        "step": found.progress.step,
-        "samples_seen": found.progress.samples,
+        reason = "it has no committed checkpoint yet" if names else "there is nothing there"
+        raise UserError(f"{run}: {reason}; give the folder run.dir/run.name of a run")
+    model = MaskedModel(EncoderConfig(**saved.progress.encoder))
+    average = None if raw else saved.ema
+    model.load_state_dict({**saved.model, **(average or {})})
+    metadata: dict[str, Any] = {
+        **saved.progress.signal,
+        "step": saved.progress.step,
+        "samples_seen": saved.progress.samples,
         "weights": "moving average" if average else "as trained",
-        "data_fingerprints": found.progress.fingerprints,
+        "data_fingerprints": saved.progress.fingerprints,
         "physio_dist": __version__,
     }
     if (sources := _sources(run)) is not None:
-        about["sources"] = sources
-    files = save_encoder(model.encoder.eval(), about)
-    files["README.md"] = _card(found).encode()
+        metadata["sources"] = sources
+    files = save_encoder(model.encoder.eval(), metadata)
+    files["README.md"] = _card(saved).encode()
     try:
         files[PEOPLE_FILE] = storage.read_bytes(storage.join(run, PEOPLE_FILE))
     except storage.NotFoundError:
@@ -59,20 +59,20 @@ def export(run: str, out: str, warn: Callable[[str], None], raw: bool = False) -
     # config.json last: without it the folder is not an export.
     for name in sorted(files, key=lambda name: name == "config.json"):
         storage.write_bytes(storage.join(out, name), files[name])
-    return found
+    return saved
 
 
 def _sources(run: str) -> list[str] | None:
-    """Names of the corpora a run was trained on: its pseudonyms mean something beside people of these alone."""
+    """Names of the corpora that a run was trained on; its pseudonyms identify people of these only."""
     try:
         indexes = storage.read_json(storage.join(run, "data.json"))["indexes"]
-        return sorted({str(name) for one in indexes for name in one["sources"]})
+        return sorted({str(name) for index in indexes for name in index["sources"]})
     except (storage.NotFoundError, KeyError, TypeError):
         return None
 
 
-def _card(found: Checkpoint) -> str:
-    progress, signal = found.progress, found.progress.signal
+def _card(saved: Checkpoint) -> str:
+    progress, signal = saved.progress, saved.progress.signal
     shape = progress.encoder
     simulated = (
         "\n> **Trained on SIMULATED signals.** It shows that the system works and is of no use on real recordings.\n"

@@ -41,10 +41,16 @@ _REACH = (19, 7)
 class EncoderConfig:
     """Shape of an encoder.
 
-    ``d``: width of a feature; ``heads``: all heads, half of them over leads and half over time; ``ffn``:
-    width of the feed-forward layer; ``dropout``: probability, 0 costs nothing; ``patch``: samples a patch.
+    Attributes:
+        d: width of a feature.
+        layers: number of layers.
+        heads: attention heads of a layer, half of them over leads and half over time.
+        ffn: width of the feed-forward layer.
+        dropout: probability; at 0 no time is spent on it.
+        patch: samples per patch.
 
-    Raises ``UserError`` where the numbers do not fit together.
+    Raises:
+        UserError: the numbers do not fit together.
     """
 
     d: int
@@ -57,14 +63,14 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         unit = _POSITIONS * _NORM_GROUPS
         if self.patch != PATCH:
-            raise UserError(f"model.patch is {self.patch}: the patch embedding is made for {PATCH} samples")
+            raise UserError(f"encoder: patch is {self.patch}: the patch embedding is made for {PATCH} samples")
         if min(self.d, self.layers, self.heads, self.ffn) < 1:
-            raise UserError("model: d, layers, heads and ffn have to be at least 1")
+            raise UserError("encoder: d, layers, heads and ffn have to be at least 1")
         if self.d % unit:
-            raise UserError(f"model.d is {self.d}: it has to be a multiple of {unit}")
+            raise UserError(f"encoder: d is {self.d}: it has to be a multiple of {unit}")
         if self.heads % 2 or (self.d // 2) % (self.heads // 2):
             raise UserError(
-                f"model.heads is {self.heads}: half of them share {self.d // 2} features over leads, "
+                f"encoder: heads is {self.heads}: half of them share {self.d // 2} features over leads, "
                 f"half over time, so heads has to be even and {self.d // 2} divisible by half of it"
             )
         if not 0.0 <= self.dropout < 1.0:
@@ -76,7 +82,7 @@ class EncoderConfig:
         return self.d // _POSITIONS
 
     def to_dict(self) -> dict[str, int | float]:
-        """The fields as plain numbers, for JSON; ``EncoderConfig(**fields)`` is the way back."""
+        """The fields as plain numbers, for JSON and ``EncoderConfig(**fields)``."""
         return asdict(self)
 
 
@@ -86,29 +92,33 @@ PRESETS: dict[str, EncoderConfig] = {
     "large": EncoderConfig(d=400, layers=16, heads=10, ffn=1600),
     "xl": EncoderConfig(d=800, layers=24, heads=20, ffn=3200),
 }
-"""``base`` is CBraMod's shape. The larger ones are ours; their heads are 40 wide, a multiple of 8, which
-keeps tensor cores and fused attention kernels from padding."""
-# Presets whose activations are computed again in the backward pass instead of being kept.
+"""``base`` has CBraMod's shape. The larger ones are ours; their heads are 40 wide, a multiple of 8, so that
+tensor cores and fused attention kernels need no padding."""
+# Presets with activation checkpointing.
 CHECKPOINTED = ("large", "xl")
 
 
 def preset(name: str, dropout: float = 0.1) -> EncoderConfig:
-    """The preset ``name`` with this dropout. Raises ``UserError`` for an unknown name."""
+    """The configuration of a preset, with this dropout.
+
+    Raises:
+        UserError: unknown name.
+    """
     if name not in PRESETS:
         raise UserError(f"model.preset {name!r} is unknown; {nearest(name, PRESETS)}")
     return replace(PRESETS[name], dropout=dropout)
 
 
 class Dense(nn.Linear):
-    """A linear layer by ``primitives.linear``."""
+    """Linear layer computed by `primitives.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Of the last axis of ``[batch, channel, patch, width]``."""
+        """Apply it to the last axis of ``[batch, channel, patch, width]``."""
         return linear(input, self.weight, self.bias)
 
 
 class PatchNorm(nn.GroupNorm):
-    """GroupNorm over ``[batch, filters, patches, positions]`` whose statistics leave invalid patches out."""
+    """GroupNorm over ``[batch, filters, patches, positions]`` with statistics of the valid patches only."""
 
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
         """``valid``: bool ``[batch, patches]`` or None. Returns fp32 (or fp64) of the shape of ``input``."""
@@ -133,7 +143,7 @@ class PatchNorm(nn.GroupNorm):
 
 
 class FeatureNorm(nn.LayerNorm):
-    """LayerNorm that computes in the dtype of its input whatever the dtype of its weights."""
+    """LayerNorm that computes in its input's dtype, whatever the dtype of its weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the last axis."""
@@ -142,7 +152,7 @@ class FeatureNorm(nn.LayerNorm):
 
 
 class PatchEmbedding(nn.Module):
-    """Patches of 200 samples -> features: convolutions + spectrum + position from the neighbourhood."""
+    """Features of patches: convolutions, plus spectrum, plus a conditional position encoding."""
 
     mask_patch: Tensor
 
@@ -165,7 +175,7 @@ class PatchEmbedding(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, hidden: Tensor | None, valid: Tensor | None) -> Tensor:
-        """As ``CrissCrossEncoder.forward``, before the layers."""
+        """Embed patches; arguments as of `CrissCrossEncoder.forward`."""
         batch, channels, patches, samples = x.shape
         x = at_least_fp32(x)
         if hidden is not None:
@@ -295,10 +305,10 @@ class CrissCrossEncoder(nn.Module):
 
 
 def _key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores of ``[rows, length]`` keys, as ``[rows, 1, 1, length]``.
+    """Additive attention bias ``[rows, 1, 1, length]``: -inf at keys that are not valid ``[rows, length]``.
 
-    A row without a valid key attends to all: its softmax would be 0/0 otherwise, and since its queries are
-    the same patches its result is thrown away.
+    A row without a valid key attends to all, to avoid a softmax of 0/0; its queries are the same patches, so
+    the result is discarded.
     """
     allowed = valid | ~valid.any(dim=1, keepdim=True)
     zero = torch.zeros((), dtype=dtype, device=valid.device)
@@ -306,7 +316,7 @@ def _key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class MaskedModel(nn.Module):
-    """Encoder and reconstruction head: what pretraining trains.
+    """Encoder with a reconstruction head, as trained in pretraining.
 
     The head starts at a tenth of Xavier's scale, so that training begins at the loss of predicting zero and not
     above it.

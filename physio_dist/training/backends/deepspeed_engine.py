@@ -1,11 +1,11 @@
-"""Options -> DeepSpeed configuration -> engine, and whole tensors out of and into it.
+"""DeepSpeed backend: an engine configured by the options, and whole tensors out of and into it.
 
 Weights are held in fp32 at every precision; bf16 and fp16 are autocast within the model. So every ZeRO stage and
 precision has the same state, and a checkpoint of one goes into another. (DeepSpeed's own `torch_autocast` is not used,
 because with fp16 under ZeRO it clips gradients before it unscales them.)
 
-Between the last backward pass and the step stands :meth:`Engine.gradient_norm`: whoever drives the engine learns the
-norm of the whole gradient and then calls :meth:`Engine.step` or :meth:`Engine.skip`.
+After the last backward pass of a step :meth:`Engine.gradient_norm` returns the norm of the whole gradient; then the
+training loop calls :meth:`Engine.step` or :meth:`Engine.skip`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from physio_dist.config import PretrainConfig
 from physio_dist.errors import PhysioError, UserError
 from physio_dist.training.backends.base import Tensors
 
-# What a run notes of the versions that trained it, beside its own and torch's.
+# Library versions recorded in the run, beside its own and torch's.
 VERSIONS = {"deepspeed": deepspeed.__version__}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +62,7 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 class Engine:
-    """A DeepSpeed engine for a model whose optimizer state exists from the start.
+    """DeepSpeed engine for a model whose optimizer state exists from the start; see `backends.base.Backend`.
 
     Args:
         model: fp32 module, with the weights to start from.
@@ -98,12 +98,12 @@ class Engine:
         _import_muon()
         self.deepspeed = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.stage = options.zero.stage
-        self.clip, self.ema = train.max_grad_norm, train.ema
+        self.max_grad_norm, self.ema = train.max_grad_norm, train.ema
         self._base: torch.optim.Optimizer = optimizer
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Device of the model."""
         return torch.device(self.deepspeed.device)
 
     def __call__(self, *inputs: Any) -> torch.Tensor:
@@ -144,12 +144,12 @@ class Engine:
         return torch.where((norm >= 0) & torch.isfinite(norm), norm, torch.nan)
 
     def step(self, norm: float) -> None:
-        """Clip the gradient of this norm and move the weights."""
+        """Clip the gradient, whose norm is given, and move the weights."""
         if self.stage == 0:
             parameters = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, torch.tensor(norm))
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, torch.tensor(norm))
         else:
-            self._give_norm(norm)
+            self._set_norm(norm)
         self.deepspeed.step()
         if self.stage > 0 and self.deepspeed.optimizer.overflow:
             raise AssertionError(f"DeepSpeed left out a step whose gradient has the norm {norm}")
@@ -157,61 +157,61 @@ class Engine:
             self._average()
 
     def _average(self) -> None:
-        """Move the average towards the weights; faster in the first steps, whose weights mean little."""
+        """Move the average towards the weights; faster in the first steps."""
         state = self._base.state
         first = next(iter(state.values()))
         if "ema" not in first:
-            # The dry run's step.
+            # The step of the dry run.
             return
         taken = float(first["step"])
         share = 1 - min(self.ema, (1 + taken) / (10 + taken))
         with torch.no_grad():
-            torch._foreach_lerp_([one["ema"] for one in state.values()], list(state), share)
+            torch._foreach_lerp_([entry["ema"] for entry in state.values()], list(state), share)
 
     def skip(self) -> None:
         """Drop the gradient; weights and optimizer state stay as they are."""
         if self.stage == 0:
             self.deepspeed.zero_grad()
             return
-        self._give_norm(-1.0)
+        self._set_norm(-1.0)
         self.deepspeed.step()
         if not self.deepspeed.optimizer.overflow:
-            raise AssertionError("DeepSpeed took a step that it was told to leave out")
+            raise AssertionError("DeepSpeed took a step that it was to leave out")
 
-    def _give_norm(self, norm: float) -> None:
-        """Save DeepSpeed from working the norm out again; on the CPU, so that it need not wait for the device."""
-        zero, given = self.deepspeed.optimizer, torch.tensor(norm)
+    def _set_norm(self, norm: float) -> None:
+        """Set the norm that DeepSpeed would otherwise compute again; on the CPU, to avoid a device sync."""
+        zero, fixed = self.deepspeed.optimizer, torch.tensor(norm)
         if self.stage < 3:
-            zero.scaled_global_norm = lambda *_, **__: given
+            zero.scaled_global_norm = lambda *_, **__: fixed
         else:
-            zero._get_norm_groups = lambda: [given]
+            zero._get_norm_groups = lambda: [fixed]
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
 
     @contextlib.contextmanager
     def own_norms(self) -> Iterator[list[torch.Tensor]]:
-        """While it is open, backward passes add to the list the norms of this rank's own gradients, before sharing."""
-        found: list[torch.Tensor] = []
+        """Collect the norms of this rank's own gradients during backward passes, before they are shared."""
+        norms: list[torch.Tensor] = []
 
-        def note(grad: torch.Tensor) -> None:
-            found.append(torch.linalg.vector_norm(grad.detach().float()))
+        def record(grad: torch.Tensor) -> None:
+            norms.append(torch.linalg.vector_norm(grad.detach().float()))
 
-        hooks = [p.register_hook(note) for _, p in self._names()]  # type: ignore[no-untyped-call]
-        yield found
+        hooks = [p.register_hook(record) for _, p in self._names()]  # type: ignore[no-untyped-call]
+        yield norms
         for hook in hooks:
             hook.remove()
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of the next step."""
+        """Set the learning rate of the next step."""
         for group in self._base.param_groups:
             group["lr"] = lr
 
     def prepare(self, inputs: tuple[Any, ...]) -> None:
-        """One whole step at learning rate 0 on a batch of the run's shape, then an optimizer state of zeros.
+        """Run one whole step at learning rate 0 on a batch of the run's shape, then zero the optimizer state.
 
-        It shows errors of shape and memory in seconds, and it makes the state exist: DeepSpeed's setters need one,
-        and it has none before its first step.
+        This reveals errors of shape and memory in seconds, and creates the optimizer state: DeepSpeed's setters need
+        one, and it has none before its first step.
         """
         self.train(True)
         self.set_lr(0.0)
@@ -242,19 +242,19 @@ class Engine:
         """Whole fp32 parameters and buffers under plain names, on the CPU (a collective: every rank calls it).
 
         Args:
-            keep: without it this rank only takes part, and gets nothing.
+            keep: if False, this rank only takes part in the collective and gets nothing.
         """
-        whole: Tensors = {}
+        tensors: Tensors = {}
         for name, p in self._names():
-            # Up to stage 2 every rank has them whole, and in fp32 like the optimizer's own.
+            # Up to stage 2 every rank has whole fp32 parameters.
             value = p.data if self.stage < 3 else safe_get_full_fp32_param(p)
             if keep:
-                whole[name] = _copied(value)
+                tensors[name] = _to_cpu(value)
         if keep:
             named = dict(self._names())
-            rest = {k: v for k, v in self.deepspeed.module.state_dict().items() if k not in named}
-            whole |= {name: value.detach().to("cpu", copy=True) for name, value in rest.items()}
-        return whole
+            buffers = {k: v for k, v in self.deepspeed.module.state_dict().items() if k not in named}
+            tensors |= {name: value.detach().to("cpu", copy=True) for name, value in buffers.items()}
+        return tensors
 
     def optimizer_state(self, keep: bool = True) -> Tensors:
         """Whole moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and ``step`` (a collective; see `weights`)."""
@@ -269,24 +269,24 @@ class Engine:
         return self._gathered("ema", keep) if self.ema else {}
 
     def load_ema(self, average: Tensors) -> None:
-        """Put a whole moving average back, whatever the stage and world size it came from."""
+        """Load a whole moving average, saved at any stage and world size."""
         for name, p in self._names():
             self._set(p, "ema", average[name])
 
     def _gathered(self, key: str, keep: bool) -> Tensors:
-        whole: Tensors = {}
+        tensors: Tensors = {}
         for name, p in self._names():
             value = self._base.state[p][key] if self.stage == 0 else safe_get_full_optimizer_state(p, key)
             if keep:
-                whole[name] = _copied(value).reshape(self._shape(p))
-        return whole
+                tensors[name] = _to_cpu(value).reshape(self._shape(p))
+        return tensors
 
     @staticmethod
     def _shape(p: torch.nn.Parameter) -> torch.Size:
         return torch.Size(getattr(p, "ds_shape", p.shape))
 
     def load_optimizer_state(self, state: Tensors) -> None:
-        """Put whole moments back, whatever the stage and world size they came from."""
+        """Load whole moments, saved at any stage and world size."""
         for name, p in self._names():
             for moment in MOMENTS:
                 self._set(p, moment, state[f"{moment}/{name}"])
@@ -307,15 +307,15 @@ class Engine:
             safe_set_local_optimizer_state(p, flat[rank * size : (rank + 1) * size], moment)
 
 
-def _copied(value: torch.Tensor) -> torch.Tensor:
+def _to_cpu(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to("cpu", torch.float32, copy=True)
 
 
 def init_process_group() -> None:
-    """Wait for all ranks at the address that the launcher named.
+    """Initialise the process group at the address that the launcher chose.
 
     Raises:
-        UserError: something else listens there.
+        UserError: another process listens there.
     """
     try:
         deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
@@ -329,7 +329,7 @@ def init_process_group() -> None:
 
 
 def quiet() -> None:
-    """Keep DeepSpeed's and torch's remarks about themselves off the screen; errors stay."""
+    """Silence DeepSpeed's and torch's log messages below errors."""
     for name in ("DeepSpeed", "deepspeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

@@ -99,7 +99,7 @@ def _shard(given: argparse.Namespace) -> None:
     options = config.load(config.ShardConfig, None, given.options)
     out = job_paths.require_durable(given.out, "--out")
     if not options.ray:
-        converter.tell(converter.convert(given.reader, given.input, out, options), print)
+        converter.report_summary(converter.convert(given.reader, given.input, out, options), print)
         return
     # Ray takes seconds to import.
     from physio_dist.ray_backend import task_pool
@@ -107,7 +107,7 @@ def _shard(given: argparse.Namespace) -> None:
     out = storage.absolute(out)
     source = given.input if readers.reader(given.reader).simulated else job_paths.resolve_durable(given.input, "INPUT")
     with task_pool.on_cluster(options.ray, options.workers, options.placement_timeout_s) as pool:
-        converter.tell(converter.convert(given.reader, source, out, options, pool), print)
+        converter.report_summary(converter.convert(given.reader, source, out, options, pool), print)
 
 
 def _index(given: argparse.Namespace) -> None:

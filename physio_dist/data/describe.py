@@ -1,4 +1,4 @@
-"""What a shard set holds, in words and numbers."""
+"""Summary of a shard set in words and numbers, and windows to draw."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LABEL_SHARDS = 4
 
 @dataclass(frozen=True)
 class Windows:
-    """Some windows, for drawing: microvolts ``[window, channel, time]``, validity ``[window, channel]``, keys."""
+    """Windows to draw: microvolts ``[window, channel, time]``, validity ``[window, channel]``, keys."""
 
     signal: npt.NDArray[np.float32]
     valid: npt.NDArray[np.bool_]
@@ -31,7 +31,7 @@ class Windows:
 
 
 def describe(url: str) -> list[str]:
-    """Lines that tell counts, rates, leads, labels, people and bytes.
+    """Summary lines: counts, rates, leads, labels, people and bytes.
 
     Raises:
         UserError: there is no shard set.
@@ -47,8 +47,8 @@ def describe(url: str) -> list[str]:
         *_resplit(shards),
     ]
     for code, name in enumerate(SPLITS):
-        mine = table.split == code
-        lines.append(f"  {name}: {int(mine.sum())} windows of {len(np.unique(table.person[mine]))} people")
+        rows = table.split == code
+        lines.append(f"  {name}: {int(rows.sum())} windows of {len(np.unique(table.person[rows]))} people")
     for name, signal in shards.signals.items():
         valid = table.valid[name]
         lines.append(
@@ -64,8 +64,8 @@ def describe(url: str) -> list[str]:
 
 def _resplit(shards: ShardSet) -> list[str]:
     about = shards.made_by.get("view")
-    told = ", ".join(f"{name} {value}" for name, value in about.items()) if isinstance(about, dict) else ""
-    return [f"  a resplit of {shards.base_url}" + (f": {told}" if told else "")] if shards.base_url else []
+    origin = ", ".join(f"{name} {value}" for name, value in about.items()) if isinstance(about, dict) else ""
+    return [f"  a resplit of {shards.base_url}" + (f": {origin}" if origin else "")] if shards.base_url else []
 
 
 def _labels(shards: ShardSet) -> list[str]:
@@ -79,8 +79,8 @@ def _labels(shards: ShardSet) -> list[str]:
             for name, value in labels.items() if isinstance(labels, dict) else ():
                 for item in value if isinstance(value, list) else [value]:
                     values.setdefault(name, Counter())[json.dumps(item)] += 1
-    where = "all windows" if len(shards.shards) <= _LABEL_SHARDS else f"the first {seen} windows"
-    return [f"  labels in {where}:" if values else "  no labels"] + [
+    scope = "all windows" if len(shards.shards) <= _LABEL_SHARDS else f"the first {seen} windows"
+    return [f"  labels in {scope}:" if values else "  no labels"] + [
         f"    {name}: " + ", ".join(f"{value} x {count}" for value, count in counts.most_common(6))
         + (f", and {len(counts) - 6} more values" if len(counts) > 6 else "")
         for name, counts in sorted(values.items())

@@ -71,7 +71,7 @@ class IndexOptions:
 
 
 def index_existing(url: str, options: IndexOptions) -> ShardSet:
-    """Write an index and a sample table for a WebDataset that somebody else wrote.
+    """Write an index and a sample table for a WebDataset that another program wrote.
 
     Its samples have int16 ``[channel, time]`` arrays ``{key}.ecg.npy`` or ``{key}.eeg.npy`` of one shape, row by row.
 
@@ -117,9 +117,9 @@ class _Scan:
     keys: list[str] = field(default_factory=list)
 
 
-def _is_ours(where: str) -> bool:
-    """Whether an index is complete, or the bare one that `widsindex` makes, which has no room for what we need."""
-    document = storage.read_json(where)
+def _is_ours(url: str) -> bool:
+    """True for a complete index, false for the bare one that `widsindex` makes, which lacks our additions."""
+    document = storage.read_json(url)
     return not (isinstance(document, dict) and "shardlist" in document and "physio_dist" not in document)
 
 

@@ -77,8 +77,8 @@ def electrode(name: str) -> str | None:
     Case does not matter, nor do a leading "EEG", dots at the end, or a common reference: ``EEG FP1-REF`` -> ``Fp1``,
     ``Fc5.`` -> ``FC5``, ``T3`` -> ``T7``. Ears, mastoids and differences of two electrodes are None.
     """
-    found = _EEG_LABEL.fullmatch(name.strip())
-    return _ELECTRODE_BY_LOWER.get(found[1].lower()) if found else None
+    match = _EEG_LABEL.fullmatch(name.strip())
+    return _ELECTRODE_BY_LOWER.get(match[1].lower()) if match else None
 
 
 def ecg_name(name: str) -> str | None:
@@ -92,7 +92,7 @@ def ecg_name(name: str) -> str | None:
 
 
 def channel_key(name: str) -> str:
-    """What two names of the same channel have in common: the standard name of lead or electrode, else without case."""
+    """Key by which names of a channel are compared: the standard name of lead or electrode, else in lower case."""
     return ecg_name(name) or electrode(name) or name.strip().casefold()
 
 
@@ -139,7 +139,7 @@ def select(signal: Signal, leads: Sequence[str]) -> tuple[NDArray[np.float32], l
 
 
 def identity_error(data: NDArray[np.floating], leads: Sequence[str]) -> float:
-    """How far the limb leads are from obeying their identities.
+    """Relative residual of the limb leads' identities.
 
     The limb leads are projected on the plane that `LEAD_MATRIX` spans, by least squares; the result is the norm of
     what is left over the norm of the leads: 0 when the identities hold, up to 1. It does not depend on gain.
@@ -179,7 +179,7 @@ def mask_groups(channels: Sequence[str]) -> list[list[int]]:
 
 
 def lead_layouts(channels: Sequence[str]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """What recorders with fewer leads would have taken of these channels, as channel indices.
+    """Layouts of recorders with fewer leads, as indices of these channels.
 
     Of the kinds 8 leads (I, II, V1-V6: all that is independent in twelve), 2 leads (I, II) and 1 lead (any one of
     them) those for which the channels have the leads and others besides. Nothing for channels without ECG leads.

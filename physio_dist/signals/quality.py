@@ -1,4 +1,4 @@
-"""Which leads of a window can be trusted, and why not.
+"""Quality of each lead of a window, with reasons.
 
 Flatness and saturation are judged on the raw samples, since any filter turns a constant into something that moves;
 amplitude and the limb leads' identities are judged in the band, since a drifting baseline is no fault.
@@ -40,7 +40,7 @@ SWAPPED_ERROR = 0.05
 
 @dataclass(frozen=True)
 class Limits:
-    """What a modality's channels may show, in microvolts.
+    """Limits of a modality's channels, in microvolts.
 
     Attributes:
         span: smallest peak-to-peak value in the band of a channel that is connected.
@@ -116,17 +116,17 @@ def bridge_gaps(raw: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray
 
 def in_runs(flags: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
     """The true elements of ``flags`` ``[..., time]`` that belong to runs of at least ``length``."""
-    found = np.zeros(flags.shape, np.bool_)
+    in_run = np.zeros(flags.shape, np.bool_)
     padded = np.zeros((*flags.shape[:-1], flags.shape[-1] + 2), np.int8)
     padded[..., 1:-1] = flags
     edges = np.diff(padded.ravel())  # the padding keeps the runs of different channels apart
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    rows = found.reshape(-1, flags.shape[-1])
+    rows = in_run.reshape(-1, flags.shape[-1])
     long = ends - starts >= length
     for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
         row, at = divmod(start, padded.shape[-1])
         rows[row, at : at + end - start] = True
-    return found
+    return in_run
 
 
 def held_share(raw: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
@@ -190,9 +190,9 @@ def contradicting(limb: NDArray[np.float64], leads: Sequence[str]) -> tuple[list
     if len(counted) >= 4:
         without = []
         for i in counted:
-            rest = limb.copy()
-            rest[i] = np.nan
-            without.append((identity_error(rest, leads), i))
+            others = limb.copy()
+            others[i] = np.nan
+            without.append((identity_error(others, leads), i))
         without.sort()
         if without[0][0] < MAX_IDENTITY_ERROR and 2 * without[0][0] < without[1][0]:
             return [without[0][1]], before

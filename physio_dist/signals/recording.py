@@ -1,4 +1,4 @@
-"""What a reader hands on: one recording, its signals in microvolts, its person and its labels."""
+"""Recordings as readers return them: signals in microvolts, person and labels."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Signal:
 
 
 class LazySignals(Mapping[str, Signal]):
-    """Signals that are made when they are asked for, and once; which there are is known without making any."""
+    """Signals that are made once, at their first use; their names are known without making any."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Signal]]) -> None:
         self._makers = dict(makers)
@@ -76,10 +76,13 @@ class LazySignals(Mapping[str, Signal]):
 class Recording:
     """One record of a source.
 
-    ``signals`` maps a modality (``"ecg"``, ``"eeg"``) to its signal; all of them start at the same moment.
-    ``person`` is the source's own id, or None where people are not identified; ``labels`` holds JSON scalars and
-    lists of them. ``unused`` says which other channels there are, for messages. ``told_by`` names the modalities by
-    which the recording is recognised (`windows.waveform_hash`), where not all are needed for it.
+    Attributes:
+        record: id within the source.
+        signals: by modality (``"ecg"``, ``"eeg"``); all of them start at the same moment.
+        person: the source's own id, or None where people are not identified.
+        labels: JSON scalars and lists of them.
+        unused: names of other channels, for messages.
+        identified_by: modalities that :func:`.windows.waveform_hash` covers; empty for all.
     """
 
     record: str
@@ -87,7 +90,7 @@ class Recording:
     person: str | None
     labels: dict[str, Any]
     unused: tuple[str, ...] = ()
-    told_by: tuple[str, ...] = ()
+    identified_by: tuple[str, ...] = ()
 
 
 def label_value(text: str | None) -> str | int | float | bool | None:

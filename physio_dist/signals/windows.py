@@ -1,4 +1,4 @@
-"""From a recording to windows: leads by name, one rate, one band, equal lengths, and a verdict on each lead.
+"""Windows of a recording: leads by name, one rate, one band, equal lengths, and the quality of each lead.
 
 The order matters. Gaps are bridged before any filter, because a filter spreads one NaN over everything. Resampling
 and filtering see the whole recording, so that only its two ends, not every window, have filter edges. Flatness and
@@ -42,7 +42,7 @@ _HASHED = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """What a window is.
+    """Specification of windows.
 
     Attributes:
         rate: samples a second after resampling.
@@ -184,9 +184,9 @@ def windows_of(recording: Recording, spec: WindowSpec) -> list[Window]:
         raise RecordError("the recording has no signals")
     for name in spec.signals:
         if name not in recording.signals:
-            there = [f"{other} ({_channels(s)})" for other, s in sorted(recording.signals.items())]
+            present = [f"{other} ({_channels(s)})" for other, s in sorted(recording.signals.items())]
             unused = f"; not known: {', '.join(recording.unused)}" if recording.unused else ""
-            raise RecordError(f"no {name} in the recording; it has {'; '.join(there)}{unused}")
+            raise RecordError(f"no {name} in the recording; it has {'; '.join(present)}{unused}")
     chosen = spec.signals or tuple(recording.signals)
     parts = {name: _prepare(name, recording.signals[name], spec) for name in chosen}
     count = min(part.band.shape[1] for part in parts.values()) // spec.samples
@@ -202,7 +202,7 @@ def waveform_hash(recording: Recording) -> str:
 
     It covers, at the recorded rate and rounded to whole microvolts, the ECG leads I, II and V1-V6 by name: the other
     limb leads follow from these, and corpora differ in whether, how and in which order they keep them. Recordings
-    without any of them are hashed with all their channels, and only the modalities in ``recording.told_by`` count
+    without any of them are hashed with all their channels, and only the modalities in ``recording.identified_by`` count
     where it names some. Zeros or missing values that all channels share at either
     end are padding and left out.
 
@@ -211,27 +211,27 @@ def waveform_hash(recording: Recording) -> str:
     have the same hash.
     """
     digest = hashlib.sha256()
-    for modality in sorted(recording.told_by or recording.signals):
+    for modality in sorted(recording.identified_by or recording.signals):
         signal = recording.signals[modality]
         names, data = _hashed_channels(signal)
         # Rounding in two steps: 2.5 uV read from float32 is 2.4999998 in one file and 2.5000002 in another; the first
         # step makes them equal before the second has to decide which way to go.
         fine = np.rint(np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0) * 50.0)
-        whole = np.clip(np.floor(fine / 50.0 + 0.5), -(2**30), 2**30).astype(np.int32)
-        whole[~np.isfinite(data)] = np.iinfo(np.int32).min
-        used = np.flatnonzero(((whole != 0) & (whole != np.iinfo(np.int32).min)).any(axis=0))
-        whole = whole[:, used[0] : used[-1] + 1] if used.size else whole[:, :0]
-        digest.update(f"{modality} {signal.rate:.6g} {'|'.join(names)} {whole.shape[1]}\n".encode())
-        digest.update(np.ascontiguousarray(whole, "<i4").tobytes())
+        rounded = np.clip(np.floor(fine / 50.0 + 0.5), -(2**30), 2**30).astype(np.int32)
+        rounded[~np.isfinite(data)] = np.iinfo(np.int32).min
+        used = np.flatnonzero(((rounded != 0) & (rounded != np.iinfo(np.int32).min)).any(axis=0))
+        rounded = rounded[:, used[0] : used[-1] + 1] if used.size else rounded[:, :0]
+        digest.update(f"{modality} {signal.rate:.6g} {'|'.join(names)} {rounded.shape[1]}\n".encode())
+        digest.update(np.ascontiguousarray(rounded, "<i4").tobytes())
     return digest.hexdigest()
 
 
 def _hashed_channels(signal: Signal) -> tuple[list[str], NDArray[np.float64]]:
     if any(canonical(name) for name in signal.channels):
         data, missing = select(signal, _HASHED)
-        kept = [i for i, lead in enumerate(_HASHED) if lead not in missing]
-        if kept:
-            return [_HASHED[i] for i in kept], data[kept].astype(np.float64)
+        rows = [i for i, lead in enumerate(_HASHED) if lead not in missing]
+        if rows:
+            return [_HASHED[i] for i in rows], data[rows].astype(np.float64)
     order = sorted(range(len(signal.channels)), key=lambda i: channel_key(signal.channels[i]))
     return [channel_key(signal.channels[i]) for i in order], signal.data[order].astype(np.float64)
 
@@ -262,7 +262,7 @@ def _prepare(modality: str, signal: Signal, spec: WindowSpec) -> _Prepared:
 
 
 def _with_limb_leads(part: _Prepared, signal: Signal, spec: WindowSpec) -> _Prepared:
-    """Which rows are limb leads, recorded or computed; rows that bear each other's name trade places."""
+    """Mark the limb leads, recorded and computed; rows that bear each other's name are swapped."""
     row = {name: i for i, name in enumerate(part.names)}
     here = {canonical(name) for name in signal.channels}
     limb = [row[lead] for lead in LIMB if lead in row and lead in here]
@@ -270,12 +270,12 @@ def _with_limb_leads(part: _Prepared, signal: Signal, spec: WindowSpec) -> _Prep
     computed = [i for i, name in enumerate(part.names) if name in LIMB and name not in here]
     sources = dict.fromkeys(computed, (row[pair[0]], row[pair[1]])) if pair else {}
     order, notes = np.arange(len(part.names)), tuple[str, ...]()
-    traded = quality.swapped_names(part.band[limb], [part.names[i] for i in limb], spec.samples)
-    if traded is not None:
-        note = f"{traded[0]} and {traded[1]} bear each other's name"
+    swapped = quality.swapped_names(part.band[limb], [part.names[i] for i in limb], spec.samples)
+    if swapped is not None:
+        note = f"{swapped[0]} and {swapped[1]} bear each other's name"
         if spec.swapped_leads == "reject":
             raise RecordError(f"{note}: the limb leads' identities hold only with the two swapped")
-        a, b = row[traded[0]], row[traded[1]]
+        a, b = row[swapped[0]], row[swapped[1]]
         order[[a, b]] = order[[b, a]]
         notes = (f"{note} in the file; put right",)
     return _Prepared(
@@ -294,11 +294,11 @@ def _with_limb_leads(part: _Prepared, signal: Signal, spec: WindowSpec) -> _Prep
 
 def _lacking(modality: str, missing: list[str], signal: Signal) -> str:
     kind = "lead" if modality == "ecg" else "electrode"
-    there = {channel_key(name): name for name in _known(signal)}
+    present = {channel_key(name): name for name in _known(signal)}
     hint = ""
-    if modality == "ecg" and ONE_LEAD in there:
-        hint = f"; leads={ONE_LEAD} takes {there[ONE_LEAD]!r}, whichever lead it is"
-    elif (near := nearest(missing[0], there)).startswith("did you mean"):
+    if modality == "ecg" and ONE_LEAD in present:
+        hint = f"; leads={ONE_LEAD} takes {present[ONE_LEAD]!r}, whichever lead it is"
+    elif (near := nearest(missing[0], present)).startswith("did you mean"):
         hint = f"; {missing[0]}: {near}"
     return f"{kind} {', '.join(missing)} is missing; the record has {_channels(signal)}{hint}"
 
@@ -309,9 +309,9 @@ def _known(signal: Signal) -> list[str]:
 
 
 def _channels(signal: Signal) -> str:
-    known = _known(signal)
-    others = len(signal.channels) - len(known)
-    return ", ".join(known + [f"{others} other channels"] * bool(others))
+    names = _known(signal)
+    others = len(signal.channels) - len(names)
+    return ", ".join(names + [f"{others} other channels"] * bool(others))
 
 
 def _repeats(names: tuple[str, ...]) -> bool:

@@ -20,7 +20,7 @@ from physio_dist.data.format.index import ShardInfo
 
 @dataclass(frozen=True)
 class WindowRef:
-    """A window that goes into a shard: where its samples are spooled, and its facts."""
+    """A window of a shard: the part and row that its samples are spooled in, and its facts."""
 
     part: int
     row: int
@@ -29,7 +29,7 @@ class WindowRef:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A published shard; of each of its samples where the signals stand and, for each, which channels count."""
+    """A published shard, with the offsets and the valid channels of each sample's signals."""
 
     info: ShardInfo
     places: list[tar.Places]
@@ -37,29 +37,29 @@ class ShardResult:
 
 
 def part_url(spool: str, number: int) -> str:
-    """Where a part is spooled."""
+    """URL of a spooled part."""
     return storage.join(spool, f"part-{number:06d}.safetensors")
 
 
 def receipt_url(spool: str, name: str, digest: str) -> str:
-    """Where it stands that a shard is made."""
+    """URL of the receipt of a published shard."""
     return storage.join(spool, f"{name}-{digest[:8]}.json")
 
 
 def read_receipt(url: str) -> ShardResult:
-    """The shard that a note tells of.
+    """Read the receipt of a published shard.
 
     Raises:
         StorageError: there is none, or it cannot be read.
     """
-    told = storage.read_json(url)
-    return ShardResult(ShardInfo(**told["info"]), told["places"], told["valid"])
+    receipt = storage.read_json(url)
+    return ShardResult(ShardInfo(**receipt["info"]), receipt["places"], receipt["valid"])
 
 
 def make_shard(
-    source: str, group: Sequence[WindowRef], spool: str, out: str, name: str, digest: str, tell: bool = False
+    source: str, group: Sequence[WindowRef], spool: str, out: str, name: str, digest: str, return_result: bool = False
 ) -> ShardResult | None:
-    """Write one shard from spooled parts and publish it; a shard that an earlier try published is not sent again.
+    """Write one shard from spooled parts and publish it, unless an earlier attempt has published it.
 
     Args:
         source: name of the corpus.
@@ -68,17 +68,17 @@ def make_shard(
         out: URL of the shard set.
         name: of the shard.
         digest: of the conversion.
-        tell: whether to give back what was made; otherwise the note tells it.
+        return_result: whether to return the result; otherwise only the receipt has it.
 
     Raises:
         StorageError: a part cannot be read, the shard not be written.
     """
-    note, url = receipt_url(spool, name, digest), storage.join(out, name)
-    # What another version noted may say less.
+    receipt, url = receipt_url(spool, name, digest), storage.join(out, name)
+    # A receipt of another version may lack fields.
     with contextlib.suppress(storage.NotFoundError, KeyError, TypeError):
-        made = read_receipt(note)
-        if storage.size(url) == made.info.filesize:
-            return made if tell else None
+        result = read_receipt(receipt)
+        if storage.size(url) == result.info.filesize:
+            return result if return_result else None
     local = storage.local_path(spool) if storage.is_local(spool) else Path(tempfile.gettempdir())
     valid: list[dict[str, list[bool]]] = []
     try:
@@ -86,20 +86,20 @@ def make_shard(
         with tempfile.NamedTemporaryFile(dir=local, prefix=f"{name[:-4]}-", suffix=".tar") as file:
             places = tar.write(_samples(source, group, spool, valid), cast(BinaryIO, file))
             file.flush()
-            whole = Path(file.name)
-            info = ShardInfo(name, len(group), whole.stat().st_size, storage.sha256_of(whole))
-            storage.put_file(whole, url)
+            path = Path(file.name)
+            info = ShardInfo(name, len(group), path.stat().st_size, storage.sha256_of(path))
+            storage.put_file(path, url)
     except OSError as error:
         raise storage.to_storage_error(str(local / name), "write", error) from error
-    made = ShardResult(info, places, valid)
-    storage.write_json(note, asdict(made))
-    return made if tell else None
+    result = ShardResult(info, places, valid)
+    storage.write_json(receipt, asdict(result))
+    return result if return_result else None
 
 
 def _samples(
     source: str, group: Sequence[WindowRef], spool: str, valid: list[dict[str, list[bool]]]
 ) -> Iterator[tar.Sample]:
-    """The samples of a shard; which of their channels count is put into ``valid``."""
+    """The samples of a shard; their valid channels are appended to ``valid``."""
     for part, items in itertools.groupby(group, key=lambda item: item.part):
         tensors = load_safetensors(storage.read_bytes(part_url(spool, part)))
         signals = [name for name in tensors if "." not in name]

@@ -1,4 +1,4 @@
-"""Which leads and electrodes a conversion stores, and the window specification they are part of."""
+"""Leads and electrodes that a conversion stores, and the window specification they are part of."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ def spec_of(options: ShardConfig) -> WindowSpec:
 def spec_behind(shards: ShardSet) -> WindowSpec | None:
     """The window specification that a set was converted with, its channels those of the index.
 
-    None where the set does not tell: `physio-dist index` has made its index.
+    None where the index does not say, as those that `physio-dist index` makes.
     """
-    told = shards.made_by.get("options")
-    if not isinstance(told, dict):
+    stored = shards.made_by.get("options")
+    if not isinstance(stored, dict):
         return None
     # The column of a table that the index does not name says nothing about windows.
-    given = [f"{name}={'' if value is None else value}" for name, value in told.items() if name != "person"]
-    options = load(ShardConfig, None, given)
+    overrides = [f"{name}={'' if value is None else value}" for name, value in stored.items() if name != "person"]
+    options = load(ShardConfig, None, overrides)
     of = {name: ",".join(info.channels) for name, info in shards.signals.items()}
     eeg = replace(options.eeg, channels=of.get("eeg", ""))
     return spec_of(replace(options, signals=",".join(of), leads=of.get("ecg", ""), eeg=eeg))
 
 
 def _names(
-    option: str, text: str, standard: Callable[[str], str | None], known: tuple[str, ...]
+    option: str, text: str, standard: Callable[[str], str | None], valid: tuple[str, ...]
 ) -> tuple[str, ...]:  # fmt: skip
     if text == _FOUND:
         return ()
-    found, kind = [], "lead" if option == "leads" else "electrode"
+    names, kind = [], "lead" if option == "leads" else "electrode"
     for word in words(text):
         name = standard(word)
         if name is None:
-            raise UserError(f"{option}: unknown {kind} {word!r}: {nearest(word, known)}")
-        found.append(name)
-    return tuple(found)
+            raise UserError(f"{option}: unknown {kind} {word!r}: {nearest(word, valid)}")
+        names.append(name)
+    return tuple(names)
 
 
 def with_found(reads: Reader, source: str, records: Sequence[str], options: ShardConfig) -> ShardConfig:
@@ -88,8 +88,8 @@ def with_found(reads: Reader, source: str, records: Sequence[str], options: Shar
             option = "leads" if signal == "ecg" else "eeg.channels"
             raise UserError(f"{option}={_FOUND}: no record of {source} can be read, or the first one has no {signal}")
         name_of, order = standard[signal]
-        there = {name_of(channel) for channel in recording.signals[signal].channels}
-        names[signal] = ",".join(name for name in order if name in there)
+        present = {name_of(channel) for channel in recording.signals[signal].channels}
+        names[signal] = ",".join(name for name in order if name in present)
     return replace(
         options, leads=names["ecg"] if wanted["ecg"] else options.leads,
         eeg=replace(options.eeg, channels=names["eeg"] if wanted["eeg"] else options.eeg.channels),

@@ -46,10 +46,11 @@ _NOT_OF_BYTES = ("workers", "ray", "placement_timeout_s", "labels", "exclude")
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion came to.
+    """Result of a conversion.
 
     Attributes:
-        records_per_s: that this try read; None where it read none.
+        already: whether the set was there before.
+        records_per_s: reading speed of this run; None where it read none.
     """
 
     url: str
@@ -98,26 +99,26 @@ def convert(reader: str, source: str, out: str, options: ShardConfig, pool: Task
     """
     out = storage.absolute(out)
     job = plan_job(reader, source, options)
-    known = [open_set(url) for url in words(options.exclude)]
-    decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in known]]
+    excluded = [open_set(url) for url in words(options.exclude)]
+    decisive = [job.digest(), _of_bytes(options), [other.fingerprint for other in excluded]]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     beside, private = _spools(out, f"{job.digest()} {job.input}")
     # The first contact with the target comes before hours of work. What was begun beside the shards goes on there.
     begun = beside.rsplit("/", 1)[-1] in storage.names(out)
     spool = beside if begun or (pool is not None and pool.is_remote) else private
-    if there := _claim(out, digest):
+    if finished := _claim(out, digest):
         if MARKER in storage.names(out):  # killed between its last write and this
             _tidy(out, beside, private)
-        return Summary(out, len(job.records), Counter(), there, already=True)
+        return Summary(out, len(job.records), Counter(), finished, already=True)
     with _alone(storage.local_path(private), out):
         with contextlib.nullcontext(pool) if pool is not None else worker_pool(options.workers) as workers:
             parts, speed = _make_parts(job, spool, workers)
-            kept, rejects = _choose(parts, options.unusable, _hashes(known))
-            if not kept:
+            windows, rejects = _choose(parts, options.unusable, _hashes(excluded))
+            if not windows:
                 _tidy(out, beside, private)
                 raise UserError(_nothing_kept(source, len(job.records), rejects))
-            made = _make_shards(job, kept, spool, out, digest, options.samples_per_shard, workers)
-        finished = _finish(job, out, digest, options, kept, made, rejects)
+            results = _make_shards(job, windows, spool, out, digest, options.samples_per_shard, workers)
+        finished = _finish(job, out, digest, options, windows, results, rejects)
         _tidy(out, beside, private)
     reasons = Counter(_kind(str(reject["reason"])) for reject in rejects)
     return Summary(out, len(job.records), reasons, finished, already=False, records_per_s=speed)
@@ -148,7 +149,7 @@ def _alone(folder: Path, out: str) -> Iterator[None]:
 
 
 def _tidy(out: str, beside: str, private: str) -> None:
-    """Remove what is only there while a conversion runs, also what a killed one left."""
+    """Remove the temporary files of a conversion, those of a killed one included."""
     for name in storage.names(out):
         if name.startswith(".") and name.endswith(".tmp"):
             storage.remove(storage.join(out, name))
@@ -160,16 +161,16 @@ def _tidy(out: str, beside: str, private: str) -> None:
     storage.remove(storage.join(out, MARKER))
 
 
-def _hashes(known: Sequence[ShardSet]) -> dict[str, set[int]]:
-    found = {other.url: set(read_sample_table(other).waveform.tolist()) - {0} for other in known}
-    for url, hashes in found.items():
+def _hashes(excluded: Sequence[ShardSet]) -> dict[str, set[int]]:
+    by_url = {other.url: set(read_sample_table(other).waveform.tolist()) - {0} for other in excluded}
+    for url, hashes in by_url.items():
         if not hashes:
             raise UserError(f"exclude={url}: it was made by `physio-dist index` and has no waveform hashes to compare")
-    return found
+    return by_url
 
 
 def _of_bytes(options: ShardConfig) -> dict[str, Any]:
-    """The options that decide the shards' bytes beside the job and the content of the ``known`` sets."""
+    """The options that decide the shards' bytes beside the job and the content of the excluded sets."""
     flat = flatten(options)
     return {name: flat[name] for name in ("unusable", "split.val", "split.test", "samples_per_shard")}
 
@@ -180,34 +181,34 @@ def _claim(out: str, digest: str) -> ShardSet | None:
     Raises:
         UserError: something else is there.
     """
-    found = storage.names(out)
-    if INDEX in found:
-        there = open_set(out)
-        if there.made_by.get("job") == digest:
-            return there
+    names = storage.names(out)
+    if INDEX in names:
+        existing = open_set(out)
+        if existing.made_by.get("job") == digest:
+            return existing
         raise UserError(
-            f"{out} already holds a shard set made from other data or options (fingerprint {there.fingerprint[:12]}); "
-            "choose another --out or delete it first"
+            f"{out} already holds a shard set made from other data or options "
+            f"(fingerprint {existing.fingerprint[:12]}); choose another --out or delete it first"
         )
-    if MARKER in found:
+    if MARKER in names:
         if storage.read_json(storage.join(out, MARKER)) == {"job": digest}:
             return None
         raise UserError(
             f"{out} holds an unfinished conversion of other data or with other options; finish it with its own "
             "command, choose another --out, or delete the folder first"
         )
-    if any(name.endswith(".tar") for name in found):
+    if any(name.endswith(".tar") for name in names):
         raise UserError(f"{out} holds tar files of something else; choose another --out")
     storage.write_json(storage.join(out, MARKER), {"job": digest})
     return None
 
 
-def _spools(out: str, what: str) -> tuple[str, str]:
-    """Where parts are spooled until the shards are made: beside the shards, and where only this machine sees them.
+def _spools(out: str, job: str) -> tuple[str, str]:
+    """Folders that parts may be spooled in: one beside the shards, and one of this machine alone.
 
-    Both are the same for a local set. The second is also where the lock is.
+    Both are the same for a local set. The second also holds the lock.
     """
-    digest = hashlib.sha256(what.encode()).hexdigest()
+    digest = hashlib.sha256(job.encode()).hexdigest()
     beside = storage.join(out, f".work-{digest[:16]}")
     if storage.is_local(out):
         return beside, beside
@@ -216,7 +217,7 @@ def _spools(out: str, what: str) -> tuple[str, str]:
 
 
 def _seen(job: Job, spool: str) -> dict[str, str]:
-    """Paths that are there for every process that shares the file systems of this one, and what it means if not."""
+    """Paths that exist for every process that shares this one's file systems, each with the error if it does not."""
     seen = {}
     if not reader_named(job.reader).simulated:
         meaning = f"{job.input} is not the folder that it is where the command was started; all nodes have to share it"
@@ -232,11 +233,11 @@ def _seen(job: Job, spool: str) -> dict[str, str]:
 
 
 def _make_parts(job: Job, spool: str, pool: TaskPool) -> tuple[list[Part], float | None]:
-    """The parts, and the records read for it a second."""
+    """Make the parts; returns them and the records read per second."""
     parts: dict[int, Part] = {}
-    there = set(storage.names(spool))
+    spooled_names = set(storage.names(spool))
     urls = [part_url(spool, number) for number in range(job.parts())]
-    tasks = [(job.part(i), url, url.rsplit("/", 1)[-1] in there, pool.is_remote) for i, url in enumerate(urls)]
+    tasks = [(job.part(i), url, url.rsplit("/", 1)[-1] in spooled_names, pool.is_remote) for i, url in enumerate(urls)]
     work: Callable[..., tuple[int, str | None]] = make_part
     if pool.is_remote:
         work = functools.update_wrapper(
@@ -244,8 +245,8 @@ def _make_parts(job: Job, spool: str, pool: TaskPool) -> tuple[list[Part], float
         )
     began, records = time.monotonic(), 0
     with Progress(len(job.records), "records", "reading") as bar:
-        for number, (read, told) in pool.imap_unordered(work, tasks):
-            facts = told or spooled(urls[number])
+        for number, (read, result) in pool.imap_unordered(work, tasks):
+            facts = result or spooled(urls[number])
             if facts is None:
                 raise DataError(f"the spooled part {urls[number]} cannot be read back")
             parts[number] = part_of(facts)
@@ -256,10 +257,14 @@ def _make_parts(job: Job, spool: str, pool: TaskPool) -> tuple[list[Part], float
 
 
 def _choose(
-    parts: Sequence[Part], unusable: str, known: dict[str, set[int]]
+    parts: Sequence[Part], unusable: str, excluded: dict[str, set[int]]
 ) -> tuple[list[WindowRef], list[dict[str, Any]]]:
-    """Which windows are kept: repeats are left out (the first record in order stays), then unusable ones if asked."""
-    kept: list[WindowRef] = []
+    """Choose windows: repeats are left out (the first record in order stays), then unusable ones if asked.
+
+    Returns:
+        The windows, and the rejects as ``rejects.jsonl`` has them.
+    """
+    windows: list[WindowRef] = []
     rejects: list[dict[str, Any]] = []
     first: dict[int, str] = {}
     for number, part in enumerate(parts):
@@ -267,7 +272,7 @@ def _choose(
         repeats: set[str] = set()
         for row, window in enumerate(part.windows):
             original = first.setdefault(window.waveform, window.record)
-            elsewhere = next((url for url, hashes in known.items() if window.waveform in hashes), None)
+            elsewhere = next((url for url, hashes in excluded.items() if window.waveform in hashes), None)
             if original != window.record or elsewhere:
                 if window.record not in repeats:
                     repeats.add(window.record)
@@ -277,8 +282,8 @@ def _choose(
                 reason = "unusable: " + "; ".join(window.reasons)
                 rejects.append({"record": window.record, "start_s": window.start_s, "reason": reason})
             else:
-                kept.append(WindowRef(number, row, window))
-    return kept, rejects
+                windows.append(WindowRef(number, row, window))
+    return windows, rejects
 
 
 def _kind(reason: str) -> str:
@@ -293,10 +298,10 @@ def _nothing_kept(source: str, records: int, rejects: Sequence[dict[str, Any]]) 
 
 
 def _make_shards(
-    job: Job, kept: Sequence[WindowRef], spool: str, out: str, digest: str, per_shard: int, pool: TaskPool
+    job: Job, windows: Sequence[WindowRef], spool: str, out: str, digest: str, per_shard: int, pool: TaskPool
 ) -> list[ShardResult]:
     prefix = "-".join(sorted(job.spec.signals))
-    groups = [kept[i : i + per_shard] for i in range(0, len(kept), per_shard)]
+    groups = [windows[i : i + per_shard] for i in range(0, len(windows), per_shard)]
     names = [f"{prefix}-{n:06d}.tar" for n in range(len(groups))]
     tasks = [
         (job.source, group, spool, out, name, digest, pool.is_remote)
@@ -311,22 +316,22 @@ def _make_shards(
 
 
 def _finish(
-    job: Job, out: str, digest: str, options: ShardConfig, kept: Sequence[WindowRef], made: Sequence[ShardResult],
+    job: Job, out: str, digest: str, options: ShardConfig, windows: Sequence[WindowRef], results: Sequence[ShardResult],
     rejects: list[dict[str, Any]],
 ) -> ShardSet:  # fmt: skip
-    signals, infos = sorted(job.spec.signals), [one.info for one in made]
-    places = [place for one in made for place in one.places]
-    valid = [flags for one in made for flags in one.valid]
-    split = [split_of(item.facts.person, options.split.val, options.split.test) for item in kept]
-    person = np.array([item.facts.person for item in kept], dtype=np.uint64)
+    signals, infos = sorted(job.spec.signals), [result.info for result in results]
+    places = [place for result in results for place in result.places]
+    valid = [flags for result in results for flags in result.valid]
+    split = [split_of(item.facts.person, options.split.val, options.split.test) for item in windows]
+    person = np.array([item.facts.person for item in windows], dtype=np.uint64)
     table = SampleTable(
         offset={name: np.array([place[name][0] for place in places], dtype=np.int64) for name in signals},
         check={name: np.array([place[name][1] for place in places], dtype=np.uint32) for name in signals},
         valid={name: np.array([flags[name] for flags in valid], dtype=np.bool_) for name in signals},
         split=np.array(split, dtype=np.uint8),
         person=person,
-        waveform=np.array([item.facts.waveform for item in kept], dtype=np.uint64),
-        key=key_table([item.facts.key for item in kept]),
+        waveform=np.array([item.facts.waveform for item in windows], dtype=np.uint64),
+        key=key_table([item.facts.key for item in windows]),
     )
     spec = job.spec
     infos_of = {name: SignalInfo(spec.channels_of(name), spec.samples, spec.uv_per_bit_of(name)) for name in signals}
@@ -352,8 +357,8 @@ def _finish(
     return shard_set
 
 
-def tell(summary: Summary, say: Callable[[str], None]) -> None:
-    """Say what a conversion came to."""
+def report_summary(summary: Summary, say: Callable[[str], None]) -> None:
+    """Print the summary of a conversion through ``say``."""
     made = summary.shard_set
     if summary.already:
         say("already there; the recordings were not looked at again (to convert them anew, delete the folder first):")

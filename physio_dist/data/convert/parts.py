@@ -31,7 +31,7 @@ CONVERTER = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What is converted, and how; equal jobs give equal shards."""
+    """Input and options of a conversion; equal jobs give equal shards."""
 
     reader: str
     input: str
@@ -51,15 +51,15 @@ class Job:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def parts(self) -> int:
-        """How many parts there are."""
+        """Number of parts."""
         return -(-len(self.records) // PART_RECORDS)
 
     def part(self, number: int) -> Job:
         """The job of one part alone, small enough to be sent to another process."""
-        mine = slice(number * PART_RECORDS, (number + 1) * PART_RECORDS)
-        records = self.records[mine]
+        rows = slice(number * PART_RECORDS, (number + 1) * PART_RECORDS)
+        records = self.records[rows]
         return replace(
-            self, records=records, keys=self.keys[mine],
+            self, records=records, keys=self.keys[rows],
             labels={record: self.labels[record] for record in records if record in self.labels},
             people={record: self.people[record] for record in records if record in self.people},
         )  # fmt: skip
@@ -81,7 +81,7 @@ class WindowFacts:
 
 @dataclass
 class Part:
-    """What a part holds beside the samples: its windows in order, and the records that gave none."""
+    """Facts of a part: its windows in order, and the records that gave none."""
 
     windows: list[WindowFacts] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
@@ -108,23 +108,23 @@ def record_keys(records: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def make_part(job: Job, url: str, there: bool = False, tell: bool = False) -> tuple[int, str | None]:
+def make_part(job: Job, url: str, resume: bool = False, return_facts: bool = False) -> tuple[int, str | None]:
     """Convert the records of a part (:meth:`Job.part`) and publish them at ``url``.
 
     Args:
         job: of the part alone.
         url: in the spool.
-        there: whether an earlier try seems to have made it: where that is whole, nothing is converted.
-        tell: whether its facts are to be given back; otherwise :func:`spooled` finds them.
+        resume: whether an earlier attempt seems to have made it: if that is complete, nothing is converted.
+        return_facts: whether to return its facts; otherwise :func:`spooled` reads them.
 
     Returns:
-        How many records were read, and the facts, as :func:`part_of` takes them.
+        The number of records read, and the facts, as :func:`part_of` takes them.
 
     Raises:
         StorageError: the input's disk fails, or the spool cannot be written, a full disk among the reasons.
     """
-    if there and (found := spooled(url)) is not None:
-        return 0, found if tell else None
+    if resume and (facts := spooled(url)) is not None:
+        return 0, facts if return_facts else None
     part = Part()
     windows: list[Window] = []
     reader = reader_named(job.reader)
@@ -148,24 +148,24 @@ def make_part(job: Job, url: str, there: bool = False, tell: bool = False) -> tu
                 person = person if person is not None else error.person
                 # It may name a file that is called after the person.
                 reason = hide_person(str(error), job.source, person)
-            shown = key if reader.simulated else without_person(key, job.source, person)
-            part.rejects.append({"record": shown, "reason": reason})
+            public = key if reader.simulated else without_person(key, job.source, person)
+            part.rejects.append({"record": public, "reason": reason})
             continue
-        who = pseudonym(job.source, person if person is not None else f"record {record}")
+        pseudonym_ = pseudonym(job.source, person if person is not None else f"record {record}")
         name = key if reader.simulated else without_person(key, job.source, person)
         waveform = int(waveform_hash(recording)[:16], 16)
         labels = {**recording.labels, **job.labels.get(record, {})}
         for i, window in enumerate(cut):
             part.windows.append(
                 WindowFacts(
-                    key=f"{name}-{i:05d}", record=name, person=who, waveform=waveform, start_s=window.start_s,
+                    key=f"{name}-{i:05d}", record=name, person=pseudonym_, waveform=waveform, start_s=window.start_s,
                     usable=window.usable, reasons=list(window.reasons), labels=labels,
                 )
             )  # fmt: skip
         windows += cut
     facts = json.dumps(asdict(part), sort_keys=True)
     storage.write_bytes(url, _pack(facts, windows))
-    return part.records, facts if tell else None
+    return part.records, facts if return_facts else None
 
 
 def hide_person(text: str, source: str, person: str | None) -> str:

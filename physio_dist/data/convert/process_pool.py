@@ -26,11 +26,11 @@ R = TypeVar("R")
 
 
 class TaskPool(Protocol):
-    """Processes that do the tasks of a conversion, each of which may be done more than once."""
+    """Processes that run the tasks of a conversion, each possibly more than once."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether some of them are on other machines, and see of this one's disks only what all share."""
+        """True if some of them are on other machines, which see only shared file systems."""
 
     def imap_unordered(
         self, work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]
@@ -140,8 +140,8 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for number, handler in before.items():
             signal.signal(number, handler)
-        for one in came[:1]:
-            signal.raise_signal(one)
+        for first in came[:1]:
+            signal.raise_signal(first)
 
 
 def _start(contacted: set[str]) -> None:

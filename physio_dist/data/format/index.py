@@ -94,7 +94,7 @@ class ShardSet:
         return sum(shard.nsamples for shard in self.shards)
 
     def shard_url(self, shard: int) -> str:
-        """Where a tar lies."""
+        """URL of a tar."""
         return storage.join(self.data_url, self.shards[shard].url)
 
     def shard_starts(self) -> npt.NDArray[np.int64]:

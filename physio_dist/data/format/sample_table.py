@@ -111,20 +111,20 @@ def read_sample_table(shards: ShardSet, read: Callable[[str], bytes | bytearray]
 
 
 def _contradictions(shards: ShardSet, table: SampleTable) -> list[str]:
-    """What of a sample table does not fit its index: the hash vouches for the bytes, not for whoever wrote both."""
+    """Fields of a sample table that contradict its index: the hash vouches for bytes, not for the writer of both."""
     n, ends = shards.nsamples, np.repeat([s.filesize for s in shards.shards], [s.nsamples for s in shards.shards])
-    wanted: dict[str, tuple[npt.NDArray[Any] | None, str, tuple[int, ...]]] = {
+    expected: dict[str, tuple[npt.NDArray[Any] | None, str, tuple[int, ...]]] = {
         "split": (table.split, "uint8", (n,)),
         "person": (table.person, "uint64", (n,)),
         "waveform": (table.waveform, "uint64", (n,)),
     }
     for name, info in shards.signals.items():
-        wanted[f"offset.{name}"] = (table.offset.get(name), "int64", (n,))
-        wanted[f"check.{name}"] = (table.check.get(name), "uint32", (n,))
-        wanted[f"valid.{name}"] = (table.valid.get(name), "bool", (n, len(info.channels)))
+        expected[f"offset.{name}"] = (table.offset.get(name), "int64", (n,))
+        expected[f"check.{name}"] = (table.check.get(name), "uint32", (n,))
+        expected[f"valid.{name}"] = (table.valid.get(name), "bool", (n, len(info.channels)))
     wrong = [
         name
-        for name, (values, dtype, shape) in wanted.items()
+        for name, (values, dtype, shape) in expected.items()
         if values is None or values.dtype != dtype or values.shape != shape
     ]
     if table.key.dtype != np.uint8 or table.key.ndim != 2 or len(table.key) != n:

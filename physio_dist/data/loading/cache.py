@@ -33,9 +33,9 @@ log = logging.getLogger("physio_dist")
 # A single rank has several shards of each lane in hand, some hundreds in a large set.
 _MOST_OPEN = 8192
 _KINDS = (".tar", Path(SAMPLE_TABLE).suffix)
-# How long a use of a shard may go unnoted on disk, where other ranks look for the least recently used.
+# Longest time between updates of a file's access time, by which other ranks find the least recently used.
 _TOUCH_S = 60.0
-# Shards that this run does not need, but somebody used within this time, are not the first to go.
+# Shards that this run does not need, but somebody used within this time, are not evicted first.
 _RECENT_S = 600.0
 # How long a shard without room in the cache is read from storage before room is looked for again.
 _REFUSED_S = 5.0
@@ -70,7 +70,7 @@ class Opened:
         return self.intact()
 
     def intact(self) -> bool:
-        """Whether the file is still the one that was verified, by its size and times."""
+        """True if the file is still the one that was verified, by its size and times."""
         return _identity(os.fstat(self._fd)) == self._identity
 
     def __del__(self) -> None:
@@ -91,14 +91,14 @@ class ShardCache:
     def __init__(self, folder: str, limit_bytes: float) -> None:
         self.folder = Path(folder).expanduser() / "shards"
         self.limit_bytes = limit_bytes
-        #: Set by whoever knows; without it the least recently used shard is the first to go.
+        #: Set by a loader; without it the least recently used shard is evicted first.
         self.next_use: NextUse | None = None
         self._opened: OrderedDict[str, Opened] = OrderedDict()
         # Those of them that are files of the cache rather than of a local set.
         self._fetched: set[str] = set()
         self._touched: dict[str, float] = {}
         self._refused: dict[str, float] = {}
-        self._told = False
+        self._warned = False
         self._most_open = _open_files_allowed() // 2
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
@@ -108,7 +108,7 @@ class ShardCache:
             raise UserError(f"data.cache_dir={folder}: cannot make the folder: {error.strerror}") from None
 
     def held(self, shards: ShardSet, shard: int) -> bool:
-        """Whether :meth:`open` would find the shard without fetching it."""
+        """True if :meth:`open` would find the shard without fetching it."""
         info = shards.shards[shard]
         return info.sha256 in self._opened or storage.is_local(shards.data_url) or self._path(info).exists()
 
@@ -127,13 +127,13 @@ class ShardCache:
 
     def _open(self, url: str, info: ShardInfo, ahead: bool) -> Opened | None:
         with self._lock:
-            if (found := self._ready(info.sha256)) is not None:
-                return found
-            mine = self._locks.setdefault(info.sha256, threading.Lock())
-        with mine:
+            if (opened := self._ready(info.sha256)) is not None:
+                return opened
+            lock = self._locks.setdefault(info.sha256, threading.Lock())
+        with lock:
             with self._lock:
-                if (found := self._ready(info.sha256)) is not None:
-                    return found
+                if (opened := self._ready(info.sha256)) is not None:
+                    return opened
                 if time.monotonic() < self._refused.get(info.sha256, 0.0):
                     return None
             opened = self._local(url, info.sha256) if storage.is_local(url) else self._remote(url, info)
@@ -141,8 +141,8 @@ class ShardCache:
                 if opened is None:
                     if ahead:
                         return None
-                    if not self._told:
-                        self._tell()
+                    if not self._warned:
+                        self._warn_full()
                     self._refused[info.sha256] = time.monotonic() + _REFUSED_S
                     return None
                 self._opened[info.sha256] = opened
@@ -177,15 +177,15 @@ class ShardCache:
         raise DataError(f"{url} disagrees with its index (sha256)")
 
     def _ready(self, sha256: str) -> Opened | None:
-        found = self._opened.get(sha256)
-        if found is None:
+        opened = self._opened.get(sha256)
+        if opened is None:
             return None
-        if not found.intact():
+        if not opened.intact():
             del self._opened[sha256]
             return None
         self._opened.move_to_end(sha256)
         self._touch(sha256)
-        return found
+        return opened
 
     def _path(self, info: ShardInfo) -> Path:
         return self.folder / f"{info.sha256}{Path(info.url).suffix}"
@@ -194,7 +194,7 @@ class ShardCache:
         return self.folder / f"{info.sha256}.{os.getpid()}.part"
 
     def _touch(self, sha256: str) -> None:
-        """Note on disk, now and then, that a cached file is in use."""
+        """Record on disk, now and then, that a cached file is in use."""
         now = time.monotonic()
         if sha256 in self._fetched and now - self._touched.get(sha256, -_TOUCH_S) >= _TOUCH_S:
             self._touched[sha256] = now
@@ -289,7 +289,7 @@ class ShardCache:
         for path in self.folder.glob("*"):
             with contextlib.suppress(OSError):
                 facts = path.stat()
-                # What a killed process left half-fetched is nobody's after a while.
+                # A partial file this old was left by a killed process.
                 if path.suffix == ".part" and time.time() - facts.st_mtime > 3600:
                     path.unlink()
                 elif path.suffix == ".part":
@@ -303,7 +303,7 @@ class ShardCache:
         return arriving + sum(size for _, size, _ in entries)
 
     def _make_room(self, info: ShardInfo) -> None:
-        """Drop what is needed last until a shard fits.
+        """Evict what is needed last until a shard fits.
 
         A file that another rank has open goes on being readable, and takes its place on the disk, until that rank
         makes room in its turn.
@@ -315,7 +315,7 @@ class ShardCache:
         with FileLock(self.folder / "room.lock"):
             entries, arriving = self._entries()
             total = arriving + sum(size for _, size, _ in entries)
-            kept = {path.stem for _, _, path in entries}
+            present = {path.stem for _, _, path in entries}
             if total + needed > self.limit_bytes:
                 evictable = self._eviction_order(entries, info.sha256)
                 if total - sum(size for size, _ in evictable) + needed > self.limit_bytes:
@@ -324,33 +324,33 @@ class ShardCache:
                     with contextlib.suppress(OSError):
                         path.unlink()
                     total -= size
-                    kept.discard(path.stem)
+                    present.discard(path.stem)
                     if total + needed <= self.limit_bytes:
                         break
             # Before others look, the room is taken: what arrives counts by its size.
             with self._part(info).open("wb") as file:
                 file.truncate(needed)
         with self._lock:
-            for sha256 in [sha256 for sha256 in self._opened if sha256 in self._fetched and sha256 not in kept]:
+            for sha256 in [sha256 for sha256 in self._opened if sha256 in self._fetched and sha256 not in present]:
                 del self._opened[sha256]
                 self._fetched.discard(sha256)
 
-    def _eviction_order(self, entries: list[tuple[float, int, Path]], newcomer: str) -> list[tuple[int, Path]]:
-        """Cached shards that are needed after another one, what is needed last first."""
+    def _eviction_order(self, entries: list[tuple[float, int, Path]], incoming: str) -> list[tuple[int, Path]]:
+        """Size and path of cached shards that are needed after the incoming one; the last needed comes first."""
         step, soonest = self.next_use() if self.next_use is not None else (0, {})
-        mine = soonest.get(newcomer, step)
+        deadline = soonest.get(incoming, step)
         ranked = []
         for used, size, path in entries:
             if (needed := soonest.get(path.stem)) is None:
                 # Of other runs, or not of this node any more.
                 recent = self.next_use is not None and time.time() - used < _RECENT_S
                 ranked.append(((2 if recent else 0, used), size, path))
-            elif needed > mine:
+            elif needed > deadline:
                 ranked.append(((1, -float(needed)), size, path))
         return [(size, path) for _, size, path in sorted(ranked)]
 
-    def _tell(self) -> None:
-        self._told = True
+    def _warn_full(self) -> None:
+        self._warned = True
         log.warning(
             "the shards in use do not fit into the node cache %s (%.3g GB; data.cache_gb or the disk's room bound): "
             "samples are read from storage one by one, which is slower; `physio-dist plan` tells how much a run needs",

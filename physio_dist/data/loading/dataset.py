@@ -112,7 +112,7 @@ class ShardDataset:
         return self.sets[0].signals[self.signal]
 
     def members(self, split: str) -> list[Int64Array]:
-        """For each set the samples of a split, in storage order."""
+        """Samples of a split in storage order, for each set."""
         return [members(table, split) for table in self.sample_tables]
 
     def order(self, split: str, global_batch: int, seed: int) -> Mixture:

@@ -56,16 +56,16 @@ def order_of(
         for shards, table in zip(sets, tables, strict=True)
     ]
     names = [f"{shards.fingerprint}/{split}" for shards in sets]
-    shown = [f"{shards.url}: split {split}" for shards in sets]
-    return mixture(counts, weights, names, global_batch, seed, shown)
+    labels = [f"{shards.url}: split {split}" for shards in sets]
+    return mixture(counts, weights, names, global_batch, seed, labels)
 
 
 def _agree(first: ShardSet, other: ShardSet, signal: str) -> None:
     ours, theirs = first.signals[signal], other.signals[signal]
-    for what, a, b in (
+    for name, a, b in (
         ("rate", first.rate, other.rate),
         ("window length", ours.samples, theirs.samples),
         ("channels", ours.channels, theirs.channels),
     ):
         if a != b:
-            raise UserError(f"{other.url} and {first.url} cannot be mixed: {what} {b} against {a}")
+            raise UserError(f"{other.url} and {first.url} cannot be mixed: {name} {b} against {a}")

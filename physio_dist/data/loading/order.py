@@ -31,16 +31,16 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     """Whole numbers that add up to ``total`` in proportion to ``weights`` (largest remainders, ties to the first)."""
     scale = total / sum(weights)
     exact = [weight * scale for weight in weights]
-    whole = [int(value) for value in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
-    for i in by_remainder[: total - sum(whole)]:
-        whole[i] += 1
-    return whole
+    parts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (parts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 @dataclass(frozen=True)
 class ShardUses:
-    """When some slots of the batches need which shards, in one epoch.
+    """Shards that some slots of the batches need in one epoch, and the steps in which they do.
 
     Attributes:
         shard: int64 ``[n]``; a shard stands here once for each block of each lane that it has samples in.
@@ -119,8 +119,8 @@ class SetOrder:
             return self._storage(epoch, self._start[lane] + out)
 
     def _shuffle(self, lane: int, epoch: int, block: int, begin: int) -> None:
-        whole = int(self._phase[lane]) if block == 0 else self._block
-        size = min(whole, int(self._length[lane]) - begin)
+        length = int(self._phase[lane]) if block == 0 else self._block
+        size = min(length, int(self._length[lane]) - begin)
         self._shuffled[lane, :size] = permutation(size, self.seed, self.name, "window", epoch, lane, block)
         self._held[lane] = epoch, block
 
@@ -145,9 +145,9 @@ class SetOrder:
         """The shards that the slots ``low .. high`` of this set's part of the batch need, and when."""
         with self._lock:
             shards, ends = self._sequence(epoch)
-        found: list[tuple[Int64Array, Int64Array, Int64Array, Float64Array]] = []
+        columns: list[tuple[Int64Array, Int64Array, Int64Array, Float64Array]] = []
         lanes, slots = np.unique(self._lane[low:high], return_counts=True)
-        for lane, mine in zip(lanes.tolist(), slots.tolist(), strict=True):
+        for lane, count_of_slots in zip(lanes.tolist(), slots.tolist(), strict=True):
             width, length = int(self._width[lane]), int(self._length[lane])
             # The rest of a lane's range, less than a sample a batch, is not visited in this epoch.
             visited = self.steps_per_epoch * width
@@ -161,11 +161,11 @@ class SetOrder:
             inside = np.minimum(ends[index], origin + end[of]) - np.maximum(
                 ends[index] - self.counts[shard], origin + begin[of]
             )
-            share = inside * (np.minimum(end, visited) - begin)[of] / (end - begin)[of] * mine / width
-            found.append((shard, begin[of] // width, (np.minimum(end, visited)[of] - 1) // width, share))
-        shard, start, stop, samples = (np.concatenate(part) for part in zip(*found, strict=True))
-        kept = self.counts[shard] > 0
-        return ShardUses(shard[kept], start[kept], stop[kept], samples[kept])
+            share = inside * (np.minimum(end, visited) - begin)[of] / (end - begin)[of] * count_of_slots / width
+            columns.append((shard, begin[of] // width, (np.minimum(end, visited)[of] - 1) // width, share))
+        shard, start, stop, samples = (np.concatenate(part) for part in zip(*columns, strict=True))
+        used = self.counts[shard] > 0
+        return ShardUses(shard[used], start[used], stop[used], samples[used])
 
 
 @dataclass(frozen=True)
@@ -193,14 +193,14 @@ class Mixture:
         return source, np.concatenate([order.take(step) for order in self.sets])
 
     def slots(self, low: int, high: int) -> list[tuple[int, int, int]]:
-        """What the slots ``low .. high`` of the batch are in each set: (set, low, high), sets without any left out."""
-        found, begin = [], 0
+        """Ranges of the sets, as (set, low, high), that make up the slots ``low .. high`` of the batch."""
+        ranges, begin = [], 0
         for i, order in enumerate(self.sets):
             first, last = max(low - begin, 0), min(high - begin, order.batch)
             if first < last:
-                found.append((i, first, last))
+                ranges.append((i, first, last))
             begin += order.batch
-        return found
+        return ranges
 
     def epoch(self, step: int) -> int:
         """Epoch of the first set that batch ``step`` (from 0) belongs to."""
@@ -213,7 +213,7 @@ def mixture(
     names: Sequence[str],
     global_batch: int,
     seed: int,
-    shown: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Mixture:
     """The order of a run.
 
@@ -223,22 +223,22 @@ def mixture(
         names: for each set its fingerprint: two runs on the same data then have the same order wherever it lies.
         global_batch: samples a step, over all ranks.
         seed: the run's seed.
-        shown: what messages call the sets, where it is not their names.
+        labels: of the sets in messages; by default their names.
 
     Raises:
         UserError: a set without a place in the batch, or smaller than its part of one batch.
     """
     parts = shares(global_batch, weights)
-    for i, called in enumerate(shown or names):
+    for i, label in enumerate(labels or names):
         if parts[i] == 0:
             raise UserError(
-                f"{called}: its weight {weights[i]:g} leaves it no sample in a global batch of {global_batch}; "
+                f"{label}: its weight {weights[i]:g} leaves it no sample in a global batch of {global_batch}; "
                 "use a larger train.global_batch or weight"
             )
         total = int(np.sum(counts[i]))
         if total < parts[i]:
             raise UserError(
-                f"{called} holds {total} samples, fewer than the {parts[i]} that one global batch takes from it; "
+                f"{label} holds {total} samples, fewer than the {parts[i]} that one global batch takes from it; "
                 "use a smaller train.global_batch"
             )
     # The same set given twice must not be walked twice in the same order.

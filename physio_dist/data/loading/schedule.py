@@ -1,4 +1,4 @@
-"""When a rank, or the ranks of a node, need which shards: what the order implies, without walking through it."""
+"""Schedule of the shards that a rank, or the ranks of a node, need, computed from the order without walking it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Schedule:
 
     def __init__(self, order: Mixture, low: int, high: int) -> None:
         self._parts = [(i, order.sets[i], first, last) for i, first, last in order.slots(low, high)]
-        self._held: dict[tuple[int, int], ShardUses] = {}
+        self._cached: dict[tuple[int, int], ShardUses] = {}
 
     def coming(self, step: int) -> Iterator[ShardUse]:
-        """Every use that does not end before ``step``, by its first step; without end."""
+        """Iterate without end over the uses that do not end before ``step``, by their first step."""
         return heapq.merge(*(self._of_set(part, step) for part in range(len(self._parts))))
 
     def next_use(self, step: int) -> dict[tuple[int, int], int]:
-        """For (set, shard) the first step from ``step`` on that needs it, as far as the end of the next epoch."""
-        found: dict[tuple[int, int], int] = {}
+        """First step from ``step`` on that needs each (set, shard), as far as the end of the next epoch."""
+        first_steps: dict[tuple[int, int], int] = {}
         for part, (i, order, _, _) in enumerate(self._parts):
             epoch, within = divmod(step, order.steps_per_epoch)
             soonest = np.full(len(order.counts), np.iinfo(np.int64).max)
@@ -50,17 +50,17 @@ class Schedule:
                 open_still = uses.last + later * order.steps_per_epoch >= within
                 np.minimum.at(soonest, uses.shard[open_still], first[open_still])
             for shard in np.flatnonzero(soonest < np.iinfo(np.int64).max):
-                found[i, int(shard)] = step - within + int(soonest[shard])
-        return found
+                first_steps[i, int(shard)] = step - within + int(soonest[shard])
+        return first_steps
 
     def _uses(self, part: int, epoch: int) -> ShardUses:
-        held = self._held.get((part, epoch))
-        if held is None:
-            for old in [key for key in self._held if key[0] == part and key[1] < epoch - 2]:
-                del self._held[old]
+        uses = self._cached.get((part, epoch))
+        if uses is None:
+            for old in [key for key in self._cached if key[0] == part and key[1] < epoch - 2]:
+                del self._cached[old]
             _, order, low, high = self._parts[part]
-            held = self._held[part, epoch] = order.uses(epoch, low, high)
-        return held
+            uses = self._cached[part, epoch] = order.uses(epoch, low, high)
+        return uses
 
     def _of_set(self, part: int, step: int) -> Iterator[ShardUse]:
         i, order, _, _ = self._parts[part]

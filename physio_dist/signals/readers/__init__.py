@@ -1,5 +1,21 @@
 """Readers of raw formats, by name.
 
+To add a reader, write a module with an object ``READER`` that has the attributes of :class:`Reader`, and enter it in
+``_MODULES``. ``cpsc2018.py`` is a short example. :mod:`.folders` checks folders and record ids, and
+:mod:`physio_dist.signals.montage` knows the names of leads and electrodes, so a reader passes on those of its file.
+
+>>> class ExampleReader:
+...     name = "example"
+...     simulated = False
+...
+...     def records(self, source: str) -> list[str]:
+...         folder = existing_folder(source, "example files (*.npy)")
+...         return sorted(path.stem for path in folder.glob("*.npy"))
+...
+...     def read(self, source: str, record: str) -> Recording:
+...         data = np.load(Path(source) / f"{inside(record)}.npy")  # float32 [channel, time] in microvolts
+...         return Recording(record, {"ecg": Signal(data, 500.0, ECG_12)}, person=None, labels={})
+
 A reader's module, and with it the format's library, is imported when its name is asked for and not before: a machine
 that reads HDF5 needs no WFDB library.
 """
@@ -13,7 +29,7 @@ from typing import Protocol, cast
 from physio_dist.errors import UserError, nearest
 from physio_dist.signals.recording import RecordError, Recording
 
-# A module is never called like the library that it uses (house rule 6), hence `wfdb_records`.
+# Name on the command line -> module of this package. A module is not called like the library that it imports.
 _MODULES = {
     "code15": "code15",
     "cpsc2018": "cpsc2018",
@@ -25,38 +41,42 @@ _MODULES = {
 
 
 class Reader(Protocol):
-    """What conversion asks of a format."""
+    """A format of raw recordings.
+
+    Both methods are called in several processes, with the same source, and have to give the same results in each.
+    """
 
     @property
     def name(self) -> str:
-        """The name on the command line."""
+        """Name on the command line."""
 
     @property
     def simulated(self) -> bool:
-        """Whether its recordings are invented; whatever is made of them has to say so."""
+        """True if the recordings are invented; shards, logs and reports made of them then say so."""
 
     def records(self, source: str) -> list[str]:
-        """The ids of all records in ``source``, sorted, the same on every call.
+        """Sorted ids of all records in ``source``, the same on every call.
 
         Raises:
             UserError: the source does not exist, is empty or holds no record of this format.
         """
 
     def read(self, source: str, record: str) -> Recording:
-        """One record.
+        """Read one record, its signals in microvolts.
 
         Raises:
-            RecordError: with the reason why this record cannot be used.
+            RecordError: the record cannot be used. The message goes into ``rejects.jsonl`` and must not quote free text
+                of the file, which may name a person.
         """
 
 
 def names() -> list[str]:
-    """The names of all readers."""
+    """Names of all readers."""
     return sorted(_MODULES)
 
 
 def reader(name: str) -> Reader:
-    """The reader of that name.
+    """Import a reader.
 
     Raises:
         UserError: there is no such reader.
@@ -67,10 +87,10 @@ def reader(name: str) -> Reader:
 
 
 def read_file(file: str) -> Recording:
-    """The recording in one raw file, an EDF or a WFDB record, which its header or any of its files names.
+    """Read one raw file: an EDF, or a WFDB record given by its header or any of its files.
 
     Raises:
-        UserError: there is no such file, it is of another format, or it cannot be used; the reason.
+        UserError: there is no such file, it is of another format, or it cannot be used.
     """
     if "://" in file:
         raise UserError(f"{file}: raw recordings are read from the local disk; copy it there first")
@@ -81,8 +101,10 @@ def read_file(file: str) -> Recording:
     elif header is not None:
         name, source = "wfdb", header
     else:
-        what = "it is no EDF file (*.edf), and no WFDB header (*.hea) is beside it" if path.exists() else "no such file"
-        raise UserError(f"{file}: {what}")
+        reason = (
+            "it is no EDF file (*.edf), and no WFDB header (*.hea) is beside it" if path.exists() else "no such file"
+        )
+        raise UserError(f"{file}: {reason}")
     try:
         return reader(name).read(str(source), source.stem)
     except RecordError as error:

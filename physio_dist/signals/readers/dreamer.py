@@ -68,10 +68,10 @@ class DreamerReader:
         Labels: ``clip`` (from 1), ``phase`` (``baseline`` or ``stimulus``), ``age``, ``sex`` ("F", "M"); and of a
         stimulus what the person made of it, ``valence``, ``arousal``, ``dominance``, from 1 to 5.
         """
-        who, what, phase = [*record.split("-"), "", "", ""][:3]
-        if phase not in _PHASES or not (who[1:].isdigit() and what[1:].isdigit()):
+        person_part, clip_part, phase = [*record.split("-"), "", "", ""][:3]
+        if phase not in _PHASES or not (person_part[1:].isdigit() and clip_part[1:].isdigit()):
             raise RecordError("the record id is not s<person>-c<clip>-<baseline or stimulus>")
-        path, number, clip = _file(source), int(who[1:]), int(what[1:])
+        path, number, clip = _file(source), int(person_part[1:]), int(clip_part[1:])
         person = _one_person(path, number)
         if person is None or not 0 < clip <= len(person["EEG"]["stimuli"]):
             raise RecordError("the file has no such person or clip")
@@ -110,7 +110,7 @@ def _about(person: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)
 def _checked(path: str, size: int, changed: int) -> list[int]:
-    """How many clips each person has, once all of the file has been looked at; a person at a time is in memory."""
+    """Check the whole file, one person at a time, and count the clips of each."""
     clips: list[int] = []
     try:
         for name, value in people(Path(path), _VARIABLE, _PEOPLE):
@@ -129,13 +129,13 @@ def _checked(path: str, size: int, changed: int) -> list[int]:
     return clips
 
 
-def _not_dreamer(path: str | Path, error: NotSuchError, whole: int) -> UserError:
-    told = f" after person {whole}" if whole else ""
-    return UserError(f"{path}: not {_WANTED}{told}: {error}")
+def _not_dreamer(path: str | Path, error: NotSuchError, complete: int) -> UserError:
+    after = f" after person {complete}" if complete else ""
+    return UserError(f"{path}: not {_WANTED}{after}: {error}")
 
 
 def _check_fact(path: str, name: str, value: Any) -> None:
-    """What the file says of all recordings has to be what is known of them."""
+    """Check a fact about all recordings against the published one."""
     for signal, layout in _SIGNALS.items():
         if name == f"{signal}_SamplingRate" and np.ravel(value).tolist() != [layout.rate]:
             raise UserError(f"{path}: {name} is {np.ravel(value).tolist()}, DREAMER's is {layout.rate:g}")
@@ -182,14 +182,14 @@ def _count_ratings(where: str, ratings: Any, field: str) -> int:
     return ratings.size
 
 
-def _check_signal(what: str, part: Any, channels: int) -> None:
+def _check_signal(name: str, part: Any, channels: int) -> None:
     if not isinstance(part, np.ndarray) or part.dtype.kind not in "iuf":
-        raise UserError(f"{what} holds no numbers")
+        raise UserError(f"{name} holds no numbers")
     if part.size == 0:
-        raise UserError(f"{what} is empty")
+        raise UserError(f"{name} is empty")
     if part.ndim != 2 or part.shape[1] != channels:
         sides = " x ".join(map(str, part.shape))
-        raise UserError(f"{what} is {sides} where time x {channels} was expected")
+        raise UserError(f"{name} is {sides} where time x {channels} was expected")
 
 
 class _Reading:
@@ -199,25 +199,25 @@ class _Reading:
     def __init__(self) -> None:
         self.path, self.changed, self.number = Path(), 0, 0
         self.person: dict[str, Any] | None = None
-        self.rest: Iterator[dict[str, Any]] = iter(())
+        self.remaining: Iterator[dict[str, Any]] = iter(())
 
 
 _reading: dict[int, _Reading] = {}
 
 
 def _one_person(path: Path, number: int) -> dict[str, Any] | None:
-    """Somebody by number from 1; None where there is no such person."""
+    """A person by number from 1; None if there is no such person."""
     # By process: a place in a file that a fork inherited is also its parent's.
     now = _reading.setdefault(os.getpid(), _Reading())
     changed = path.stat().st_mtime_ns
     if (now.path, now.changed) != (path, changed) or number < now.number:
         now.path, now.changed, now.number, now.person = path, changed, 0, None
-        now.rest = (value for name, value in people(path, _VARIABLE, _PEOPLE) if name == _PEOPLE)
+        now.remaining = (value for name, value in people(path, _VARIABLE, _PEOPLE) if name == _PEOPLE)
     try:
         while now.number < number:
             # Not two at a time in memory.
             now.person = None
-            now.person = next(now.rest)
+            now.person = next(now.remaining)
             now.number += 1
     except StopIteration:
         del _reading[os.getpid()]

@@ -43,7 +43,7 @@ _WORDS = frozenset(
 
 
 class _Row(NamedTuple):
-    """What the table says of one file."""
+    """One file's row of the table."""
 
     person: str | None
     labels: dict[str, Any]

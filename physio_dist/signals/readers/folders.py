@@ -1,4 +1,4 @@
-"""What the readers of folders have in common: saying clearly why a folder will not do."""
+"""Checks shared by the readers of folders, with errors that say what was expected."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def nothing_found(folder: Path, wanted: str, hint: str = "") -> UserError:
         for path in itertools.islice(folder.rglob("*"), _LOOKED_AT)
         if path.is_file()
     )
-    there = ", ".join(f"{count} {suffix}" for suffix, count in seen.most_common(5)) or "no file at all"
-    return UserError(f"{folder}: no records found; looked for {wanted}; there is {there}{hint}")
+    contents = ", ".join(f"{count} {suffix}" for suffix, count in seen.most_common(5)) or "no file at all"
+    return UserError(f"{folder}: no records found; looked for {wanted}; there is {contents}{hint}")
 
 
 def inside(record: str) -> PurePosixPath:

@@ -170,7 +170,7 @@ class _Elements:
 
 
 class _Inflated(io.RawIOBase):
-    """What a deflated part of a file holds, from where the file stands."""
+    """Content of a deflated part of a file, from the file's position on."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._zip, self._rest = file, zlib.decompressobj(), b""

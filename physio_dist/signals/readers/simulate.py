@@ -45,7 +45,7 @@ _LIMB_MATRIX = np.array([LEAD_MATRIX[lead] for lead in LIMB], np.float32)
 
 
 class _Purpose(IntEnum):
-    """What random numbers are drawn for. A stream for each, so that a change in one of them leaves the others."""
+    """Purposes of random numbers. Each has a stream of its own, so that a change in one leaves the others."""
 
     BODY, BRAIN, STATES, DRIVES, BEATS, NOISE, FAULTS, SCALP = range(8)
 
@@ -62,7 +62,7 @@ def best_auc(modalities: int) -> float:
 
 @dataclass(frozen=True)
 class Specification:
-    """What ``people=64,windows=8,seed=0,trials=1`` means: of each person so many records of so many windows of 10 s."""
+    """Size of a simulated corpus: ``trials`` records of each person, of ``windows`` windows of 10 s each."""
 
     people: int = 64
     windows: int = 8
@@ -96,7 +96,7 @@ class Specification:
 
 @dataclass(frozen=True)
 class _Body:
-    """What is a person's own of the ECG, and the same in all of their records.
+    """Properties of a person's ECG that are the same in all of their records.
 
     Attributes:
         torso: potential of each electrode over the dipole, ``[9, 3]``.
@@ -148,7 +148,7 @@ class SimulateReader:
         labels |= {"arousal": arousal, "drive_ecg": drive_ecg, "drive_eeg": drive_eeg}
         # Another seed makes other people.
         who = f"seed {spec.seed} {_whose(person)}" if spec.seed else _whose(person)
-        return Recording(record, signals, who, {"simulated": True, **labels}, told_by=("ecg",))
+        return Recording(record, signals, who, {"simulated": True, **labels}, identified_by=("ecg",))
 
 
 def _name(spec: Specification, person: int, trial: int) -> str:
@@ -210,7 +210,7 @@ def _eeg(spec: Specification, person: int, trial: int, drive: float) -> Signal:
 def _beating(
     body: _Body, drive: float, windows: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """What the heart alone does to the electrodes, ``[9, time]`` in microvolts, and the truth about it."""
+    """Potential of the heart at the electrodes, ``[9, time]`` in microvolts, and its labels."""
     heart = model.under(body.heart, drive)
     seconds = float(windows * WINDOW_S)
     times = np.arange(windows * _WINDOW) / RATE

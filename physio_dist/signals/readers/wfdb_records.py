@@ -41,7 +41,7 @@ _PERSON_FOLDER = re.compile(r"patient\d+|p\d{8}")
 
 @dataclass(frozen=True)
 class _Header:
-    """What is taken from the header's text rather than from the library."""
+    """Fields that are parsed from the header's text rather than by the library."""
 
     signal_lines: tuple[tuple[str, ...], ...]
     comments: tuple[str, ...]

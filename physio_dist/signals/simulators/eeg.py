@@ -177,7 +177,7 @@ def _tense(eeg: NDArray[np.float32], brain: Brain, rng: np.random.Generator) -> 
 
 
 def _seen_from(sources: NDArray[np.float64], smear: float) -> NDArray[np.float64]:
-    """What electrodes see of sources ``[source, 3]``, by the angle between them: ``[19, source]``, at most 1."""
+    """Gain of sources ``[source, 3]`` at the electrodes, by the angle between them: ``[19, source]``, at most 1."""
     there = sources / np.linalg.norm(sources, axis=1, keepdims=True)
     angle = np.arccos(np.clip(POSITIONS @ there.T, -1.0, 1.0))
     seen: NDArray[np.float64] = np.exp(-0.5 * (angle / smear) ** 2)

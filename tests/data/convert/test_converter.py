@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from physio_dist import config
-from physio_dist.data.convert.converter import Summary, convert, tell
+from physio_dist.data.convert.converter import Summary, convert, report_summary
 from physio_dist.data.format.index import open_set
 from physio_dist.data.format.people import pseudonym
 from physio_dist.data.format.sample_table import read_sample_table
@@ -116,7 +116,7 @@ def test_a_second_run_says_that_all_is_there_and_changes_nothing(tmp_path: Path)
     assert (first.already, again.already) == (False, True)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     said: list[str] = []
-    tell(again, said.append)
+    report_summary(again, said.append)
     assert said[0].startswith("already there; the recordings were not looked at again")
     assert "SIMULATED" in said[1]
 
@@ -198,7 +198,7 @@ def test_nothing_of_a_person_is_in_any_byte(tmp_path: Path, write_wfdb: Callable
     assert done.shard_set.nsamples == 4
     assert len(rejects_of(out)) == 3
     said: list[str] = []
-    tell(done, said.append)
+    report_summary(done, said.append)
     everything = b"".join(content(out).values()).lower() + "\n".join(said).lower().encode()
     for word in ("zacharias", "quixote", "1949", "31-12", "10000777", "patient042", "mrn99881", "was here"):
         assert word.encode() not in everything, word

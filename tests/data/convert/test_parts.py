@@ -72,7 +72,7 @@ def test_a_part_holds_samples_facts_and_rejects(tmp_path: Path, write_wfdb: Call
     write_wfdb(folder, "good", 0, comments=("Age: 50", "Name: Ann Smith"))
     write_wfdb(folder, "few", 1, leads=("I", "II", "V1"))
     job = job_of(folder)
-    read, facts = make_part(job.part(0), str(tmp_path / "part"), tell=True)
+    read, facts = make_part(job.part(0), str(tmp_path / "part"), return_facts=True)
     assert read == 2
     assert facts is not None
     assert spooled(str(tmp_path / "part")) == facts
@@ -95,17 +95,17 @@ def test_a_damaged_or_missing_part_is_none(tmp_path: Path, write_wfdb: Callable[
     where = tmp_path / "part"
     assert spooled(str(where)) is None
     job = job_of(tmp_path / "in").part(0)
-    _, facts = make_part(job, str(where), tell=True)
+    _, facts = make_part(job, str(where), return_facts=True)
     whole = where.read_bytes()
     head = 8 + int.from_bytes(whole[:8], "little")
     for damaged in (*(whole[:n] for n in (0, 5, 8, 200, head, len(whole) - 1)), whole + b"1", b"\xff" * 900):
         where.write_bytes(damaged)
         assert spooled(str(where)) is None
-        assert make_part(job, str(where), there=True, tell=True) == (1, facts)
+        assert make_part(job, str(where), resume=True, return_facts=True) == (1, facts)
         assert where.read_bytes() == whole
     where.write_bytes(whole[:-1] + b"?")
-    assert make_part(job, str(where), there=True, tell=True) == (0, facts)
-    assert make_part(job, str(where), there=True) == (0, None)
+    assert make_part(job, str(where), resume=True, return_facts=True) == (0, facts)
+    assert make_part(job, str(where), resume=True) == (0, None)
 
 
 def test_parts_cover_all_records_and_carry_only_their_own(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_record_over_which_a_library_trips_is_rejected_and_the_others_go_on(
         write_wfdb(tmp_path / "in", name, i)
     header = tmp_path / "in" / "a.hea"
     header.write_text(header.read_text().replace("a.dat", "Zacharias" * 40))
-    part = part_of(make_part(job_of(tmp_path / "in").part(0), str(tmp_path / "part"), tell=True)[1] or "")
+    part = part_of(make_part(job_of(tmp_path / "in").part(0), str(tmp_path / "part"), return_facts=True)[1] or "")
     assert part.rejects == [{"record": "a", "reason": "cannot be read (OSError)"}]
     assert [window.record for window in part.windows] == ["b"]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from physio_dist import storage
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import SPLITS, ShardSet, open_set
 from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import DataError, UserError
+from physio_dist.runtime.arrays import BoolArray, Float32Array
 
 # Labels are looked at in this many shards; reading all of a large set would take hours.
 _LABEL_SHARDS = 4
@@ -25,8 +25,8 @@ _LABEL_SHARDS = 4
 class Windows:
     """Windows to draw: microvolts ``[window, channel, time]``, validity ``[window, channel]``, keys."""
 
-    signal: npt.NDArray[np.float32]
-    valid: npt.NDArray[np.bool_]
+    signal: Float32Array
+    valid: BoolArray
     keys: list[str]
 
 

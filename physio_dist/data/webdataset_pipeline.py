@@ -15,6 +15,7 @@ from physio_dist import storage
 from physio_dist.data.format.index import SPLITS, ShardSet, open_set
 from physio_dist.data.format.sample_table import SampleTable, read_sample_table
 from physio_dist.errors import UserError
+from physio_dist.runtime.arrays import Int64Array
 
 if TYPE_CHECKING:
     import webdataset
@@ -75,7 +76,7 @@ def webdataset_pipeline(
     return pipeline
 
 
-def _rows_by_key(table: SampleTable, samples: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, dict[str, Any]]:
+def _rows_by_key(table: SampleTable, samples: Int64Array) -> dict[str, dict[str, Any]]:
     """The valid channels of each sample of the split, by its key."""
     valid = {signal: flags[samples] for signal, flags in table.valid.items()}
     return {

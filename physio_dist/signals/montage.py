@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from physio_dist.runtime.arrays import Float32Array
 from physio_dist.signals.recording import RecordError, Signal
 
 LIMB = ("I", "II", "III", "aVR", "aVL", "aVF")
@@ -108,7 +109,7 @@ def derivation(signal: Signal) -> tuple[str, str] | None:
     return (chosen[0], chosen[1]) if len(chosen) >= 2 else None
 
 
-def select(signal: Signal, leads: Sequence[str]) -> tuple[NDArray[np.float32], list[str]]:
+def select(signal: Signal, leads: Sequence[str]) -> tuple[Float32Array, list[str]]:
     """The asked leads or electrodes by name, in the asked order.
 
     Limb leads that the signal lacks are computed from two that it has (`derivation`); NaN in either makes NaN.
@@ -205,6 +206,6 @@ def _rows(signal: Signal) -> dict[str, int]:
     return rows
 
 
-def _varies(row: NDArray[np.float32]) -> bool:
+def _varies(row: Float32Array) -> bool:
     values = row[np.isfinite(row)]
     return bool(values.size) and float(values.max()) > float(values.min())

@@ -14,6 +14,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from physio_dist.runtime.arrays import BoolArray, Float64Array
 from physio_dist.signals.montage import LEAD_MATRIX, identity_error
 
 MAX_GAP_S = 0.1
@@ -76,7 +77,7 @@ class Channels:
 
     names: Sequence[str]
     limb: Sequence[int]
-    absent: NDArray[np.bool_]
+    absent: BoolArray
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ class ChannelQuality:
         reasons: faults, each with the names of the channels that have it.
     """
 
-    valid: NDArray[np.bool_]
+    valid: BoolArray
     reasons: tuple[str, ...]
 
 
-def bridge_gaps(raw: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def bridge_gaps(raw: NDArray[np.floating]) -> tuple[Float64Array, BoolArray]:
     """Straight lines over non-finite samples, and where those samples are.
 
     Gaps of any length are filled, for the filter's sake; which of them leave a window usable is up to `assess`.
@@ -114,7 +115,7 @@ def bridge_gaps(raw: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray
     return filled, missing
 
 
-def in_runs(flags: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
+def in_runs(flags: BoolArray, length: int) -> BoolArray:
     """The true elements of ``flags`` ``[..., time]`` that belong to runs of at least ``length``."""
     in_run = np.zeros(flags.shape, np.bool_)
     padded = np.zeros((*flags.shape[:-1], flags.shape[-1] + 2), np.int8)
@@ -129,13 +130,13 @@ def in_runs(flags: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
     return in_run
 
 
-def held_share(raw: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
+def held_share(raw: Float64Array, rate: float) -> Float64Array:
     """Share of time that each channel of ``raw`` ``[channel, time]`` repeats one value for `HOLD_S` or longer."""
-    share: NDArray[np.float64] = in_runs(np.diff(raw, axis=1) == 0.0, int(HOLD_S * rate)).mean(axis=1)
+    share: Float64Array = in_runs(np.diff(raw, axis=1) == 0.0, int(HOLD_S * rate)).mean(axis=1)
     return share
 
 
-def railed_share(raw: NDArray[np.float64], rate: float, rail: float) -> NDArray[np.float64]:
+def railed_share(raw: Float64Array, rate: float, rail: float) -> Float64Array:
     """Share of time that each channel of ``raw`` ``[channel, time]`` sits at its own extreme values.
 
     Both are in microvolts; values nearer to the channel's middle than ``rail`` are none.
@@ -151,7 +152,7 @@ def railed_share(raw: NDArray[np.float64], rate: float, rail: float) -> NDArray[
     return share
 
 
-def swapped_names(limb: NDArray[np.float64], leads: Sequence[str], samples: int) -> tuple[str, str] | None:
+def swapped_names(limb: Float64Array, leads: Sequence[str], samples: int) -> tuple[str, str] | None:
     """The two limb leads that carry each other's name, where the identities leave no doubt about it.
 
     Every window has a voice, so that a fault in some of them does not hide what the others show.
@@ -177,7 +178,7 @@ def swapped_names(limb: NDArray[np.float64], leads: Sequence[str], samples: int)
     return votes.most_common(1)[0][0] if votes else None
 
 
-def contradicting(limb: NDArray[np.float64], leads: Sequence[str]) -> tuple[list[int], float]:
+def contradicting(limb: Float64Array, leads: Sequence[str]) -> tuple[list[int], float]:
     """The limb leads that break the identities, as rows of ``limb`` ``[len(leads), time]``, and the residual.
 
     One lead is named when the others agree without it, so at least three others are needed; where several break
@@ -200,10 +201,10 @@ def contradicting(limb: NDArray[np.float64], leads: Sequence[str]) -> tuple[list
 
 
 def assess(
-    raw: NDArray[np.float64],
-    missing: NDArray[np.bool_],
+    raw: Float64Array,
+    missing: BoolArray,
     rate: float,
-    band: NDArray[np.float64],
+    band: Float64Array,
     channels: Channels,
     limits: Limits,
 ) -> ChannelQuality:
@@ -220,7 +221,7 @@ def assess(
     valid = np.ones(len(leads), np.bool_)
     reasons = []
 
-    def fail(bad: NDArray[np.bool_], fault: str) -> None:
+    def fail(bad: BoolArray, fault: str) -> None:
         bad = bad & valid
         if bad.any():
             reasons.append(f"{fault}: {', '.join(leads[i] for i in np.flatnonzero(bad).tolist())}")

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from physio_dist.runtime.arrays import Float32Array
 
 MICROVOLTS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0, "nv": 1e-3}
 """Microvolts in one unit, by the unit's lower-case name; micro sign and Greek mu are different characters."""
@@ -35,7 +34,7 @@ class Signal:
     samples a second, ``channels`` are the names as the file spells them.
     """
 
-    data: NDArray[np.float32]
+    data: Float32Array
     rate: float
     channels: tuple[str, ...]
 

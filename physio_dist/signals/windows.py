@@ -14,10 +14,10 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.signal import butter, resample_poly, sosfiltfilt
 
 from physio_dist.errors import UserError, nearest
+from physio_dist.runtime.arrays import BoolArray, Float64Array, Int16Array
 from physio_dist.signals import quality
 from physio_dist.signals.montage import (
     ECG_12,
@@ -148,8 +148,8 @@ class Window:
     """
 
     start_s: float
-    data: dict[str, NDArray[np.int16]]
-    valid: dict[str, NDArray[np.bool_]]
+    data: dict[str, Int16Array]
+    valid: dict[str, BoolArray]
     usable: bool
     reasons: tuple[str, ...]
 
@@ -158,13 +158,13 @@ class Window:
 class _Prepared:
     """One modality of a whole recording: as recorded, and filtered. The first ``written`` channels are written."""
 
-    raw: NDArray[np.float64]
-    missing: NDArray[np.bool_]
+    raw: Float64Array
+    missing: BoolArray
     rate: float
-    band: NDArray[np.float64]
+    band: Float64Array
     names: tuple[str, ...]
     written: int
-    absent: NDArray[np.bool_]
+    absent: BoolArray
     limb: tuple[int, ...]
     sources: dict[int, tuple[int, int]]
     notes: tuple[str, ...] = ()
@@ -226,7 +226,7 @@ def waveform_hash(recording: Recording) -> str:
     return digest.hexdigest()
 
 
-def _hashed_channels(signal: Signal) -> tuple[list[str], NDArray[np.float64]]:
+def _hashed_channels(signal: Signal) -> tuple[list[str], Float64Array]:
     if any(canonical(name) for name in signal.channels):
         data, missing = select(signal, _HASHED)
         rows = [i for i, lead in enumerate(_HASHED) if lead not in missing]
@@ -333,7 +333,7 @@ def _ratio(rate: float, spec: WindowSpec) -> Fraction:
     return Fraction(spec.rate) / Fraction(rate).limit_denominator(1000)
 
 
-def _filter(raw: NDArray[np.float64], rate: float, spec: WindowSpec, band: tuple[float, float]) -> NDArray[np.float64]:
+def _filter(raw: Float64Array, rate: float, spec: WindowSpec, band: tuple[float, float]) -> Float64Array:
     """``raw`` ``[channel, time]`` at the rate of ``spec`` and in the band."""
     ratio = _ratio(rate, spec)
     # An electrode's offset is up to 300 mV; at that height the resampler's ripple would be larger than a P wave.
@@ -343,13 +343,13 @@ def _filter(raw: NDArray[np.float64], rate: float, spec: WindowSpec, band: tuple
     sos = _band_pass(band, spec.rate)
     # Two seconds of mirrored signal, a period of the default band's lower edge, let the filter settle.
     pad = min(x.shape[1] - 1, round(spec.rate / band[0]))
-    filtered: NDArray[np.float64] = sosfiltfilt(sos, x, axis=1, padtype="odd", padlen=pad)
+    filtered: Float64Array = sosfiltfilt(sos, x, axis=1, padtype="odd", padlen=pad)
     return filtered
 
 
 @lru_cache(maxsize=8)
-def _band_pass(band: tuple[float, float], rate: int) -> NDArray[np.float64]:
-    sos: NDArray[np.float64] = butter(_FILTER_ORDER, band, "bandpass", fs=rate, output="sos")
+def _band_pass(band: tuple[float, float], rate: int) -> Float64Array:
+    sos: Float64Array = butter(_FILTER_ORDER, band, "bandpass", fs=rate, output="sos")
     return sos
 
 

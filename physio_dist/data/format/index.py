@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from physio_dist import storage
 from physio_dist.errors import DataError, UserError
+from physio_dist.runtime.arrays import Int64Array
 
 FORMAT = 2
 INDEX = "index.json"
@@ -97,7 +97,7 @@ class ShardSet:
         """URL of a tar."""
         return storage.join(self.data_url, self.shards[shard].url)
 
-    def shard_starts(self) -> npt.NDArray[np.int64]:
+    def shard_starts(self) -> Int64Array:
         """int64 ``[shard + 1]``: the first sample of every shard, and the number of samples."""
         return np.concatenate([[0], np.cumsum([shard.nsamples for shard in self.shards])]).astype(np.int64)
 

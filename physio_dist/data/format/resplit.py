@@ -6,20 +6,18 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from physio_dist import storage
 from physio_dist.data.format.index import INDEX, SAMPLE_TABLE, SPLITS, ShardSet, fingerprint_of
 from physio_dist.data.format.sample_table import SampleTable, publish
 from physio_dist.errors import UserError
+from physio_dist.runtime.arrays import UInt8Array
 
 # What a conversion goes by when it is started again; a resplit is not what that made.
 _JOB = "job"
 
 
 def with_splits(
-    shards: ShardSet, table: SampleTable, split: npt.NDArray[np.uint8], url: str, about: dict[str, Any]
+    shards: ShardSet, table: SampleTable, split: UInt8Array, url: str, about: dict[str, Any]
 ) -> tuple[ShardSet, SampleTable]:
     """A resplit, not yet published.
 

@@ -20,6 +20,7 @@ from safetensors.numpy import save as save_safetensors
 from physio_dist import storage
 from physio_dist.data.format.index import INDEX, SAMPLE_TABLE, SPLITS, ShardSet
 from physio_dist.errors import DataError
+from physio_dist.runtime.arrays import BoolArray, Int64Array, UInt8Array, UInt32Array, UInt64Array
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,15 @@ class SampleTable:
         key: ASCII keys, zero-padded uint8 ``[sample, longest]``.
     """
 
-    offset: dict[str, npt.NDArray[np.int64]]
-    check: dict[str, npt.NDArray[np.uint32]]
-    valid: dict[str, npt.NDArray[np.bool_]]
-    split: npt.NDArray[np.uint8]
-    person: npt.NDArray[np.uint64]
-    waveform: npt.NDArray[np.uint64]
-    key: npt.NDArray[np.uint8]
+    offset: dict[str, Int64Array]
+    check: dict[str, UInt32Array]
+    valid: dict[str, BoolArray]
+    split: UInt8Array
+    person: UInt64Array
+    waveform: UInt64Array
+    key: UInt8Array
 
-    def keys(self, samples: npt.NDArray[np.int64]) -> list[str]:
+    def keys(self, samples: Int64Array) -> list[str]:
         """Keys of the given samples."""
         return [row.tobytes().rstrip(b"\0").decode("ascii") for row in self.key[samples]]
 
@@ -80,7 +81,7 @@ class SampleTable:
             raise DataError(f"{name} is damaged: {error}") from None
 
 
-def key_table(keys: Sequence[str]) -> npt.NDArray[np.uint8]:
+def key_table(keys: Sequence[str]) -> UInt8Array:
     """Keys as zero-padded uint8 ``[sample, longest]``."""
     width = max((len(key) for key in keys), default=1)
     packed = b"".join(key.encode("ascii").ljust(width, b"\0") for key in keys)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from physio_dist.errors import DataError
+from physio_dist.runtime.arrays import Int16Array
 
 BLOCK = 512
 
@@ -31,7 +31,7 @@ class Sample:
     """A sample as it is written."""
 
     key: str
-    signals: dict[str, npt.NDArray[np.int16]]
+    signals: dict[str, Int16Array]
     facts: dict[str, Any]
 
 

@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock
 
 from physio_dist import storage
 from physio_dist.data.format.index import SAMPLE_TABLE, ShardInfo, ShardSet
 from physio_dist.errors import DataError, UserError
+from physio_dist.runtime.arrays import UInt8Array
 
 log = logging.getLogger("physio_dist")
 
@@ -53,7 +53,7 @@ class Opened:
     def __init__(self, fd: int, identity: _Identity) -> None:
         self._fd, self._identity = fd, identity
 
-    def read(self, starts: Sequence[int], rows: Sequence[int], out: npt.NDArray[np.uint8]) -> bool:
+    def read(self, starts: Sequence[int], rows: Sequence[int], out: UInt8Array) -> bool:
         """Copy bytes into rows of ``out``, uint8 ``[row, n]``: ``n`` from each start on, into the row beside it.
 
         Returns:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from physio_dist.errors import UserError
+from physio_dist.runtime.arrays import Float32Array
 from physio_dist.signals.readers.folders import existing_folder, inside, nothing_found
 from physio_dist.signals.recording import RecordError, Recording, Signal
 
@@ -85,7 +85,7 @@ class Code15Reader:
         return Recording(record, {"ecg": signal}, exam.person, labels)
 
 
-def strip_padding(tracing: NDArray[np.float32]) -> NDArray[np.float32]:
+def strip_padding(tracing: Float32Array) -> Float32Array:
     """``[time, lead]`` without the zeros that it is centred in.
 
     The same number of samples is taken from both ends, the smaller of the two runs of zeros: a tracing that happens

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import edfio
 import numpy as np
-from numpy.typing import NDArray
 
 from physio_dist.errors import UserError, nearest
+from physio_dist.runtime.arrays import Float32Array, Float64Array
 from physio_dist.signals.montage import ecg_name, electrode
 from physio_dist.signals.readers.folders import existing_folder, inside, nothing_found
 from physio_dist.signals.recording import MICROVOLTS, RecordError, Recording, Signal, label_value
@@ -164,7 +164,7 @@ def _signal(modality: str, chosen: list[Any]) -> Signal:
     return Signal(data, rates[0], tuple(signal.label.strip() for signal in chosen))
 
 
-def _microvolts(signal: Any) -> NDArray[np.float32]:
+def _microvolts(signal: Any) -> Float32Array:
     scale = MICROVOLTS.get(_unit(signal.physical_dimension))
     if scale is None:
         raise RecordError(f"the physical dimension of {signal.label.strip()} is not a voltage (uV, mV, V)")
@@ -177,7 +177,7 @@ def _microvolts(signal: Any) -> NDArray[np.float32]:
     if not (last > first and np.isfinite([low, high]).all() and low != high):
         raise RecordError(f"the header's calibration of {signal.label.strip()} is missing or senseless")
     gain = (high - low) / (last - first)
-    values: NDArray[np.float64] = (signal.digital.astype(np.float64) - first) * gain + low
+    values: Float64Array = (signal.digital.astype(np.float64) - first) * gain + low
     return (values * scale).astype(np.float32)
 
 

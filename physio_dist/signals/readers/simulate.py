@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from physio_dist.errors import UserError, nearest
+from physio_dist.runtime.arrays import Float32Array
 from physio_dist.signals.montage import ECG_12, EEG_19, LEAD_MATRIX, LIMB
 from physio_dist.signals.recording import LazySignals, RecordError, Recording, Signal
 from physio_dist.signals.simulators import ecg as model
@@ -107,10 +108,10 @@ class _Body:
     """
 
     heart: model.Heart
-    torso: NDArray[np.float32]
+    torso: Float32Array
     swell: float
-    sway: NDArray[np.float32]
-    noise: NDArray[np.float32]
+    sway: Float32Array
+    noise: Float32Array
     mains: float
 
 
@@ -207,9 +208,7 @@ def _eeg(spec: Specification, person: int, trial: int, drive: float) -> Signal:
     return Signal(scalp_model.scalp(brain, drive, spec.windows * _WINDOW, rng), float(RATE), EEG_19)
 
 
-def _beating(
-    body: _Body, drive: float, windows: int, rng: np.random.Generator
-) -> tuple[NDArray[np.float32], dict[str, Any]]:
+def _beating(body: _Body, drive: float, windows: int, rng: np.random.Generator) -> tuple[Float32Array, dict[str, Any]]:
     """Potential of the heart at the electrodes, ``[9, time]`` in microvolts, and its labels."""
     heart = model.under(body.heart, drive)
     seconds = float(windows * WINDOW_S)
@@ -227,7 +226,7 @@ def _beating(
     return potentials, {"heart_rate": round(float(rate), 2), "ectopic_beats": int(ectopic[inside].sum())}
 
 
-def _noise(body: _Body, windows: int, rng: np.random.Generator) -> NDArray[np.float32]:
+def _noise(body: _Body, windows: int, rng: np.random.Generator) -> Float32Array:
     """White noise, wandering baselines, mains and muscle at every electrode, ``[9, time]`` in microvolts."""
     count, length = len(model.ELECTRODES), windows * _WINDOW
     noise = rng.standard_normal((count, length), np.float32)
@@ -248,7 +247,7 @@ def _noise(body: _Body, windows: int, rng: np.random.Generator) -> NDArray[np.fl
     return noise
 
 
-def _break_electrodes(potentials: NDArray[np.float32], rng: np.random.Generator) -> list[str]:
+def _break_electrodes(potentials: Float32Array, rng: np.random.Generator) -> list[str]:
     """Lets single electrodes fail for single windows, in place; says which, as ``window:electrode:kind``.
 
     ``flat``: bridged to its neighbour or reference by gel or by the machine, so a lead shows nothing; ``rail``: open,
@@ -272,7 +271,7 @@ def _break_electrodes(potentials: NDArray[np.float32], rng: np.random.Generator)
     return faults
 
 
-def _leads(potentials: NDArray[np.float32]) -> NDArray[np.float32]:
+def _leads(potentials: Float32Array) -> Float32Array:
     """The twelve leads of nine electrodes, ``[12, time]``; limb leads come from I and II, so identities are exact."""
     right, left, leg = potentials[:3]
     leads = np.empty((len(ECG_12), potentials.shape[1]), np.float32)

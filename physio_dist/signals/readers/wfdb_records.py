@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import wfdb
-from numpy.typing import NDArray
 
+from physio_dist.runtime.arrays import Int64Array
 from physio_dist.signals.montage import canonical
 from physio_dist.signals.readers.folders import existing_folder, inside, nothing_found
 from physio_dist.signals.recording import MICROVOLTS, RecordError, Recording, Signal
@@ -187,7 +187,7 @@ def _check_sizes(folder: Path, fields: Any) -> None:
             )
 
 
-def _read_samples(base: Path, fields: Any, ignore_skew: bool = True) -> list[NDArray[np.int64]]:
+def _read_samples(base: Path, fields: Any, ignore_skew: bool = True) -> list[Int64Array]:
     try:
         record = wfdb.rdrecord(str(base), physical=False, smooth_frames=False, ignore_skew=ignore_skew)
         samples = [np.asarray(signal, np.int64) for signal in record.e_d_signal]
@@ -202,7 +202,7 @@ def _read_samples(base: Path, fields: Any, ignore_skew: bool = True) -> list[NDA
     return samples
 
 
-def _check_contents(fields: Any, samples: list[NDArray[np.int64]]) -> None:
+def _check_contents(fields: Any, samples: list[Int64Array]) -> None:
     """First sample and 16-bit sum of every signal are those of the header, where the header records them."""
     first, checksum = fields.init_value, fields.checksum
     if not any(first) and not any(checksum):
@@ -215,7 +215,7 @@ def _check_contents(fields: Any, samples: list[NDArray[np.int64]]) -> None:
             raise RecordError(f"the first sample of signal {i} ({_lead(fields, i)}) disagrees with the header")
 
 
-def _signal(header: _Header, fields: Any, samples: list[NDArray[np.int64]]) -> Signal:
+def _signal(header: _Header, fields: Any, samples: list[Int64Array]) -> Signal:
     kept = _usable(header, fields)
     per_frame = {fields.samps_per_frame[i] for i, _ in kept}
     if len(per_frame) > 1:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Float64Array
+
 ELECTRODES = ("RA", "LA", "LL", "V1", "V2", "V3", "V4", "V5", "V6")
 
 # Dower's transform from Frank's axes to leads (Dower, Machado, Osborne, Clin. Cardiol. 3 (1980) 87-95).
@@ -32,7 +34,7 @@ _CHEST = np.array(
 )
 # I = LA - RA and II = LL - RA leave one potential free; Wilson's central terminal, the mean of the three, is zero here.
 _LIMBS = np.stack([-(_LEAD_I + _LEAD_II), 2 * _LEAD_I - _LEAD_II, 2 * _LEAD_II - _LEAD_I]) / 3
-ELECTRODE_MATRIX: NDArray[np.float64] = np.concatenate([_LIMBS, _CHEST])
+ELECTRODE_MATRIX: Float64Array = np.concatenate([_LIMBS, _CHEST])
 """Potential of each electrode, against Wilson's central terminal, over the dipole: ``[9, 3]``."""
 
 # Waves of a normal beat: centre and width in seconds, dipole in microvolts. The centre of T is counted in units of the
@@ -75,9 +77,9 @@ class Heart:
     jitter: float
     breathing: float
     ectopic_share: float
-    p: NDArray[np.float32]
-    qrs: NDArray[np.float32]
-    t: NDArray[np.float32]
+    p: Float32Array
+    qrs: Float32Array
+    t: Float32Array
 
 
 def draw_heart(rng: np.random.Generator) -> Heart:
@@ -86,8 +88,8 @@ def draw_heart(rng: np.random.Generator) -> Heart:
     size = float(np.exp(rng.normal(0.0, 0.25)))
     stretch = rng.uniform(0.85, 1.25)
 
-    def dipole(vector: tuple[float, ...], spread: float) -> NDArray[np.float64]:
-        moved: NDArray[np.float64] = turn @ np.array(vector) * size * np.exp(rng.normal(0.0, spread, 3))
+    def dipole(vector: tuple[float, ...], spread: float) -> Float64Array:
+        moved: Float64Array = turn @ np.array(vector) * size * np.exp(rng.normal(0.0, spread, 3))
         return moved
 
     at = np.arange(_P_START, 0.0, _STEP)
@@ -131,7 +133,7 @@ def under(heart: Heart, drive: float) -> Heart:
     )
 
 
-def draw_beats(heart: Heart, seconds: float, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def draw_beats(heart: Heart, seconds: float, rng: np.random.Generator) -> tuple[Float64Array, BoolArray]:
     """Times of R peaks that cover ``[0, seconds]`` with at least one more on either side, and which are ectopic."""
     # At 1.5 times the mean rate, faster than all variation together makes it, plus the beats on either side.
     count = int(1.5 * seconds / heart.rr) + 8
@@ -150,9 +152,7 @@ def draw_beats(heart: Heart, seconds: float, rng: np.random.Generator) -> tuple[
     return times, ectopic
 
 
-def dipole_of(
-    heart: Heart, beats: NDArray[np.float64], ectopic: NDArray[np.bool_], times: NDArray[np.float64]
-) -> NDArray[np.float32]:
+def dipole_of(heart: Heart, beats: Float64Array, ectopic: BoolArray, times: Float64Array) -> Float32Array:
     """The dipole, float32 ``[3, time]`` in microvolts, at ascending ``times`` that the beats cover."""
     last = np.searchsorted(beats, times, side="right") - 1
     interval = np.diff(beats)[last]
@@ -166,9 +166,7 @@ def dipole_of(
     return np.ascontiguousarray(total.T)
 
 
-def _look_up(
-    table: NDArray[np.float32], at: NDArray[np.float64], start: float, kind: NDArray[np.intp]
-) -> NDArray[np.float32]:
+def _look_up(table: Float32Array, at: Float64Array, start: float, kind: NDArray[np.intp]) -> Float32Array:
     entries = table.shape[1]
     index = ((at - start) * (1.0 / _STEP)).astype(np.intp)
     # Outside of its table a wave is over: first and last entry are as good as zero.
@@ -177,18 +175,16 @@ def _look_up(
     return table.reshape(-1, 3).take(index, axis=0)
 
 
-def _bump(
-    at: NDArray[np.float64], centre: float, width: float | NDArray[np.float64], dipole: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    bump: NDArray[np.float64] = np.exp(-0.5 * ((at - centre) / width) ** 2)[:, None] * dipole
+def _bump(at: Float64Array, centre: float, width: float | Float64Array, dipole: Float64Array) -> Float64Array:
+    bump: Float64Array = np.exp(-0.5 * ((at - centre) / width) ** 2)[:, None] * dipole
     return bump
 
 
-def _rotation(frontal: float, horizontal: float) -> NDArray[np.float64]:
+def _rotation(frontal: float, horizontal: float) -> Float64Array:
     """Turns a dipole by an angle in the frontal plane (the electrical axis), then by one in the horizontal plane."""
     c, s = np.cos(frontal), np.sin(frontal)
     d, r = np.cos(horizontal), np.sin(horizontal)
     in_frontal = np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
     in_horizontal = np.array([[d, 0.0, -r], [0.0, 1.0, 0.0], [r, 0.0, d]])
-    turn: NDArray[np.float64] = in_horizontal @ in_frontal
+    turn: Float64Array = in_horizontal @ in_frontal
     return turn

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import fft
 
+from physio_dist.runtime.arrays import Float32Array, Float64Array
 from physio_dist.signals.montage import EEG_19
 
 RATE = 200
@@ -31,14 +31,14 @@ BETA_EFFECT = 0.5
 _RING = 0.4 * np.pi  # 10-20: the outer electrodes are two fifths of half a circle from the vertex, the inner ones one
 
 
-def _on_head(inclination: float, right_of_nose: float) -> NDArray[np.float64]:
+def _on_head(inclination: float, right_of_nose: float) -> Float64Array:
     """A point of the unit sphere by its angle from the vertex, in radians, and to the right of the nose, in degrees."""
     turn = np.deg2rad(right_of_nose)
     flat = np.sin(inclination)
     return np.array([flat * np.sin(turn), flat * np.cos(turn), np.cos(inclination)])
 
 
-def _positions() -> NDArray[np.float64]:
+def _positions() -> Float64Array:
     """The electrodes of `EEG_19` on the unit sphere, ``[19, 3]``, by the 10-20 system's own rules."""
     ring = {"Fp2": 18, "F8": 54, "T8": 90, "P8": 126, "O2": 162, "O1": 198, "P7": 234, "T7": 270, "F7": 306, "Fp1": 342}
     inner = {"Fz": 0, "C4": 90, "Pz": 180, "C3": 270}
@@ -78,16 +78,16 @@ class Brain:
         mains, hum: frequency of mains, and amplitudes of its sine and cosine at each electrode, ``[19, 2]``.
     """
 
-    topography: NDArray[np.float32]
+    topography: Float32Array
     slope: float
     alpha: float
     beta: float
     blinks: float
-    blink: NDArray[np.float32]
+    blink: Float32Array
     bursts: float
-    noise: NDArray[np.float32]
+    noise: Float32Array
     mains: float
-    hum: NDArray[np.float32]
+    hum: Float32Array
 
 
 def draw_brain(mains: float, rng: np.random.Generator) -> Brain:
@@ -117,14 +117,14 @@ def draw_brain(mains: float, rng: np.random.Generator) -> Brain:
     )
 
 
-def scalp(brain: Brain, drive: float, samples: int, rng: np.random.Generator) -> NDArray[np.float32]:
+def scalp(brain: Brain, drive: float, samples: int, rng: np.random.Generator) -> Float32Array:
     """The EEG of `EEG_19` under a drive, ``[19, samples]`` in microvolts at `RATE` against a distant reference."""
     amplitudes = _amplitudes(brain, drive, samples)
     # Gaussian noise is shaped, and sources are mixed, before they become signals: there are fewer electrodes.
     shaped = rng.standard_normal((len(_KINDS), amplitudes.shape[1], 2), np.float32)
     shaped *= amplitudes[_KINDS][:, :, None]
     mixed = (brain.topography @ shaped.reshape(len(_KINDS), -1)).view(np.complex64)
-    eeg: NDArray[np.float32] = fft.irfft(mixed, samples, axis=1, overwrite_x=True)
+    eeg: Float32Array = fft.irfft(mixed, samples, axis=1, overwrite_x=True)
     sensors = rng.standard_normal(eeg.shape, np.float32)
     sensors *= brain.noise[:, None]
     eeg += sensors
@@ -135,7 +135,7 @@ def scalp(brain: Brain, drive: float, samples: int, rng: np.random.Generator) ->
     return eeg
 
 
-def _amplitudes(brain: Brain, drive: float, samples: int) -> NDArray[np.float32]:
+def _amplitudes(brain: Brain, drive: float, samples: int) -> Float32Array:
     """Amplitude of each kind of source by frequency, ``[kind, frequency]``; without drive each has variance one."""
     frequencies, inverse = _frequencies(samples)
     power = np.zeros((4, len(frequencies)))
@@ -147,17 +147,17 @@ def _amplitudes(brain: Brain, drive: float, samples: int) -> NDArray[np.float32]
     power *= (samples / 2) ** 2 / power.sum(axis=1, keepdims=True)
     power[1] *= np.exp(ALPHA_EFFECT * drive)
     power[2] *= np.exp(BETA_EFFECT * drive)
-    found: NDArray[np.float32] = np.sqrt(power).astype(np.float32)
+    found: Float32Array = np.sqrt(power).astype(np.float32)
     return found
 
 
 @lru_cache(maxsize=4)
-def _frequencies(samples: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _frequencies(samples: int) -> tuple[Float64Array, Float64Array]:
     frequencies = fft.rfftfreq(samples, 1 / RATE)
     return frequencies, 1.0 / np.maximum(frequencies, _CORNER_HZ)
 
 
-def _blink(eeg: NDArray[np.float32], brain: Brain, rng: np.random.Generator) -> None:
+def _blink(eeg: Float32Array, brain: Brain, rng: np.random.Generator) -> None:
     """Adds blinks, in place: a third of a second, and at the forehead larger than anything that the brain does."""
     for _ in range(rng.poisson(brain.blinks * eeg.shape[1] / RATE)):
         shape = np.hanning(int(rng.uniform(0.25, 0.45) * RATE)).astype(np.float32) * np.float32(rng.uniform(0.7, 1.3))
@@ -165,7 +165,7 @@ def _blink(eeg: NDArray[np.float32], brain: Brain, rng: np.random.Generator) -> 
         eeg[:, start : start + len(shape)] += brain.blink[:, None] * shape
 
 
-def _tense(eeg: NDArray[np.float32], brain: Brain, rng: np.random.Generator) -> None:
+def _tense(eeg: Float32Array, brain: Brain, rng: np.random.Generator) -> None:
     """Adds bursts of muscle activity, in place: fast noise at the rim of the scalp, where the muscles are."""
     for _ in range(rng.poisson(brain.bursts * eeg.shape[1] / RATE)):
         length = int(rng.uniform(0.3, 2.0) * RATE)
@@ -176,9 +176,9 @@ def _tense(eeg: NDArray[np.float32], brain: Brain, rng: np.random.Generator) -> 
         eeg[:, start : start + length] += np.float32(rng.uniform(4.0, 15.0)) * place * burst
 
 
-def _seen_from(sources: NDArray[np.float64], smear: float) -> NDArray[np.float64]:
+def _seen_from(sources: Float64Array, smear: float) -> Float64Array:
     """Gain of sources ``[source, 3]`` at the electrodes, by the angle between them: ``[19, source]``, at most 1."""
     there = sources / np.linalg.norm(sources, axis=1, keepdims=True)
     angle = np.arccos(np.clip(POSITIONS @ there.T, -1.0, 1.0))
-    seen: NDArray[np.float64] = np.exp(-0.5 * (angle / smear) ** 2)
+    seen: Float64Array = np.exp(-0.5 * (angle / smear) ** 2)
     return seen

@@ -50,6 +50,7 @@ def test_pipeline_shuffles_shards_differently_in_each_epoch(make_set: Make, tmp_
     assert numbers(list(webdataset_pipeline(url, shuffle_samples=24))) != list(range(24))
 
 
+@pytest.mark.integration
 def test_workers_of_a_loader_share_the_shards(make_set: Make, tmp_path: Path) -> None:
     url = make_set(str(tmp_path / "set"), sizes=(3, 3, 3, 3), every=100).url
     pipeline = webdataset_pipeline(url, shuffle_shards=4).to_tuple("__key__", "ecg").batched(2)

@@ -75,9 +75,7 @@ def check(done: subprocess.CompletedProcess[str], statuses: tuple[int, ...], *to
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, told, _) in BAD.items() if told])
-def test_verify_names_the_shard_and_the_sample_though_the_hash_is_right(
-    make_set: Make, tmp_path: Path, cli: Cli, kind: str
-) -> None:
+def test_verify_names_bad_members_with_fitting_hash(make_set: Make, tmp_path: Path, cli: Cli, kind: str) -> None:
     data, told, _ = BAD[kind]
     replaced(make_set(str(tmp_path), sizes=(5, 3, 4)), 1, data)
     check(cli("verify", tmp_path), (3,), "ecg-000001.tar: ", str(told))
@@ -93,7 +91,7 @@ def test_index_refuses_the_shard_and_makes_no_index(tmp_path: Path, cli: Cli, ki
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_training_refuses_what_the_index_does_not_vouch_for(make_set: Make, tmp_path: Path, kind: str) -> None:
+def test_loader_raises_on_shard_with_another_hash(make_set: Make, tmp_path: Path, kind: str) -> None:
     shards = make_set(str(tmp_path / "set"), sizes=(5, 3, 4))
     (tmp_path / "set" / "ecg-000001.tar").write_bytes(BAD[kind][0])
     source = open_dataset([(shards.url, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
@@ -105,7 +103,7 @@ def test_training_refuses_what_the_index_does_not_vouch_for(make_set: Make, tmp_
         list(batches)
 
 
-def test_arrays_without_values_are_refused(tmp_path: Path, cli: Cli) -> None:
+def test_index_existing_raises_on_empty_arrays(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "a.tar").write_bytes(packed(("x.ecg.npy", npy(np.zeros((2, 0), np.int16)))))
     check(cli("index", tmp_path, "channels=I,II"), (2, 3), "a.tar: ", "sample x")
     assert not (tmp_path / "index.json").exists()
@@ -134,7 +132,7 @@ def empty_set(tmp_path: Path) -> str:
     return publish_empty(tmp_path / "empty")
 
 
-def test_a_set_without_samples_is_no_fault_but_nothing_to_train_on(empty_set: str, tmp_path: Path, cli: Cli) -> None:
+def test_verify_passes_empty_set_and_order_raises(empty_set: str, tmp_path: Path, cli: Cli) -> None:
     check(cli("verify", empty_set), (0,), "0 samples in 1 shards")
     source = open_dataset([(empty_set, 1.0)], "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
     with pytest.raises(UserError, match=r"/empty: split train holds 0 samples, fewer than the 4"):

@@ -47,7 +47,7 @@ def shard(edit: Callable[[int, dict[str, bytes]], object], first: int = 5, size:
     return packed(*members)
 
 
-def test_a_clean_set_has_no_faults(make_set: Make, tmp_path: Path, cli: Cli) -> None:
+def test_verify_passes_clean_set(make_set: Make, tmp_path: Path, cli: Cli) -> None:
     make_set(str(tmp_path))
     assert list(verify(str(tmp_path))) == []
     done = cli("verify", tmp_path)
@@ -55,7 +55,7 @@ def test_a_clean_set_has_no_faults(make_set: Make, tmp_path: Path, cli: Cli) -> 
     assert done.stdout == f"{tmp_path}: 12 samples in 3 shards, all as the index says\n"
 
 
-def test_each_damaged_file_is_named_and_the_status_is_3(
+def test_verify_names_each_damaged_file_with_status_3(
     make_set: Make, tmp_path: Path, flip_bit: Callable[[Path, int], None], cli: Cli
 ) -> None:
     make_set(str(tmp_path), sizes=(5, 3, 4, 2))
@@ -76,7 +76,9 @@ def test_each_damaged_file_is_named_and_the_status_is_3(
 
 
 @pytest.mark.parametrize("name", ["samples.safetensors", "index.json"])
-def test_an_altered_index_or_sample_table_has_status_3(make_set: Make, tmp_path: Path, cli: Cli, name: str) -> None:
+def test_verify_of_altered_index_or_sample_table_has_status_3(
+    make_set: Make, tmp_path: Path, cli: Cli, name: str
+) -> None:
     make_set(str(tmp_path))
     data = (tmp_path / name).read_bytes()
     altered = data.replace(b'"rate": 200.0', b'"rate": 250.0') if name == "index.json" else data[:-1] + b"?"
@@ -88,7 +90,7 @@ def test_an_altered_index_or_sample_table_has_status_3(make_set: Make, tmp_path:
     assert "Traceback" not in done.stderr
 
 
-def test_no_set_and_one_of_the_future_have_status_2(make_set: Make, tmp_path: Path, cli: Cli) -> None:
+def test_verify_of_missing_or_newer_set_has_status_2(make_set: Make, tmp_path: Path, cli: Cli) -> None:
     assert cli("verify", tmp_path / "nothing").returncode == 2
     make_set(str(tmp_path))
     where = tmp_path / "index.json"
@@ -129,7 +131,7 @@ def drop(name: str) -> Callable[[int, dict[str, bytes]], object]:
         (put("aaa.npy", npy(np.zeros(500, np.int16))), "s0-0007 stands elsewhere than the sample table says"),
     ],
 )
-def test_faults_that_the_hash_vouches_for_are_still_named(
+def test_verify_names_faults_with_fitting_hash(
     make_set: Make, tmp_path: Path, edit: Callable[[int, dict[str, bytes]], object], told: str
 ) -> None:
     shards = make_set(str(tmp_path), sizes=(5, 3, 4))
@@ -139,7 +141,7 @@ def test_faults_that_the_hash_vouches_for_are_still_named(
     assert all(fault.startswith("ecg-000001.tar: ") for fault in faults), faults
 
 
-def test_a_sample_twice_in_a_tar_or_in_the_set_is_named(make_set: Make, tmp_path: Path) -> None:
+def test_verify_names_repeated_keys(make_set: Make, tmp_path: Path) -> None:
     shards = make_set(str(tmp_path), sizes=(5, 3, 4))
     whole = shard(lambda i, mine: None)
     with tarfile.open(fileobj=io.BytesIO(whole)) as file:
@@ -156,7 +158,7 @@ def test_a_sample_twice_in_a_tar_or_in_the_set_is_named(make_set: Make, tmp_path
     assert "key 's0-0000' stands in the set more than once" in list(verify(str(tmp_path)))
 
 
-def test_a_sample_table_made_for_other_values_is_named(make_set: Make, tmp_path: Path) -> None:
+def test_verify_names_sample_with_another_checksum(make_set: Make, tmp_path: Path) -> None:
     shards = make_set(str(tmp_path / "set"))
     table = read_sample_table(shards)
     table.check["ecg"][5] ^= 1

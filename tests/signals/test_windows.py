@@ -130,7 +130,7 @@ def test_integers_never_wrap(uv_per_bit: float, amplitude: float) -> None:
         ("aVL", 24, 24.3, 1500.0, "contradicts the limb leads' identities"),
     ],
 )
-def test_faulty_leads_are_named_and_zeroed(
+def test_windows_of_zeroes_and_names_faulty_leads(
     clean: Recording, lead: str, start: float, end: float, value: float, fault: str
 ) -> None:
     windows = windows_of(changed(clean, lead, start, end, value), WindowSpec())
@@ -160,7 +160,7 @@ def test_many_short_gaps_are_a_fault(clean: Recording) -> None:
     assert windows_of(clean, WindowSpec())[0].reasons == ()
 
 
-def test_too_few_valid_leads_are_unusable(clean: Recording) -> None:
+def test_window_with_too_few_valid_leads_is_unusable(clean: Recording) -> None:
     for lead in ("V1", "V2", "V3"):
         changed(clean, lead, 0, 10, 7.0)
     first, *others = windows_of(clean, WindowSpec())
@@ -172,14 +172,14 @@ def test_too_few_valid_leads_are_unusable(clean: Recording) -> None:
     assert not windows_of(clean, chest)[0].usable, "of two leads both are needed"
 
 
-def test_dead_recording_is_unusable_with_every_lead_named() -> None:
+def test_window_of_dead_recording_names_every_lead() -> None:
     (window,) = windows_of(recording(np.full((12, 5000), -80_000.0), 500), WindowSpec())
     assert not window.usable
     assert window.reasons[0] == "flat: " + ", ".join(ECG_12)
     assert not window.data["ecg"].any()
 
 
-def test_exchanged_names_are_put_right_and_told(clean: Recording) -> None:
+def test_windows_of_repairs_swapped_leads(clean: Recording) -> None:
     truth = windows_of(clean, WindowSpec())
     data = clean.signals["ecg"].data
     swapped = recording(data[[0, 1, 2, 3, 5, 4, *range(6, 12)]], 200)
@@ -208,7 +208,7 @@ def test_inverted_lead_is_named(clean: Recording) -> None:
         assert "identities" in window.reasons[0]
 
 
-def test_missing_leads_are_rejected_or_masked(clean: Recording) -> None:
+def test_windows_of_rejects_or_masks_missing_leads(clean: Recording) -> None:
     six = recording(clean.signals["ecg"].data[:6], 200, ECG_12[:6])
     with pytest.raises(RecordError, match=r"lead V1, V2, V3, V4, V5, V6 is missing; the record has I, II, III, aVR"):
         windows_of(six, WindowSpec())
@@ -246,7 +246,7 @@ def test_computed_leads_are_as_good_as_their_sources(clean: Recording) -> None:
         (Recording("r", {}, None, {}), "no signals"),
     ],
 )
-def test_unusable_recordings_are_refused_with_a_reason(record: Recording, reason: str) -> None:
+def test_windows_of_raises_on_unusable_recordings(record: Recording, reason: str) -> None:
     with pytest.raises(RecordError, match=reason):
         windows_of(record, WindowSpec())
 

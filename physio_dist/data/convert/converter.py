@@ -27,7 +27,7 @@ from physio_dist.data.convert.assemble import ShardResult, WindowRef, make_shard
 from physio_dist.data.convert.channels import spec_of, with_found, words
 from physio_dist.data.convert.labels import read_labels
 from physio_dist.data.convert.parts import Job, Part, make_part, part_of, record_keys, spooled
-from physio_dist.data.convert.process_pool import TaskPool, retry_on_storage_errors, worker_pool
+from physio_dist.data.convert.process_pool import TaskPool, run_on_shared_files, worker_pool
 from physio_dist.data.format.index import INDEX, SPLITS, ShardSet, SignalInfo, fingerprint_of, open_set
 from physio_dist.data.format.people import split_of
 from physio_dist.data.format.sample_table import SampleTable, key_table, publish, read_sample_table
@@ -216,7 +216,7 @@ def _spools(out: str, job: str) -> tuple[str, str]:
     return beside, str(user_cache_dir("convert", f"{digest[:16]}-{where}"))
 
 
-def _seen(job: Job, spool: str) -> dict[str, str]:
+def _shared_paths(job: Job, spool: str) -> dict[str, str]:
     """Paths that exist for every process that shares this one's file systems, each with the error if it does not."""
     seen = {}
     if not reader_named(job.reader).simulated:
@@ -241,7 +241,7 @@ def _make_parts(job: Job, spool: str, pool: TaskPool) -> tuple[list[Part], float
     work: Callable[..., tuple[int, str | None]] = make_part
     if pool.is_remote:
         work = functools.update_wrapper(
-            functools.partial(retry_on_storage_errors, _seen(job, spool), make_part), make_part
+            functools.partial(run_on_shared_files, _shared_paths(job, spool), make_part), make_part
         )
     began, records = time.monotonic(), 0
     with Progress(len(job.records), "records", "reading") as bar:

@@ -101,17 +101,17 @@ def worker_pool(workers: int) -> Iterator[LocalTaskPool]:
         pool.shutdown(cancel_futures=True)
 
 
-def retry_on_storage_errors(seen: dict[str, str], work: Callable[..., R], *task: Any) -> R:
-    """Do the task, if this process sees the files that show that it shares file systems with who gave it.
+def run_on_shared_files(shared: dict[str, str], work: Callable[..., R], *task: Any) -> R:
+    """Run a task if this process shares the file systems of the process that submitted it.
 
     Args:
-        seen: for each path what it means if it is not there.
-        work, task: what is done.
+        shared: paths that have to exist, each with the error's text if it does not.
+        work, task: function and arguments.
 
     Raises:
-        UserError: one is not there.
+        UserError: a path does not exist.
     """
-    for path, meaning in seen.items():
+    for path, meaning in shared.items():
         if not os.path.lexists(path):
             raise UserError(f"{meaning}: {path} is not there")
     return work(*task)

@@ -49,7 +49,7 @@ def rejects_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
 
 
-def test_bytes_do_not_depend_on_workers_or_on_where_the_input_lies(
+def test_convert_gives_equal_bytes_for_any_workers_and_input_folder(
     tmp_path: Path, write_wfdb: Callable[..., None]
 ) -> None:
     for place in ("here", "else/where"):
@@ -108,7 +108,7 @@ def test_stock_readers_open_the_shards_and_agree_with_what_training_reads(tmp_pa
     assert starts == [0.0, 10.0, 20.0]
 
 
-def test_a_second_run_says_that_all_is_there_and_changes_nothing(tmp_path: Path) -> None:
+def test_convert_again_changes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = made("simulate", "people=3,windows=1", out)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -132,7 +132,7 @@ def test_a_second_run_says_that_all_is_there_and_changes_nothing(tmp_path: Path)
         ("people=3,windows=1,seed=1", []),
     ],
 )
-def test_other_data_or_options_never_overwrite_a_set(tmp_path: Path, source: str, options: list[str]) -> None:
+def test_convert_raises_on_set_of_other_data_or_options(tmp_path: Path, source: str, options: list[str]) -> None:
     out = tmp_path / "out"
     made("simulate", "people=3,windows=1", out)
     before = content(out)
@@ -141,7 +141,7 @@ def test_other_data_or_options_never_overwrite_a_set(tmp_path: Path, source: str
     assert content(out) == before
 
 
-def test_a_folder_with_tars_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_convert_raises_on_folder_with_foreign_tars(tmp_path: Path) -> None:
     (tmp_path / "holiday.tar").write_bytes(b"photographs")
     with pytest.raises(UserError, match="holds tar files of something else"):
         made("simulate", "people=3,windows=1", tmp_path)
@@ -170,7 +170,7 @@ def test_labels_and_people_come_from_a_table(tmp_path: Path, write_wfdb: Callabl
         assert len(set(sample_table.split[sample_table.person == person].tolist())) == 1
 
 
-def test_splits_never_share_a_person(tmp_path: Path) -> None:
+def test_convert_splits_by_person(tmp_path: Path) -> None:
     made("simulate", "people=40,windows=2,seed=8", tmp_path, "split.val=0.3", "split.test=0.3", "unusable=keep")
     shards = open_set(str(tmp_path))
     sample_table = read_sample_table(shards)
@@ -182,7 +182,7 @@ def test_splits_never_share_a_person(tmp_path: Path) -> None:
     }
 
 
-def test_nothing_of_a_person_is_in_any_byte(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
+def test_convert_writes_no_personal_data(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
     folder = tmp_path / "in"
     secret = ("Name: Zacharias Quixote", "Birth date: 31-12-1949", "Zacharias was here", "Age: 55", "DOB 19491231")
     write_wfdb(folder / "p1000" / "p10000777", "s4", 0, comments=secret)
@@ -205,7 +205,7 @@ def test_nothing_of_a_person_is_in_any_byte(tmp_path: Path, write_wfdb: Callable
     assert facts_of(out)["s4-00000"]["labels"]["age"] == 55
 
 
-def test_repeats_in_a_set_and_of_a_known_set_are_left_out(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
+def test_convert_leaves_out_repeats_and_excluded_recordings(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
     for name, person in (("a", 0), ("b", 1), ("b2", 1)):
         write_wfdb(tmp_path / "one", name, person)
     for name, person in (("c", 1), ("d", 2)):
@@ -221,15 +221,13 @@ def test_repeats_in_a_set_and_of_a_known_set_are_left_out(tmp_path: Path, write_
     ]
 
 
-def test_a_known_set_that_does_not_exist_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_convert_raises_on_missing_excluded_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no index"):
         made("simulate", "people=2", tmp_path / "out", f"exclude={tmp_path / 'none'}")
     assert not (tmp_path / "out").exists()
 
 
-def test_unusable_windows_are_dropped_or_labelled_each_with_its_reason(
-    tmp_path: Path, write_wfdb: Callable[..., None]
-) -> None:
+def test_convert_drops_or_keeps_unusable_windows(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
     write_wfdb(tmp_path / "in", "good", 0)
     write_wfdb(tmp_path / "in", "poor", 1, flat=("V1", "V2", "V3", "V4"))
     dropped = made("wfdb", tmp_path / "in", tmp_path / "reject")
@@ -270,9 +268,7 @@ def test_leads_are_chosen_ordered_and_masked_where_they_are_missing(
     assert not batch.signal[1 - row, 0].any()
 
 
-def test_nothing_kept_is_an_error_that_leaves_nothing_and_blocks_nothing(
-    tmp_path: Path, write_wfdb: Callable[..., None]
-) -> None:
+def test_convert_raises_if_no_window_is_usable(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
     write_wfdb(tmp_path / "in", "few", 0, leads=("I", "II", "V1"))
     with pytest.raises(UserError, match=r"none of its 1 records .* first reasons: few: lead V2, V3"):
         made("wfdb", tmp_path / "in", tmp_path / "out")
@@ -280,14 +276,14 @@ def test_nothing_kept_is_an_error_that_leaves_nothing_and_blocks_nothing(
     assert made("wfdb", tmp_path / "in", tmp_path / "out", "leads=I,V1").shard_set.nsamples == 1
 
 
-def test_an_unfinished_conversion_with_other_options_is_not_mixed_in(tmp_path: Path) -> None:
+def test_convert_raises_on_unfinished_conversion_with_other_options(tmp_path: Path) -> None:
     (tmp_path / "_writing.json").write_text('{"job": "of somebody else"}')
     with pytest.raises(UserError, match="holds an unfinished conversion of other data or with other options"):
         made("simulate", "people=2,windows=1", tmp_path)
     assert sorted(content(tmp_path)) == ["_writing.json"]
 
 
-def test_what_a_kill_after_the_last_write_leaves_is_tidied_by_the_next_run(tmp_path: Path) -> None:
+def test_convert_removes_leftovers_of_a_killed_run(tmp_path: Path) -> None:
     made("simulate", "people=2,windows=1", tmp_path)
     before = content(tmp_path)
     job = json.loads(before["index.json"])["physio_dist"]["made_by"]["job"]

@@ -67,7 +67,7 @@ def job_of(folder: Path, **options: object) -> Job:
     return plan_job("wfdb", str(folder), ShardConfig(**options))  # type: ignore[arg-type]
 
 
-def test_a_part_holds_samples_facts_and_rejects(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
+def test_make_part_spools_samples_facts_and_rejects(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
     folder = tmp_path / "in"
     write_wfdb(folder, "good", 0, comments=("Age: 50", "Name: Ann Smith"))
     write_wfdb(folder, "few", 1, leads=("I", "II", "V1"))
@@ -90,7 +90,7 @@ def test_a_part_holds_samples_facts_and_rejects(tmp_path: Path, write_wfdb: Call
     assert b"Smith" not in (tmp_path / "part").read_bytes()
 
 
-def test_a_damaged_or_missing_part_is_none(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
+def test_spooled_returns_none_for_damaged_or_missing_part(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
     write_wfdb(tmp_path / "in", "good", 0)
     where = tmp_path / "part"
     assert spooled(str(where)) is None
@@ -141,9 +141,7 @@ def test_simulations_with_other_seeds_or_lengths_are_other_jobs() -> None:
     assert len(digests) == 3
 
 
-def test_a_record_over_which_a_library_trips_is_rejected_and_the_others_go_on(
-    tmp_path: Path, write_wfdb: Callable[..., None]
-) -> None:
+def test_make_part_rejects_record_whose_reader_crashes(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
     for i, name in enumerate(("a", "b")):
         write_wfdb(tmp_path / "in", name, i)
     header = tmp_path / "in" / "a.hea"
@@ -153,7 +151,7 @@ def test_a_record_over_which_a_library_trips_is_rejected_and_the_others_go_on(
     assert [window.record for window in part.windows] == ["b"]
 
 
-def test_a_spool_that_cannot_be_written_is_a_clear_error(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
+def test_make_part_raises_on_unwritable_spool(tmp_path: Path, write_wfdb: Callable[..., None]) -> None:
     write_wfdb(tmp_path / "in", "good", 0)
     with pytest.raises(StorageError, match="cannot write /proc/nowhere/part"):
         make_part(job_of(tmp_path / "in").part(0), "/proc/nowhere/part")

@@ -29,7 +29,7 @@ def edit(folder: Path, change: Edit) -> None:
     where.write_text(json.dumps(document))
 
 
-def test_a_published_set_opens_as_it_was(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
+def test_open_set_returns_what_was_published(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
     made = make_set(str(tmp_path), sizes=(5, 3, 4))
     assert made.nsamples == 12
     assert made.shard_starts().tolist() == [0, 5, 8, 12]
@@ -42,7 +42,7 @@ def test_a_published_set_opens_as_it_was(make_set: Callable[..., ShardSet], tmp_
     assert sample_table.split.tolist() == [0, 0, 0, 1] * 3
 
 
-def test_the_index_is_a_wids_document(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
+def test_index_is_a_wids_document(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
     make_set(str(tmp_path))
     document = json.loads((tmp_path / "index.json").read_text())
     assert document["__kind__"] == "wids-shard-index-v1"
@@ -78,7 +78,7 @@ def test_the_index_is_a_wids_document(make_set: Callable[..., ShardSet], tmp_pat
         (lambda d: d["shardlist"][0].update(url=".."), DataError, "names a shard outside its own folder"),
     ],
 )
-def test_an_altered_index_is_refused(
+def test_open_set_raises_on_altered_index(
     make_set: Callable[..., ShardSet], tmp_path: Path, change: Edit, error: type[Exception], told: str
 ) -> None:
     make_set(str(tmp_path))
@@ -90,18 +90,18 @@ def test_an_altered_index_is_refused(
 @pytest.mark.parametrize(
     ("text", "told"), [("{", "is not a JSON document"), ("[]", "is not a wids"), ("", "not a JSON")]
 )
-def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_open_set_raises_on_other_documents(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(UserError, match=told):
         open_set(str(tmp_path))
 
 
-def test_a_folder_without_index_is_no_shard_set_and_the_message_says_what_makes_one(tmp_path: Path) -> None:
+def test_open_set_raises_without_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no index\.json.*`physio-dist shard` makes one.*`physio-dist index"):
         open_set(str(tmp_path))
 
 
-def test_an_altered_or_lost_sample_table_is_refused(
+def test_read_sample_table_raises_on_altered_or_missing_file(
     make_set: Callable[..., ShardSet], tmp_path: Path, flip_bit: Callable[[Path, int], None]
 ) -> None:
     made = make_set(str(tmp_path))
@@ -130,7 +130,7 @@ def test_an_altered_or_lost_sample_table_is_refused(
         ("key", lambda s: dataclasses.replace(s, key=s.key[:2])),
     ],
 )
-def test_a_sample_table_that_contradicts_its_own_index_is_refused(
+def test_read_sample_table_raises_on_contradiction_with_index(
     make_set: Callable[..., ShardSet], tmp_path: Path, name: str, change: Callable[[Any], Any]
 ) -> None:
     made = make_set(str(tmp_path))
@@ -152,7 +152,7 @@ def test_read_sample_table_raises_on_damage_with_a_fitting_hash(
         read_sample_table(altered)
 
 
-def test_the_fingerprint_tells_content_and_not_place(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_only(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
     a, b = make_set(str(tmp_path / "a")), make_set(str(tmp_path / "b"))
     assert a.fingerprint == b.fingerprint
     assert make_set(str(tmp_path / "c"), seed=1).fingerprint != a.fingerprint
@@ -165,7 +165,7 @@ def test_keys_survive_the_table(keys: list[str]) -> None:
     assert [row.tobytes().rstrip(b"\0").decode() for row in table] == keys
 
 
-def test_splits_of_people_are_pinned_for_ever_and_take_their_shares() -> None:
+def test_split_of_never_changes_and_keeps_the_shares() -> None:
     assert [split_of(person, 0.1, 0.1) for person in range(40)] == PINNED_SPLITS
     codes = np.bincount([split_of(person, 0.2, 0.1) for person in range(20_000)], minlength=3) / 20_000
     np.testing.assert_allclose(codes, [0.7, 0.2, 0.1], atol=0.01)
@@ -174,12 +174,12 @@ def test_splits_of_people_are_pinned_for_ever_and_take_their_shares() -> None:
     assert {split_of(person, 0, 1) for person in range(500)} == {2}
 
 
-def test_a_larger_test_share_keeps_the_people_of_the_smaller_one() -> None:
+def test_split_of_larger_share_keeps_test_people() -> None:
     small = {person for person in range(2000) if split_of(person, 0.1, 0.1) == 2}
     assert small < {person for person in range(2000) if split_of(person, 0.1, 0.3) == 2}
 
 
-def test_pseudonyms_are_pinned_and_differ_between_corpora() -> None:
+def test_pseudonym_never_changes_and_differs_between_corpora() -> None:
     assert f"{pseudonym('ptb', 'patient001'):016x}" == PINNED_PERSON
     assert len({pseudonym(source, person) for source in "abc" for person in ("1", "2", "a\n1")}) == 9
 

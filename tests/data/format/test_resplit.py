@@ -95,7 +95,7 @@ def test_a_set_and_its_resplits_may_be_moved_together_and_not_apart(make_set: Ma
         ("../../secrets", "no finished shard set"), ("../../elsewhere", "holds other shards"),
     ],
 )  # fmt: skip
-def test_no_index_can_have_files_read_that_are_no_shards(
+def test_open_set_raises_on_resplit_of_foreign_files(
     make_set: Make, tmp_path: Path, of: str, told: str
 ) -> None:  # fmt: skip
     publish(make_set(str(tmp_path / "data")), str(tmp_path / "resplits"))
@@ -134,7 +134,7 @@ def test_shards_of_a_resplit_are_named_below_its_set(make_set: Make, tmp_path: P
         ("s3://b/data", "/a/resplits/0", "s3://b/data"), ("https://h/data", "/a/resplits/0", "https://h/data"),
     ],
 )  # fmt: skip
-def test_what_a_pointer_leads_to(home: str, start: str, pointer: str) -> None:
+def test_pointed_resolves_pointers(home: str, start: str, pointer: str) -> None:
     assert storage.pointer(home, start) == pointer
     assert storage.pointed(pointer, start) == home.removeprefix("file://").rstrip("/")
 
@@ -149,11 +149,11 @@ def test_what_a_pointer_leads_to(home: str, start: str, pointer: str) -> None:
         ("../../../..", "https://h/v/0", "https://h"), ("~/x", "/a/v", "/a/v/~/x"),
     ],
 )  # fmt: skip
-def test_what_a_pointer_may_not_lead_to(pointer: str, start: str, leads: str | None) -> None:
+def test_pointed_refuses_unsafe_pointers(pointer: str, start: str, leads: str | None) -> None:
     assert storage.pointed(pointer, start) == leads
 
 
-def test_resplits_are_written_once_and_over_nothing_else(make_set: Make, tmp_path: Path) -> None:
+def test_publish_resplits_writes_once_and_overwrites_nothing(make_set: Make, tmp_path: Path) -> None:
     shards, out = make_set(str(tmp_path / "data")), tmp_path / "resplits"
     table = read_sample_table(shards)
 

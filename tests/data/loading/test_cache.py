@@ -35,7 +35,7 @@ def good(opened: Opened | None, shards: ShardSet, number: int = 0) -> bool:
     return whole and hashlib.sha256(data).hexdigest() == shards.shards[number].sha256
 
 
-def test_a_local_shard_is_read_where_it_lies(make_set: Make, tmp_path: Path) -> None:
+def test_cache_opens_local_shard_without_copying(make_set: Make, tmp_path: Path) -> None:
     shards = make_set(str(tmp_path / "set"))
     cache = ShardCache(str(tmp_path / "cache"), 1e9)
     opened = cache.open(shards, 1)
@@ -46,7 +46,7 @@ def test_a_local_shard_is_read_where_it_lies(make_set: Make, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("fault", ["flipped", "truncated"])
-def test_a_shard_that_is_damaged_between_opening_and_reading_is_not_taken_for_whole(
+def test_opened_read_fails_on_shard_damaged_after_opening(
     make_set: Make, tmp_path: Path, flip_bit: Callable[[Path, int], None], fault: str
 ) -> None:
     shards = make_set(str(tmp_path / "set"))
@@ -65,7 +65,7 @@ def test_a_shard_that_is_damaged_between_opening_and_reading_is_not_taken_for_wh
 
 
 @pytest.mark.parametrize("fault", ["flipped", "truncated", "empty", "missing", "folder"])
-def test_a_faulty_local_shard_is_named(
+def test_cache_raises_on_faulty_local_shard(
     make_set: Make, tmp_path: Path, flip_bit: Callable[[Path, int], None], fault: str
 ) -> None:
     shards = make_set(str(tmp_path / "set"))
@@ -84,9 +84,7 @@ def test_a_faulty_local_shard_is_named(
     assert good(cache.open(shards, 0), shards, 0)
 
 
-def test_a_remote_shard_is_fetched_once_and_found_by_the_next_process(
-    make_set: Make, s3_here: S3, tmp_path: Path
-) -> None:
+def test_cache_fetches_remote_shard_once_for_all_processes(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
     shards = make_set(s3_here.bucket + "/set")
     assert good(ShardCache(str(tmp_path), 1e9).open(shards, 0), shards)
     assert [path.stem for path in cached(tmp_path)] == [shards.shards[0].sha256]
@@ -96,7 +94,7 @@ def test_a_remote_shard_is_fetched_once_and_found_by_the_next_process(
 
 
 @pytest.mark.parametrize("fault", ["flipped", "truncated", "empty"])
-def test_a_damaged_cached_copy_is_fetched_again(
+def test_cache_fetches_damaged_copy_again(
     make_set: Make, s3_here: S3, tmp_path: Path, flip_bit: Callable[[Path, int], None], fault: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -114,7 +112,7 @@ def test_a_damaged_cached_copy_is_fetched_again(
 
 
 @pytest.mark.parametrize("fault", ["flipped", "truncated", "empty"])
-def test_a_shard_altered_in_the_bucket_is_fetched_twice_and_then_named(
+def test_cache_raises_on_altered_remote_shard_after_two_fetches(
     make_set: Make, s3_here: S3, tmp_path: Path, flip_bit: Callable[[Path, int], None], fault: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -135,14 +133,14 @@ def test_a_shard_altered_in_the_bucket_is_fetched_twice_and_then_named(
     assert not list((tmp_path / "shards").glob("*.part"))
 
 
-def test_a_shard_missing_in_the_bucket_is_named(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
+def test_cache_raises_on_missing_remote_shard(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
     shards = make_set(s3_here.bucket)
     (s3_here.folder / "ecg-000001.tar").unlink()
     with pytest.raises(DataError, match=r"ecg-000001\.tar is in the index but not in storage"):
         ShardCache(str(tmp_path), 1e9).open(shards, 1)
 
 
-def test_the_limit_drops_the_least_recently_opened(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
+def test_cache_evicts_least_recently_used_at_the_limit(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
     shards = make_set(s3_here.bucket, sizes=(3, 3, 3, 3))
     one = shards.shards[0].filesize
     cache = ShardCache(str(tmp_path), 2.5 * one)
@@ -161,7 +159,7 @@ def test_the_limit_drops_the_least_recently_opened(make_set: Make, s3_here: S3, 
     assert good(cache.open(shards, 0), shards, 0)
 
 
-def test_a_limit_smaller_than_a_shard_says_so_once_and_caches_nothing(
+def test_cache_with_limit_below_a_shard_warns_once(
     make_set: Make, s3_here: S3, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards = make_set(s3_here.bucket)
@@ -174,7 +172,7 @@ def test_a_limit_smaller_than_a_shard_says_so_once_and_caches_nothing(
     assert hashlib.sha256(cache.content(shards, 1)).hexdigest() == shards.shards[1].sha256
 
 
-def test_what_is_needed_last_goes_first_and_what_is_in_use_stays(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
+def test_cache_evicts_what_is_needed_last_and_keeps_what_is_in_use(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
     shards = make_set(s3_here.bucket, sizes=(3,) * 6)
     hashes = [info.sha256 for info in shards.shards]
     cache = ShardCache(str(tmp_path), 3.5 * shards.shards[0].filesize)
@@ -197,9 +195,7 @@ def test_what_is_needed_last_goes_first_and_what_is_in_use_stays(make_set: Make,
     assert there() == {0, 4, 5}
 
 
-def test_what_a_killed_process_left_half_fetched_goes_after_an_hour(
-    make_set: Make, s3_here: S3, tmp_path: Path
-) -> None:
+def test_cache_removes_old_partial_files(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
     shards = make_set(s3_here.bucket)
     cache = ShardCache(str(tmp_path), 1e9)
     old, young = tmp_path / "shards" / "a.1.part", tmp_path / "shards" / "b.2.part"
@@ -226,9 +222,7 @@ def _open_all(folder: str, shards: ShardSet, gate: object, told: object) -> None
     told.put((whole, fetches))  # type: ignore[attr-defined]
 
 
-def test_processes_that_want_the_same_shards_at_once_fetch_each_once_and_see_whole_ones(
-    make_set: Make, s3_here: S3, tmp_path: Path
-) -> None:
+def test_concurrent_processes_fetch_each_shard_once(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
     shards = make_set(s3_here.bucket, sizes=(40, 40, 40), length=2000)
     spawn = multiprocessing.get_context("spawn")
     gate, told = spawn.Barrier(3), spawn.Queue()
@@ -244,7 +238,7 @@ def test_processes_that_want_the_same_shards_at_once_fetch_each_once_and_see_who
     assert len(cached(tmp_path)) == 3
 
 
-def test_a_full_cache_disk_is_told_once_and_takes_what_it_has_room_for(
+def test_cache_on_full_disk_warns_once(
     make_set: Make, s3_here: S3, tiny_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards = make_set(s3_here.bucket, sizes=(20, 2, 2, 2, 2), length=2000)
@@ -256,7 +250,7 @@ def test_a_full_cache_disk_is_told_once_and_takes_what_it_has_room_for(
     assert {path.suffix for path in (tiny_disk / "shards").iterdir()} == {".lock"}
 
 
-def test_a_cache_folder_that_cannot_be_made_or_written_is_a_clear_error(
+def test_cache_raises_on_folder_that_cannot_be_written(
     make_set: Make, s3_here: S3, tmp_path: Path, tiny_disk: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
@@ -269,7 +263,7 @@ def test_a_cache_folder_that_cannot_be_made_or_written_is_a_clear_error(
         cache.open(shards, 0)
 
 
-def test_a_disk_smaller_than_the_limit_is_the_limit(make_set: Make, s3_here: S3, tiny_disk: Path) -> None:
+def test_cache_on_small_disk_evicts_to_fit(make_set: Make, s3_here: S3, tiny_disk: Path) -> None:
     shards = make_set(s3_here.bucket, sizes=(2,) * 6, length=2000)
     cache = ShardCache(str(tiny_disk), 1e9)
     for number in (0, 1, 2, 3, 4, 5, 0):
@@ -278,7 +272,7 @@ def test_a_disk_smaller_than_the_limit_is_the_limit(make_set: Make, s3_here: S3,
 
 
 @pytest.mark.parametrize("fault", ["flipped", "truncated"])
-def test_an_open_shard_that_is_altered_is_noticed_and_fetched_again(
+def test_cache_fetches_again_if_an_open_shard_is_altered(
     make_set: Make, s3_here: S3, tmp_path: Path, fault: str
 ) -> None:
     shards = make_set(s3_here.bucket)
@@ -298,7 +292,7 @@ def test_an_open_shard_that_is_altered_is_noticed_and_fetched_again(
     assert good(cache.open(shards, 0), shards)
 
 
-def test_a_verified_shard_is_hashed_again_only_when_its_file_has_changed(make_set: Make, tmp_path: Path) -> None:
+def test_cache_hashes_again_only_if_the_file_changed(make_set: Make, tmp_path: Path) -> None:
     shards = make_set(str(tmp_path / "set"), sizes=(4, 4))
     cache = ShardCache(str(tmp_path / "cache"), 1e9)
     cache._most_open = 1

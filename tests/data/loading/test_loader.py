@@ -42,7 +42,7 @@ def threads() -> set[str]:
     return {thread.name for thread in threading.enumerate() if thread.name.startswith(("feed", "fetch"))}
 
 
-def test_gather_reads_what_the_tars_hold(make_set: Make, tmp_path: Path) -> None:
+def test_read_batch_returns_samples_padding_and_keys(make_set: Make, tmp_path: Path) -> None:
     make_set(str(tmp_path / "a"), sizes=(5, 3, 4))
     make_set(str(tmp_path / "b"), sizes=(4,), seed=1)
     source = source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
@@ -61,7 +61,7 @@ def test_gather_reads_what_the_tars_hold(make_set: Make, tmp_path: Path) -> None
     assert source.keys(batch.samples) == ["s0-0011", "s1-0002", "s0-0000", "s0-0006", "s1-0000"]
 
 
-def test_batches_hold_the_split_and_nothing_else(make_set: Make, tmp_path: Path) -> None:
+def test_rank_batch_covers_exactly_the_split(make_set: Make, tmp_path: Path) -> None:
     shards = make_set(str(tmp_path / "a"), sizes=(9, 0, 11, 4), every=3)
     source = source_of(tmp_path, shards.url)
     held = {i for i in range(24) if i % 3 == 2}
@@ -73,9 +73,7 @@ def test_batches_hold_the_split_and_nothing_else(make_set: Make, tmp_path: Path)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
-def test_ranks_together_get_the_global_batch_with_positions_in_the_run(
-    make_set: Make, tmp_path: Path, world: int
-) -> None:
+def test_rank_batch_of_all_ranks_is_the_global_batch(make_set: Make, tmp_path: Path, world: int) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10, 10)).url)
     whole = rank_batch(source.order("train", 7, 1), source.members("train"), 4, 0, 1)
     parts = [rank_batch(source.order("train", 7, 1), source.members("train"), 4, rank, world) for rank in range(world)]
@@ -87,7 +85,7 @@ def test_ranks_together_get_the_global_batch_with_positions_in_the_run(
         assert sorted(part[2].tolist()) == list(range(28 + rank * 7 // world, 28 + (rank + 1) * 7 // world))
 
 
-def test_the_order_is_the_same_wherever_the_set_lies(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
+def test_loader_order_does_not_depend_on_the_location_of_the_set(make_set: Make, s3_here: S3, tmp_path: Path) -> None:
     url = s3_here.bucket + "/set"
     make_set(url, sizes=(10, 10))
     shutil.copytree(s3_here.folder / "set", tmp_path / "copy")
@@ -105,7 +103,7 @@ def test_the_order_is_the_same_wherever_the_set_lies(make_set: Make, s3_here: S3
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 19, 20])
-def test_a_feed_gives_the_same_batches_from_any_start(make_set: Make, tmp_path: Path, start: int) -> None:
+def test_loader_gives_the_same_batches_from_any_start(make_set: Make, tmp_path: Path, start: int) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
     with feed(source, 4, 0, 20) as batches:
         whole = list(batches)
@@ -116,7 +114,7 @@ def test_a_feed_gives_the_same_batches_from_any_start(make_set: Make, tmp_path: 
             np.testing.assert_array_equal(batch.positions, wanted.positions)
 
 
-def test_slices_shorter_than_the_rest_are_padded(make_set: Make, tmp_path: Path) -> None:
+def test_loader_pads_short_slices(make_set: Make, tmp_path: Path) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
     weights = []
     for rank in range(3):
@@ -125,7 +123,7 @@ def test_slices_shorter_than_the_rest_are_padded(make_set: Make, tmp_path: Path)
     assert sorted(weights) == [[1, 0], [1, 0], [1, 1]]
 
 
-def test_a_mixture_draws_from_its_sets_by_weight(make_set: Make, tmp_path: Path) -> None:
+def test_loader_draws_from_a_mixture_by_weight(make_set: Make, tmp_path: Path) -> None:
     make_set(str(tmp_path / "a"), sizes=(20,))
     make_set(str(tmp_path / "b"), sizes=(20,), seed=1)
     source = source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"), weights=(3.0, 1.0))
@@ -134,7 +132,7 @@ def test_a_mixture_draws_from_its_sets_by_weight(make_set: Make, tmp_path: Path)
             assert np.bincount(batch.samples[0]).tolist() == [6, 2]
 
 
-def test_an_error_of_the_reading_thread_is_raised_and_names_the_shard(
+def test_loader_raises_on_truncated_shard(
     make_set: Make, tmp_path: Path, flip_bit: Callable[[Path, int], None]
 ) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10, 10)).url)
@@ -144,7 +142,7 @@ def test_an_error_of_the_reading_thread_is_raised_and_names_the_shard(
     assert threads() == set()
 
 
-def test_an_error_in_preparing_a_batch_is_raised(make_set: Make, tmp_path: Path) -> None:
+def test_loader_raises_errors_of_prepare(make_set: Make, tmp_path: Path) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
 
     def prepare(batch: Batch) -> Batch:
@@ -162,7 +160,7 @@ def test_an_error_in_preparing_a_batch_is_raised(make_set: Make, tmp_path: Path)
     assert seen == [0, 1]
 
 
-def test_a_feed_left_early_ends_its_threads(make_set: Make, tmp_path: Path) -> None:
+def test_loader_left_early_ends_its_threads(make_set: Make, tmp_path: Path) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
     with feed(source, 4, 0, 10_000) as batches:
         assert next(iter(batches)).step == 0
@@ -189,7 +187,7 @@ def contents(source: ShardDataset, batch: int, steps: int) -> list[np.ndarray]:
         return [batch.signal for batch in batches]
 
 
-def test_a_shard_is_fetched_once_where_the_cache_holds_the_set(
+def test_loader_fetches_each_shard_once_if_the_cache_holds_the_set(
     make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = source_of(tmp_path, make_set(s3_here.bucket, sizes=(8,) * 6, every=100).url)
@@ -199,7 +197,7 @@ def test_a_shard_is_fetched_once_where_the_cache_holds_the_set(
     assert "fetch" in {thread for _, thread in told}
 
 
-def test_a_shard_that_had_to_go_is_fetched_once_an_epoch(
+def test_loader_fetches_evicted_shards_once_an_epoch(
     make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One lane that shuffles over two shards' worth, in a cache of four: what is done with goes, what is needed stays.
@@ -216,7 +214,7 @@ def test_a_shard_that_had_to_go_is_fetched_once_an_epoch(
     assert sum(counts) >= 12 + 2 * (12 - 5)
 
 
-def test_samples_are_read_one_by_one_where_the_cache_has_no_room(
+def test_loader_reads_single_samples_if_the_cache_is_full(
     make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = make_set(s3_here.bucket, sizes=(8,) * 6, every=100)
@@ -231,7 +229,7 @@ def test_samples_are_read_one_by_one_where_the_cache_has_no_room(
 
 
 @pytest.mark.parametrize("size", [0.5, 1e6])
-def test_a_sample_that_disagrees_with_its_check_is_named(
+def test_single_read_raises_on_sample_with_another_checksum(
     make_set: Make, s3_here: S3, tmp_path: Path, flip_bit: Callable[[Path, int], None], size: float,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -250,7 +248,7 @@ def test_a_sample_that_disagrees_with_its_check_is_named(
     assert not cache.held(shards, 0)
 
 
-def test_a_split_too_small_for_a_batch_is_named_by_its_url(make_set: Make, tmp_path: Path) -> None:
+def test_order_raises_on_split_smaller_than_a_batch(make_set: Make, tmp_path: Path) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(8,)).url)
     with pytest.raises(UserError, match=r"/a: split val holds 2 samples, fewer than the 5"):
         source.order("val", 5, 0)
@@ -259,20 +257,22 @@ def test_a_split_too_small_for_a_batch_is_named_by_its_url(make_set: Make, tmp_p
 
 
 @pytest.mark.parametrize(("other", "told"), [({"length": 32}, "window length 32 against 64")])
-def test_sets_that_do_not_fit_are_not_mixed(make_set: Make, tmp_path: Path, other: dict[str, int], told: str) -> None:
+def test_open_dataset_raises_on_incompatible_sets(
+    make_set: Make, tmp_path: Path, other: dict[str, int], told: str
+) -> None:
     make_set(str(tmp_path / "a"))
     make_set(str(tmp_path / "b"), **other)
     with pytest.raises(UserError, match=f"/b and .*/a cannot be mixed: {told}"):
         source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
 
 
-def test_a_signal_that_a_set_lacks_is_named(make_set: Make, tmp_path: Path) -> None:
+def test_open_dataset_raises_on_missing_signal(make_set: Make, tmp_path: Path) -> None:
     make_set(str(tmp_path / "a"))
     with pytest.raises(UserError, match="holds no eeg signal; it has: ecg"):
         open_dataset([(str(tmp_path / "a"), 1.0)], "eeg", ShardCache(str(tmp_path / "cache"), 1e9))
 
 
-def test_kept_batch_keeps_its_memory_and_released_one_gives_it_up(make_set: Make, tmp_path: Path) -> None:
+def test_release_reuses_memory_once_and_kept_batches_keep_theirs(make_set: Make, tmp_path: Path) -> None:
     source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(9,)).url)
 
     def read(sample: int) -> Batch:

@@ -101,7 +101,7 @@ def only_right_files(cache: Path, shards: ShardSet) -> None:
         ("stall", SECOND, 1),
     ],
 )
-def test_a_fault_that_passes_changes_no_batch(
+def test_loader_batches_survive_transient_faults(
     remote: ShardSet, local: str, proxied_here: Proxied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     fault: int | str, match: str, times: int,
 ) -> None:  # fmt: skip
@@ -112,7 +112,7 @@ def test_a_fault_that_passes_changes_no_batch(
     only_right_files(tmp_path / "cache", remote)
 
 
-def test_a_short_silence_is_waited_for_and_nothing_is_fetched_twice(
+def test_loader_waits_for_a_stalled_server_without_fetching_twice(
     remote: ShardSet, local: str, proxied_here: Proxied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits(monkeypatch, read_timeout_s=10.0)
@@ -122,9 +122,7 @@ def test_a_short_silence_is_waited_for_and_nothing_is_fetched_twice(
     assert proxied_here.proxy.sent() == {info.url: info.filesize for info in remote.shards}
 
 
-def test_a_server_killed_and_restarted_costs_only_time(
-    remote: ShardSet, local: str, proxied_here: Proxied, tmp_path: Path
-) -> None:
+def test_loader_survives_server_restart(remote: ShardSet, local: str, proxied_here: Proxied, tmp_path: Path) -> None:
     made = feed(remote.url, tmp_path / "cache")
     proxied_here.server.stop()
     threading.Timer(3.0, proxied_here.server.start).start()
@@ -145,7 +143,7 @@ def test_a_server_killed_and_restarted_costs_only_time(
         ("stall", StorageError, "cannot"),
     ],
 )
-def test_a_fault_that_stays_is_an_error_that_names_the_shard(
+def test_loader_raises_on_permanent_fault(
     remote: ShardSet, proxied_here: Proxied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     fault: int | str, error: type[Exception], told: str,
 ) -> None:  # fmt: skip
@@ -159,7 +157,7 @@ def test_a_fault_that_stays_is_an_error_that_names_the_shard(
     only_right_files(tmp_path / "cache", remote)
 
 
-def test_credentials_revoked_under_a_running_feed_are_told(
+def test_loader_raises_on_revoked_credentials(
     make_set: Make, proxied_here: Proxied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(order, "WINDOW", 12)
@@ -198,7 +196,7 @@ def _damaged_midway(url: str, cache: Path, damage: str, told: Any) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_cached_file_damaged_under_a_running_feed_is_fetched_again(
+def test_loader_refetches_cached_file_damaged_while_running(
     remote: ShardSet, local: str, proxied_here: Proxied, tmp_path: Path, damage: str
 ) -> None:
     # In a process of its own, because reading beyond the end of a mapped file kills the reader.
@@ -222,7 +220,7 @@ def _read_and_tell(url: str, cache: Path, rank: int, told: Any, gate: Any = None
     told.put((rank, read(url, cache, rank=rank, world=2)))
 
 
-def test_a_process_killed_while_it_fetches_leaves_nothing_that_counts(
+def test_killed_fetch_leaves_no_visible_file(
     remote: ShardSet, local: str, proxied_here: Proxied, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
@@ -247,7 +245,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_that_counts(
 
 
 @pytest.mark.parametrize("size", ["64k", "500k"])
-def test_a_full_cache_disk_is_said_once_and_the_feed_goes_on_without_it(
+def test_loader_goes_on_with_full_cache_disk(
     remote: ShardSet, local: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, size: str
 ) -> None:
     """No shard has room on the first disk, two of four on the second."""
@@ -259,7 +257,7 @@ def test_a_full_cache_disk_is_said_once_and_the_feed_goes_on_without_it(
     assert str(folder) in said[0]
 
 
-def test_two_processes_with_one_cache_fetch_every_byte_once(
+def test_two_loaders_with_one_cache_fetch_every_byte_once(
     remote: ShardSet, local: str, proxied_here: Proxied, tmp_path: Path
 ) -> None:
     spawn = multiprocessing.get_context("spawn")

@@ -43,7 +43,9 @@ def held(url: str, cache: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_memory_is_flat_over_epochs_and_over_shards(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_loader_memory_is_constant_over_epochs_and_shards(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     base = str(tmp_path) if where == "local" else request.getfixturevalue("s3_here").bucket
     told = []
     for shards in (1, 50):

@@ -31,7 +31,7 @@ def test_ranks_of_every_world_share_the_batch_exactly(batch: int) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_more_ranks_than_samples_are_refused() -> None:
+def test_rank_slice_raises_on_more_ranks_than_samples() -> None:
     with pytest.raises(UserError, match="8 ranks cannot share a global batch of 7: use at most 7 ranks"):
         rank_slice(7, 0, 8)
 
@@ -79,7 +79,7 @@ def test_epochs_and_seeds_and_sets_are_shuffled_differently() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 60), st.lists(st.integers(0, 300), min_size=1, max_size=30))
-def test_random_access_equals_walking(batch: int, steps: list[int]) -> None:
+def test_take_of_any_step_equals_walking_to_it(batch: int, steps: list[int]) -> None:
     counts = [30, 0, 45, 7]
     walked = one(counts, batch, 3)
     sequence = [walked.take(step)[1] for step in range(max(steps) + 1)]
@@ -218,12 +218,12 @@ def test_equal_weights_round_the_same_way_every_time() -> None:
     assert shares(10, [0.1, 0.2, 0.7]) == [1, 2, 7]
 
 
-def test_a_weight_without_a_place_in_the_batch_is_refused_by_the_name_it_is_shown_by() -> None:
+def test_mixture_raises_on_weight_without_a_sample() -> None:
     with pytest.raises(UserError, match=r"s3://b/two: its weight 0\.01 leaves it no sample in a global batch of 8"):
         mixture([np.array([50])] * 2, [1.0, 0.01], ["f1", "f2"], 8, 0, ["s3://b/one", "s3://b/two"])
 
 
-def test_a_split_smaller_than_its_part_of_a_batch_is_refused() -> None:
+def test_mixture_raises_on_split_smaller_than_its_share() -> None:
     with pytest.raises(UserError, match=r"f2 holds 3 samples, fewer than the 4 that one global batch takes"):
         mixture([np.array([50]), np.array([3])], [1.0, 1.0], ["f1", "f2"], 8, 0)
     assert one([8], 8).take(3)[1].shape == (8,)
@@ -240,7 +240,7 @@ def test_a_rank_reads_little_more_than_its_share_of_the_shards() -> None:
     assert max(map(len, touched)) <= shards // world + 2
 
 
-def test_permutation_is_pinned_for_ever() -> None:
+def test_permutation_never_changes_between_versions() -> None:
     assert permutation(10, 0, "shards", 0).tolist() == PINNED_A
     assert permutation(10, 0, "shards", 1).tolist() == PINNED_B
     assert permutation(7, 123456789, "name", "window", 3, 1, 2).tolist() == PINNED_C
@@ -248,7 +248,7 @@ def test_permutation_is_pinned_for_ever() -> None:
     assert permutation(0, "x").tolist() == []
 
 
-def test_batches_are_pinned_for_ever() -> None:
+def test_batches_never_change_between_versions() -> None:
     counts = np.array([100, 250, 50])
     walk = SetOrder(counts, 6, 42, "f" * 64)
     assert walk.take(0).tolist() == PINNED_D

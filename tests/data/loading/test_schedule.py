@@ -25,7 +25,7 @@ def needed(mixed: Mixture, counts: list[list[int]], step: int, low: int, high: i
 
 @settings(max_examples=60, deadline=None)
 @given(counts_of, counts_of, st.data(), st.sampled_from([16, 64, 200, 524_288]))
-def test_every_need_is_foreseen_and_no_shard_is_foreseen_in_vain(
+def test_schedule_lists_exactly_the_shards_that_steps_need(
     one: list[int], other: list[int], data: st.DataObject, window: int
 ) -> None:
     batch = data.draw(st.integers(2, 8), "batch")
@@ -48,7 +48,7 @@ def test_every_need_is_foreseen_and_no_shard_is_foreseen_in_vain(
 
 @settings(max_examples=40, deadline=None)
 @given(counts_of, st.data())
-def test_the_next_use_is_never_later_than_the_real_one(one: list[int], data: st.DataObject) -> None:
+def test_next_use_is_never_later_than_the_real_use(one: list[int], data: st.DataObject) -> None:
     batch = data.draw(st.integers(1, 8), "batch")
     high = data.draw(st.integers(1, batch), "high")
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ def test_the_next_use_is_never_later_than_the_real_one(one: list[int], data: st.
                 assert step <= soonest[key] <= later
 
 
-def test_what_comes_later_starts_where_it_is_asked_from() -> None:
+def test_coming_starts_at_the_given_step() -> None:
     mixed = mixture([np.full(40, 10)], [1.0], ["a"], 4, 1)
     schedule = Schedule(mixed, 0, 4)
     later = list(itertools.takewhile(lambda use: use.first < 150, schedule.coming(120)))

@@ -12,14 +12,14 @@ from physio_dist.errors import UserError
 from physio_dist.signals.readers import names, reader
 
 
-def test_every_name_gives_its_reader() -> None:
+def test_reader_returns_each_registered_reader() -> None:
     for name in names():
         assert reader(name).name == name
     assert {"wfdb", "code15", "edf", "simulate"} <= set(names())
     assert [name for name in names() if reader(name).simulated] == ["simulate"]
 
 
-def test_unknown_names_get_a_hint() -> None:
+def test_reader_raises_on_unknown_name() -> None:
     with pytest.raises(UserError, match="no reader 'wfbd'; did you mean 'wfdb'"):
         reader("wfbd")
 
@@ -34,7 +34,7 @@ def test_unknown_names_get_a_hint() -> None:
     ],
 )
 @pytest.mark.integration
-def test_only_the_reader_asked_for_is_imported(name: str, foreign: set[str]) -> None:
+def test_reader_imports_no_other_library(name: str, foreign: set[str]) -> None:
     code = f"""
 import sys
 from physio_dist.signals.readers import reader

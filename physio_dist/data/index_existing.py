@@ -187,7 +187,7 @@ def _standard_leads(name: str, data: bytes, members: list[tar.Member], kind: str
     """The twelve leads in their standard order, where the first samples are such ECGs.
 
     Raises:
-        UserError: they are not, or it cannot be told.
+        UserError: they are not, or it cannot be decided.
     """
     unnamed = UserError(
         f"{name}: nothing tells which lead each row is, and the rows do not obey the identities of limb leads in the "

@@ -200,8 +200,8 @@ def _rows(signal: Signal) -> dict[str, int]:
         if key in rows:
             kind = "lead" if ecg_name(key) else "electrode" if electrode(key) else ""
             # A name that is none of ours is free text of a header and is not repeated.
-            told = f"are {kind} {key}: {signal.channels[rows[key]]!r} and {name!r}" if kind else "have the same name"
-            raise RecordError(f"two channels {told}")
+            clash = f"are {kind} {key}: {signal.channels[rows[key]]!r} and {name!r}" if kind else "have the same name"
+            raise RecordError(f"two channels {clash}")
         rows[key] = i
     return rows
 

@@ -58,7 +58,7 @@ class Limits:
 
 ECG_LIMITS = Limits(span=MIN_SPAN_UV, largest=10_000.0, rail=2000.0)
 EEG_LIMITS = Limits(span=2.0, largest=800.0, rail=100.0)
-"""A scalp without any activity over 2 uV is what the dead are told by; spans of real windows of 10 s (eegmat) lie
+"""A span below 2 uV is that of a dead channel; spans of real windows of 10 s (eegmat) lie
 between 23 and 783 uV, amplitudes at 36 in the median, below 166 in all but one channel of a thousand, and below 576. An
 amplifier's rail is a few hundred microvolts away where the recorder takes the offset out before it digitises."""
 EEG_SHARE = 0.75
@@ -155,7 +155,7 @@ def railed_share(raw: Float64Array, rate: float, rail: float) -> Float64Array:
 def swapped_names(limb: Float64Array, leads: Sequence[str], samples: int) -> tuple[str, str] | None:
     """The two limb leads that carry each other's name, where the identities leave no doubt about it.
 
-    Every window has a voice, so that a fault in some of them does not hide what the others show.
+    Every window has a vote, so that a fault in some of them does not hide the others.
 
     Args:
         limb: in-band ``[len(leads), time]``, all six limb leads; with fewer, a swap has other explanations.
@@ -182,7 +182,7 @@ def contradicting(limb: Float64Array, leads: Sequence[str]) -> tuple[list[int], 
     """The limb leads that break the identities, as rows of ``limb`` ``[len(leads), time]``, and the residual.
 
     One lead is named when the others agree without it, so at least three others are needed; where several break
-    the identities nobody can tell which, and all are named. Rows that do not count are all NaN.
+    the identities it is undecidable which, and all are named. Rows that do not count are all NaN.
     """
     before = identity_error(limb, leads)
     if before <= MAX_IDENTITY_ERROR:

@@ -20,7 +20,7 @@ class RecordError(Exception):
 
     ``str(error)`` is the reason that goes into ``rejects.jsonl``, so it never holds free text from a file
     header: a header may name the patient. ``person`` is the id in the source, where it is known by then, so that
-    whoever writes the reason down can leave the id out of it.
+    the caller can leave the id out of the reason.
     """
 
     person: str | None = None

@@ -206,7 +206,7 @@ def waveform_hash(recording: Recording) -> str:
     where it names some. Zeros or missing values that all channels share at either
     end are padding and left out.
 
-    Two copies are told apart if one was resampled, filtered, cut, rescaled, or rounded to a grid that is not a
+    Two copies differ if one was resampled, filtered, cut, rescaled, or rounded to a grid that is not a
     multiple of the other's, or if their leads bear other names. All recordings without a sample that is not zero
     have the same hash.
     """
@@ -246,7 +246,7 @@ def _prepare(modality: str, signal: Signal, spec: WindowSpec) -> _Prepared:
         if modality == "ecg":
             here = {canonical(name) for name in signal.channels}
             keys = {channel_key(lead) for lead in wanted}
-            # Limb leads that nobody asked for still vouch for the others; computed leads are as good as their sources.
+            # Limb leads that are not stored still serve to check the others.
             extra = [lead for lead in LIMB if lead in here and lead not in keys]
         names = tuple(ecg_name(name) or electrode(name) or name for name in (*wanted, *extra))
         data, missing = select(signal, names)

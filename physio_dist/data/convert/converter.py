@@ -38,8 +38,8 @@ from physio_dist.storage.user_cache import user_cache_dir
 
 REJECTS = "rejects.jsonl"
 MARKER = "_writing.json"
-# Names in the folder of recordings by which another machine is seen to have the same.
-_LOOKED_AT = 16
+# Names in the folder of recordings that are checked on other machines.
+_CHECKED_NAMES = 16
 # Options that say where the work is done, and names of files: other ones make the same bytes.
 _NOT_OF_BYTES = ("workers", "ray", "placement_timeout_s", "labels", "exclude")
 
@@ -68,7 +68,7 @@ def plan_job(reader: str, source: str, options: ShardConfig) -> Job:
         UserError: unknown reader, nothing to read, a label file that fits nothing.
     """
     reads = reader_named(reader)
-    spec_of(options)  # What is wrong with the options is told before recordings are looked at.
+    spec_of(options)  # Raises on wrong options before any recording is read.
     records = reads.records(source)
     spec = spec_of(with_found(reads, source, records, options))
     name = options.source or ("" if reads.simulated else Path(os.path.abspath(source)).name) or reader  # noqa: PTH100
@@ -157,7 +157,7 @@ def _tidy(out: str, beside: str, private: str) -> None:
         with ThreadPoolExecutor(16) as several:  # a request each, for up to tens of thousands
             list(several.map(storage.remove, [storage.join(beside, name) for name in storage.names(beside)]))
     shutil.rmtree(private, ignore_errors=True)
-    # Last, because it is what tells the next run that there may be something to tidy.
+    # Last, because the next run tidies up if the marker is there.
     storage.remove(storage.join(out, MARKER))
 
 
@@ -224,7 +224,7 @@ def _shared_paths(job: Job, spool: str) -> dict[str, str]:
         # Some of its names, because a folder without them may be the place where nothing is mounted.
         folder = Path(job.input)
         paths = sorted(str(path) for path in (folder.iterdir() if folder.is_dir() else [folder]))
-        seen = dict.fromkeys(paths[:: len(paths) // _LOOKED_AT + 1], meaning)
+        seen = dict.fromkeys(paths[:: len(paths) // _CHECKED_NAMES + 1], meaning)
     if storage.is_local(spool):
         mark = storage.join(spool, f"seen-{uuid.uuid4().hex}")
         storage.write_bytes(mark, b"")

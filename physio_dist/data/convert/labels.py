@@ -75,7 +75,7 @@ def _by_name(records: Sequence[str]) -> dict[str, str | None]:
 
 
 def _stem(text: str | None) -> str:
-    """A record's name as a table gives it, without the endings of the files it lies in."""
+    """A record's name in a table, without file extensions."""
     stem = (text or "").strip().removeprefix("./")
     for ending in (".hea", ".dat", ".mat", ".edf"):
         stem = stem.removesuffix(ending)

@@ -43,7 +43,7 @@ class Job:
     people: dict[str, str]
 
     def digest(self) -> str:
-        """Hash of everything that decides the bytes of the parts; where a folder of recordings lies does not."""
+        """Hash of everything that decides the bytes of the parts; the location of the recordings does not."""
         content = {**asdict(self), "converter": CONVERTER}
         # A simulator's input is no place: it says what is simulated.
         if not reader_named(self.reader).simulated:
@@ -96,7 +96,7 @@ def key_of(name: str) -> str:
 def record_keys(records: Sequence[str]) -> list[str]:
     """A key for every record: the last part of its name in the characters that WebDataset keys may hold.
 
-    Folders are left out because they may be named after people. A hash of the whole name tells records apart that end
+    Folders are left out because they may be named after people. A hash of the whole name distinguishes records that end
     alike.
     """
     plain = [key_of(record.rsplit("/", 1)[-1]) for record in records]
@@ -141,8 +141,8 @@ def make_part(job: Job, url: str, resume: bool = False, return_facts: bool = Fal
                 raise storage.to_storage_error(storage.join(job.input, record), "read", error) from error
             if isinstance(error, PhysioError | MemoryError):
                 raise
-            # One record in a million over which a library trips must not stop the others. What it says stays out: it
-            # may quote the file.
+            # A record that crashes a library must not stop the conversion. The message is left out: it may quote
+            # the file.
             reason = f"cannot be read ({type(error).__name__})"
             if isinstance(error, RecordError):
                 person = person if person is not None else error.person
@@ -169,7 +169,7 @@ def make_part(job: Job, url: str, resume: bool = False, return_facts: bool = Fal
 
 
 def hide_person(text: str, source: str, person: str | None) -> str:
-    """A text in which the person's id, where it stands as a word of its own, is the pseudonym."""
+    """Replace the person's id by the pseudonym where it is a word of its own."""
     if not person:
         return text
     # MIMIC writes p10000032 in one place and 10000032 in another; keys have other characters replaced.

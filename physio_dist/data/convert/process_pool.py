@@ -38,7 +38,7 @@ class TaskPool(Protocol):
         """(number of the task, result) in the order in which they are done.
 
         Raises:
-            UserError: a process was lost, as often as the pool bears.
+            UserError: more processes were lost than the pool replaces.
         """
 
 
@@ -123,7 +123,7 @@ def _undisturbed() -> Iterator[None]:
 
     A process is started when a task is submitted. It inherits the mask, so that no signal reaches it before it is
     ready. Here the mask is not enough: a signal that another thread takes is handled in this one all the same, and
-    would leave a process with half of what it is to be told.
+    would leave a process with half of its start-up data.
     """
     resource_tracker.ensure_running()
     came: list[int] = []

@@ -135,7 +135,7 @@ class ShardSet:
 
 
 def fingerprint_of(shards: Sequence[ShardInfo], signals: dict[str, SignalInfo], rate: float, table: str) -> str:
-    """One hash over a set's content; where it lies and what made it do not count."""
+    """One hash over a set's content; its location and origin do not count."""
     content = {
         "shards": [[shard.nsamples, shard.sha256] for shard in shards],
         "signals": {name: asdict(info) for name, info in signals.items()},

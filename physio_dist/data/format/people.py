@@ -17,7 +17,7 @@ def split_of(person: int, val: float, test: float) -> int:
 def pseudonym(source: str, person: str) -> int:
     """64-bit pseudonym of a person of a corpus.
 
-    It hides the id from a reader of the shards, not from somebody who holds the list of ids.
+    It hides the id from a reader of the shards, not from anyone who holds the list of ids.
     """
     digest = hashlib.sha256(f"physio-dist person {source}\n{person}".encode()).digest()
     return int.from_bytes(digest[:8], "big")

@@ -12,7 +12,7 @@ from physio_dist.data.format.sample_table import SampleTable, publish
 from physio_dist.errors import UserError
 from physio_dist.runtime.arrays import UInt8Array
 
-# What a conversion goes by when it is started again; a resplit is not what that made.
+# Identifies an interrupted conversion; a resplit is no result of one.
 _JOB = "job"
 
 

@@ -28,7 +28,7 @@ class SampleTable:
     """Facts of every sample, in storage order (shard after shard).
 
     Attributes:
-        offset: for each signal int64 ``[sample]``, where its first value stands in the tar.
+        offset: for each signal int64 ``[sample]``, offset of its first value in the tar.
         check: for each signal uint32 ``[sample]``, CRC-32 of its values, for samples that are read singly.
         valid: for each signal bool ``[sample, channel]``.
         split: uint8 ``[sample]``, position in ``SPLITS``.
@@ -112,7 +112,7 @@ def read_sample_table(shards: ShardSet, read: Callable[[str], bytes | bytearray]
 
 
 def _contradictions(shards: ShardSet, table: SampleTable) -> list[str]:
-    """Fields of a sample table that contradict its index: the hash vouches for bytes, not for the writer of both."""
+    """Fields of a sample table that contradict its index: a fitting hash does not show that its writer was right."""
     n, ends = shards.nsamples, np.repeat([s.filesize for s in shards.shards], [s.nsamples for s in shards.shards])
     expected: dict[str, tuple[npt.NDArray[Any] | None, str, tuple[int, ...]]] = {
         "split": (table.split, "uint8", (n,)),

@@ -22,7 +22,7 @@ from physio_dist.runtime.arrays import Int16Array
 
 BLOCK = 512
 
-# For each signal of a sample: where its first value stands in the tar, and the check (CRC-32) of its values.
+# For each signal of a sample: offset of its first value in the tar, and CRC-32 of its values.
 Places = dict[str, tuple[int, int]]
 
 

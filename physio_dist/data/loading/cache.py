@@ -1,7 +1,7 @@
 """The node cache: shards of a remote set on the local disk, fetched once, visible only when verified.
 
 Ranks of a node share the folder and later runs do too, because files are named by their content's hash. A shard of a
-local set is read where it lies. Both are read by position, and the file's size and times are looked at after each read:
+local set is read in place. Both are read by position, and the file's size and times are compared after each read:
 what was cut short or altered under a running job is verified and fetched again. (Through a memory map a copy is a tenth
 faster, but a file that is cut while it is being copied ends the process with SIGBUS.)
 """
@@ -35,9 +35,9 @@ _MOST_OPEN = 8192
 _KINDS = (".tar", Path(SAMPLE_TABLE).suffix)
 # Longest time between updates of a file's access time, by which other ranks find the least recently used.
 _TOUCH_S = 60.0
-# Shards that this run does not need, but somebody used within this time, are not evicted first.
+# Shards that this run does not need, but another run used within this time, are not evicted first.
 _RECENT_S = 600.0
-# How long a shard without room in the cache is read from storage before room is looked for again.
+# How long a shard that did not fit is read from storage before caching it is tried again.
 _REFUSED_S = 5.0
 
 # The step that training is at, and for the hash of every shard the step at which this node needs it next.
@@ -113,11 +113,11 @@ class ShardCache:
         return info.sha256 in self._opened or storage.is_local(shards.data_url) or self._path(info).exists()
 
     def open(self, shards: ShardSet, shard: int, ahead: bool = False) -> Opened | None:
-        """A shard, fetched and verified first where needed; None where the cache has no room for it.
+        """A shard, fetched and verified first where needed; None if it does not fit into the cache.
 
         Args:
             shards, shard: which.
-            ahead: it is not needed yet, so that there may be room later.
+            ahead: it is not needed yet, and may fit later.
 
         Raises:
             DataError: the shard disagrees with the index, also when fetched again.
@@ -252,7 +252,7 @@ class ShardCache:
         raise DataError(f"shard {url} disagrees with its index (sha256), also when fetched again")
 
     def _fetch(self, url: str, path: Path, info: ShardInfo) -> Opened | None:
-        """Make room for a shard, fetch and publish it; None where what came has another hash."""
+        """Evict, fetch a shard and publish it; None if the fetched bytes have another hash."""
         self._make_room(info)
         try:
             return self._try_fetch(url, path, info)
@@ -306,7 +306,7 @@ class ShardCache:
         """Evict what is needed last until a shard fits.
 
         A file that another rank has open goes on being readable, and takes its place on the disk, until that rank
-        makes room in its turn.
+        evicts in its turn.
 
         Raises:
             _NoRoomError: what is needed before the shard leaves none.
@@ -327,7 +327,7 @@ class ShardCache:
                     present.discard(path.stem)
                     if total + needed <= self.limit_bytes:
                         break
-            # Before others look, the room is taken: what arrives counts by its size.
+            # Reserves the space under the lock: partial files count by their size.
             with self._part(info).open("wb") as file:
                 file.truncate(needed)
         with self._lock:
@@ -359,7 +359,7 @@ class ShardCache:
 
 
 class _NoRoomError(Exception):
-    """Neither evicting nor the disk gives room for a shard."""
+    """A shard does not fit, on the disk or after evicting."""
 
 
 def _identity(facts: os.stat_result) -> _Identity:

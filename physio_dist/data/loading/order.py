@@ -43,7 +43,7 @@ class ShardUses:
     """Shards that some slots of the batches need in one epoch, and the steps in which they do.
 
     Attributes:
-        shard: int64 ``[n]``; a shard stands here once for each block of each lane that it has samples in.
+        shard: int64 ``[n]``; a shard occurs once for each block of each lane that it has samples in.
         first, last: int64 ``[n]``, steps of the epoch (from 0) between which it may be needed, both included.
         samples: float64 ``[n]``, samples that are needed of it meanwhile: whole lanes exactly, of a lane that others
             share the expected number.
@@ -62,7 +62,7 @@ class SetOrder:
         counts: int64 ``[shard]``, samples of the split in each shard, in the order of the index.
         batch: samples this set gives to every global batch.
         seed: the run's seed.
-        name: tells sets of a mixture apart, so that they are not shuffled alike.
+        name: distinguishes the sets of a mixture, so that they are not shuffled alike.
     """
 
     def __init__(self, counts: Int64Array, batch: int, seed: int, name: str) -> None:
@@ -220,7 +220,7 @@ def mixture(
     Args:
         counts: for each set int64 ``[shard]``, samples of the split.
         weights: for each set its share of the batch, in any scale.
-        names: for each set its fingerprint: two runs on the same data then have the same order wherever it lies.
+        names: for each set its fingerprint, so that the order does not depend on the set's location.
         global_batch: samples a step, over all ranks.
         seed: the run's seed.
         labels: of the sets in messages; by default their names.

@@ -8,7 +8,7 @@ at 128 Hz. ECG: two channels of a Shimmer at 256 Hz.
 
 The file names no units and no leads. EEG is taken for microvolts, on the recorder's offset of some millivolts; the band
 takes that out. ECG is taken as it stands too, so its amplitudes may be those of the recorder's counts, and its channels
-are called ``ECG`` and ``ECG2``, which is to say: two leads, nobody knows which.
+are called ``ECG`` and ``ECG2``, two unknown leads.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SEX = {"male": "M", "female": "F"}
 
 
 class DreamerReader:
-    """``DREAMER.mat``, or the folder it lies in; see `Reader`.
+    """``DREAMER.mat``, or its folder; see `Reader`.
 
     A record is what one person did with one clip: ``s07-c11-stimulus``, and before it ``s07-c11-baseline``.
     """

@@ -53,7 +53,7 @@ class EdfReader:
     """A folder of EDF and EDF+ files, searched recursively; see `Reader`.
 
     A record id is the path relative to the folder, with forward slashes and without extension. Where the folder holds
-    a ``recordings.csv`` (``file``, ``subject``, then labels), that tells the person and the labels, and its files are
+    a ``recordings.csv`` (``file``, ``subject``, then labels), that gives the person and the labels, and its files are
     records whether they are there or not.
     """
 
@@ -158,8 +158,8 @@ def _check_size(path: Path) -> None:
 def _signal(modality: str, chosen: list[Any]) -> Signal:
     rates = sorted({float(signal.sampling_frequency) for signal in chosen})
     if len(rates) > 1:
-        told = " and ".join(f"{rate:g}" for rate in rates)
-        raise RecordError(f"the {modality} channels are sampled at different rates: {told} Hz")
+        listed = " and ".join(f"{rate:g}" for rate in rates)
+        raise RecordError(f"the {modality} channels are sampled at different rates: {listed} Hz")
     data = np.stack([_microvolts(signal) for signal in chosen])
     return Signal(data, rates[0], tuple(signal.label.strip() for signal in chosen))
 

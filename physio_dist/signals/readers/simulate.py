@@ -5,8 +5,8 @@ electrodes, and the leads are computed from their potentials, as a machine compu
 say of limb leads holds for the noise as well, and a loose limb electrode spoils every lead that depends on it. A brain
 (`physio_dist.signals.simulators.eeg`) is seen by nineteen more.
 
-What a classifier may look for: each record is of somebody calm or aroused, and two drives say how much of it reached
-heart and brain. They are that state plus noise of their own, so each modality tells of it by itself, imperfectly, and
+The label: each record is of a calm or an aroused person, and two drives say how much of it reached
+heart and brain. They are that state plus noise of their own, so each modality shows it by itself, imperfectly, and
 both together tell more; how much at best is known (`best_auc`).
 
 The records say that they are simulated; whatever is learned from them says nothing about patients.
@@ -52,7 +52,7 @@ class _Purpose(IntEnum):
 
 
 def best_auc(modalities: int) -> float:
-    """The largest area under the ROC curve with which anything computed from so many modalities tells the states.
+    """The largest area under the ROC curve that anything computed from so many modalities can reach.
 
     A drive is normal with variance 1 and means `SEPARATION` apart; the sum of n drives is sufficient, its means are
     n times as far apart, its variance is n. Two normal values with means d standard deviations apart come in the right

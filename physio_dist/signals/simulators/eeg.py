@@ -24,7 +24,7 @@ from physio_dist.signals.montage import EEG_19
 RATE = 200
 
 ALPHA_EFFECT = -0.6
-"""Change of the logarithm of the power of alpha with a unit of drive; it blocks when somebody is alert."""
+"""Change of the logarithm of the power of alpha with a unit of drive; it is suppressed in alert subjects."""
 BETA_EFFECT = 0.5
 """The same for beta, which grows."""
 

@@ -32,7 +32,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What processes that tests kill leave in the folder for temporary files goes when the tests do."""
+    """A temporary folder of the session, removed with whatever killed processes leave in it."""
     # Where pytest puts folders of tests, so that they can be looked at afterwards, does not change.
     tmp_path_factory.getbasetemp()
     # Sockets lie in it, whose paths must be short.
@@ -103,7 +103,7 @@ class S3:
 
     @classmethod
     def command(cls, address: str, folder: Path) -> list[str]:
-        """What serves ``folder`` at an address."""
+        """Command that serves ``folder`` at an address."""
         # Tests change the served folder behind the server's back, so it must not remember listings.
         options = ["--auth-key", f"{cls.key},{cls.secret}", "--dir-cache-time", "1ms", "--config", ""]
         return [str(Path(sys.executable).with_name("rclone")), "serve", "s3", *options, "--addr", address, str(folder)]

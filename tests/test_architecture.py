@@ -1,4 +1,4 @@
-"""Imports, held against the layers of docs/architecture.md."""
+"""Imports compared with the layers of docs/architecture.md."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def small(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """What was said of a mistake: one line, no traceback, status 2."""
+    """Message of a refused command: one line, no traceback, status 2."""
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("physio-dist: wrong input or configuration: ")

@@ -99,7 +99,7 @@ class Cluster:
         wait_until(lambda: self._alive() == 1 + len(self.nodes), "the cluster to see its nodes as they are")
 
     def _alive(self) -> int | None:
-        """How many nodes the cluster takes for alive; None where it does not answer."""
+        """Number of nodes the cluster considers alive; None if it does not answer."""
         asked = ask(f"{self.dashboard}/api/v0/nodes?limit=1000", self.env["RAY_AUTH_TOKEN"])
         return sum(node["state"] == "ALIVE" for node in asked["data"]["result"]["result"]) if asked else None
 
@@ -165,7 +165,7 @@ class Cluster:
         return found
 
     def figures(self, run: str) -> dict[str, float]:
-        """What is shown of the run or sweep with this URL, by name."""
+        """Metrics of the run or sweep with this URL, by name."""
         found: dict[str, float] = {}
         for line in self.metrics("ray_physio_dist_"):
             series, value = line.rsplit(" ", 1)
@@ -228,7 +228,7 @@ class RayRun(Run):
         return super().__call__(ranks, launcher, extra)
 
     def told(self) -> list[str]:
-        """What a person reads of ours, Ray's prefix and its own lines left out."""
+        """Our lines of the log, without Ray's prefix and Ray's own lines."""
         lines = [line.partition("physio-dist: ")[2] for line in self.said().splitlines() if "physio-dist: " in line]
         return [line for line in lines if not line.startswith("Ray is starting")]
 

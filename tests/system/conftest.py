@@ -1,4 +1,4 @@
-"""What the system tests share: a simulated shard set and undisturbed runs to compare with."""
+"""Fixtures of the system tests: a simulated shard set and undisturbed runs to compare with."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def _check(words: Sequence[str]) -> str:
 
 
 def refusal() -> str:
-    """Why the kernel or a container allows no such hosts here; empty where they are allowed."""
+    """Reason why the kernel or a container allows no such hosts; empty if they are allowed."""
     needed = ("setpriv", "unshare", "nsenter", "ip", "tc", "iptables", "sshd", "ssh-keygen", "pdsh")
     require_root()
     for name in needed:
@@ -398,7 +398,7 @@ class HostRun(Run):
         return [last[attempt] - start for attempt, start in begun]
 
     def attempts(self) -> list[dict[str, Any]]:
-        """What is kept of each start; the bucket has it with the first checkpoint."""
+        """Records of all starts, which are in the bucket from the first checkpoint on."""
         file = self.path / "attempts.json"
         found: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
         return found

@@ -1,4 +1,4 @@
-"""What a person gets wrong: one clear message, the documented status, nothing half-written."""
+"""Wrong input of pretraining: one clear message, the documented exit status, no partial files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_wrong_option_ends_the_run_with_one_message(new_run: Make, option: str, 
     assert not list(run.path.glob("checkpoints/*"))
 
 
-def test_no_such_configuration_file(tmp_path: Path, simulated: str) -> None:
+def test_missing_configuration_file_is_named(tmp_path: Path, simulated: str) -> None:
     from tests.system.launching import BIN, ROOT
 
     done = subprocess.run(
@@ -96,33 +96,31 @@ def odd_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / name) for name in sets}
 
 
-def test_another_rate(odd_sets: dict[str, str], new_run: Make) -> None:
+def test_run_refuses_sampling_rate_of_another_patch_length(odd_sets: dict[str, str], new_run: Make) -> None:
     run = new_run(f"data.index={odd_sets['rate']}")
     assert run(launcher="deepspeed") == 2
     told(run, 2, "100 Hz", "200", odd_sets["rate"])
 
 
-def test_a_window_that_is_no_whole_number_of_patches(odd_sets: dict[str, str], new_run: Make) -> None:
+def test_run_refuses_window_with_partial_patch(odd_sets: dict[str, str], new_run: Make) -> None:
     run = new_run(f"data.index={odd_sets['length']}")
     assert run() == 2
     told(run, 2, "1900 samples")
 
 
-def test_sets_of_other_leads_do_not_mix(odd_sets: dict[str, str], new_run: Make, simulated: str) -> None:
+def test_mixture_refuses_sets_with_different_leads(odd_sets: dict[str, str], new_run: Make, simulated: str) -> None:
     run = new_run(f"data.index=[{{url: {simulated}, weight: 1}}, {{url: {odd_sets['leads']}, weight: 1}}]")
     assert run() == 2
     told(run, 2, "channels", odd_sets["leads"])
 
 
-def test_a_checkpoint_of_another_lead_set_or_data_is_refused(
-    odd_sets: dict[str, str], new_run: Make, undisturbed: Make
-) -> None:
+def test_resume_refuses_checkpoint_with_other_leads(odd_sets: dict[str, str], new_run: Make, undisturbed: Make) -> None:
     other = new_run(f"data.index={odd_sets['leads']}", f"resume={undisturbed().url}")
     assert other() == 2
     told(other, 2, "channels")
 
 
-def test_another_configuration_of_an_existing_run(undisturbed: Make, tmp_path: Path) -> None:
+def test_resume_refuses_changed_options_and_names_them(undisturbed: Make, tmp_path: Path) -> None:
     run = undisturbed().copied(tmp_path)
     assert run(extra=("train.lr=0.1", "mask.inter_ratio=0.4")) == 2
     told(run, 2, "train.lr", "mask.inter_ratio", "another run.name")
@@ -132,7 +130,9 @@ def test_another_configuration_of_an_existing_run(undisturbed: Make, tmp_path: P
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_a_damaged_shard_stops_the_run_and_is_named(simulated: str, new_run: Make, tmp_path: Path, damage: str) -> None:
+def test_damaged_shard_ends_run_with_status_3_and_is_named(
+    simulated: str, new_run: Make, tmp_path: Path, damage: str
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(simulated, copy)
     victim = copy / "ecg-000001.tar"
@@ -151,7 +151,7 @@ def test_a_damaged_shard_stops_the_run_and_is_named(simulated: str, new_run: Mak
 
 
 @pytest.mark.parametrize("fault", ["pickled", "future", "empty"])
-def test_a_set_that_no_release_of_ours_writes(simulated: str, new_run: Make, tmp_path: Path, fault: str) -> None:
+def test_foreign_shard_set_is_refused(simulated: str, new_run: Make, tmp_path: Path, fault: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(simulated, copy)
     index = copy / "index.json"
@@ -171,7 +171,7 @@ def test_a_set_that_no_release_of_ours_writes(simulated: str, new_run: Make, tmp
     assert not list(run.path.glob("checkpoints/*"))
 
 
-def test_an_unreachable_endpoint(new_run: Make) -> None:
+def test_unreachable_endpoint_is_named(new_run: Make) -> None:
     env = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}", "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
@@ -189,7 +189,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(new_run: Make, small_disk: Path) -> None:
+def test_full_disk_leaves_no_committed_partial_checkpoint(new_run: Make, small_disk: Path) -> None:
     run = new_run()
     run.run_dir = str(small_disk)
     assert run() == 2, run.said()
@@ -201,13 +201,13 @@ def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(new_run: Make, small_
                 assert (folder / name).stat().st_size == facts["bytes"]
 
 
-def test_a_loss_that_explodes_ends_the_run_and_says_so(new_run: Make) -> None:
+def test_nonfinite_loss_ends_run_with_status_1(new_run: Make) -> None:
     run = new_run("train.lr=1e30", "train.min_lr=1e30", "train.save_every=1000", "train.precision=fp32")
     assert run(launcher="deepspeed") == 1
     told(run, 1, "not", "finite", "train.lr")
 
 
-def test_the_shipped_configurations_load(simulated: str) -> None:
+def test_shipped_pretrain_configurations_load(simulated: str) -> None:
     from physio_dist.config import PretrainConfig, load
 
     folder = Path(CONFIG).parent
@@ -216,7 +216,7 @@ def test_the_shipped_configurations_load(simulated: str) -> None:
         assert [source.url for source in options.data.index] == [simulated]
 
 
-def test_a_port_that_is_taken_is_told(new_run: Make) -> None:
+def test_occupied_master_port_is_named(new_run: Make) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

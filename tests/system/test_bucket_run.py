@@ -38,7 +38,7 @@ def seen(run: Run, s3: S3) -> Run:
     return Seen(run.folder, run.name, str(folder))
 
 
-def test_killed_and_resumed_in_a_bucket(bucket_run: Run, s3: S3, undisturbed: Make) -> None:
+def test_killed_bucket_run_resumes_bit_equal(bucket_run: Run, s3: S3, undisturbed: Make) -> None:
     there = seen(bucket_run, s3)
     process = bucket_run.start(launcher="deepspeed")
     moment = random.choice(["step-00000005", "step-00000010"])
@@ -67,7 +67,7 @@ def test_killed_and_resumed_in_a_bucket(bucket_run: Run, s3: S3, undisturbed: Ma
     assert not list((bucket_run.folder / "xdg" / "physio-dist" / "runs").rglob("*.jsonl"))
 
 
-def test_export_and_report_from_a_bucket(bucket_run: Run, s3: S3, tmp_path: Path) -> None:
+def test_export_and_report_read_bucket_run(bucket_run: Run, s3: S3, tmp_path: Path) -> None:
     bucket_run.options = ("train.steps=6", "train.val_every=3")
     assert bucket_run() == 0, bucket_run.said()
     for words in (("export", bucket_run.url, str(tmp_path / "encoder")), ("report", bucket_run.url)):
@@ -77,7 +77,7 @@ def test_export_and_report_from_a_bucket(bucket_run: Run, s3: S3, tmp_path: Path
     assert (seen(bucket_run, s3).path / "report.html").stat().st_size > 10_000
 
 
-def test_wrong_credentials_are_told_once(bucket_run: Run, s3: S3) -> None:
+def test_wrong_credentials_give_one_message(bucket_run: Run, s3: S3) -> None:
     bucket_run.env = {**s3.env, "AWS_SECRET_ACCESS_KEY": "wrong"}
     assert bucket_run() == 2
     messages = [line for line in bucket_run.said().splitlines() if "(exit status" in line]
@@ -86,7 +86,7 @@ def test_wrong_credentials_are_told_once(bucket_run: Run, s3: S3) -> None:
     assert "wrong" not in messages[0].replace("wrong input", "")
 
 
-def test_a_storage_outage_in_mid_run_costs_only_time(bucket_run: Run, s3: S3, undisturbed: Make) -> None:
+def test_bucket_run_survives_storage_outage(bucket_run: Run, s3: S3, undisturbed: Make) -> None:
     there = seen(bucket_run, s3)
     process = bucket_run.start()
     try:
@@ -102,7 +102,7 @@ def test_a_storage_outage_in_mid_run_costs_only_time(bucket_run: Run, s3: S3, un
     assert there.trace() == undisturbed().trace()
 
 
-def test_a_second_start_leaves_a_live_run_in_a_bucket_alone(bucket_run: Run, s3: S3) -> None:
+def test_second_launcher_is_refused_by_live_bucket_run(bucket_run: Run, s3: S3) -> None:
     bucket_run.options = ("train.steps=100000", "train.save_every=20")
     process = bucket_run.start()
     try:
@@ -120,7 +120,7 @@ def test_a_second_start_leaves_a_live_run_in_a_bucket_alone(bucket_run: Run, s3:
         end_session(process)
 
 
-def test_credentials_in_a_url_are_refused_and_written_nowhere(bucket_run: Run) -> None:
+def test_credentials_in_url_are_refused_and_not_logged(bucket_run: Run) -> None:
     bucket_run.index = "http://user:hunter2@127.0.0.1:1/set"
     bucket_run.run_dir = None
     assert bucket_run() == 2

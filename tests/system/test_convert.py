@@ -115,7 +115,7 @@ def finish(out: Path, undisturbed: dict[str, bytes], words: Sequence[str] = WORD
     assert list(out.glob(".*")) == []
 
 
-def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_conversion_killed_at_random_resumes_to_same_bytes(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     out, rng, kills = tmp_path / "set", random.Random(5), 0
     for _ in range(3):
         process = start(out)
@@ -131,7 +131,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path, u
 
 
 @pytest.mark.parametrize("moment", ["first part", "first shard", "sample table", "index"])
-def test_killed_at_a_moment_that_matters_it_goes_on_to_the_same_bytes(
+def test_conversion_killed_at_critical_moment_resumes_to_same_bytes(
     tmp_path: Path, undisturbed: dict[str, bytes], moment: str
 ) -> None:
     out = tmp_path / "set"
@@ -147,7 +147,7 @@ def test_killed_at_a_moment_that_matters_it_goes_on_to_the_same_bytes(
     finish(out, undisturbed)
 
 
-def test_a_resumed_conversion_does_not_do_finished_parts_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_resumed_conversion_keeps_finished_parts(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     out = tmp_path / "set"
     process = start(out)
     wait_for(lambda: parts(out) >= 2, process)
@@ -163,7 +163,7 @@ def test_a_resumed_conversion_does_not_do_finished_parts_again(tmp_path: Path, u
     assert content(out) == undisturbed
 
 
-def test_a_damaged_spooled_part_is_made_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_damaged_part_is_converted_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     out = tmp_path / "set"
     process = start(out)
     wait_for(lambda: parts(out) >= 1, process)
@@ -173,7 +173,7 @@ def test_a_damaged_spooled_part_is_made_again(tmp_path: Path, undisturbed: dict[
     finish(out, undisturbed)
 
 
-def test_a_killed_worker_ends_the_command_with_advice_and_it_goes_on(
+def test_killed_worker_ends_conversion_with_advice_and_resume_works(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     out = tmp_path / "set"
@@ -192,7 +192,7 @@ def test_a_killed_worker_ends_the_command_with_advice_and_it_goes_on(
 @pytest.mark.parametrize(
     ("signum", "whole_group"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True)]
 )
-def test_ctrl_c_and_sigterm_stop_it_with_status_75_and_it_goes_on(
+def test_interrupted_conversion_ends_with_status_75_and_resumes(
     tmp_path: Path, undisturbed: dict[str, bytes], signum: signal.Signals, whole_group: bool
 ) -> None:
     out = tmp_path / "set"
@@ -212,9 +212,7 @@ def test_ctrl_c_and_sigterm_stop_it_with_status_75_and_it_goes_on(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_that_reach_the_workers_even_as_they_start_decide_nothing(
-    tmp_path: Path, undisturbed: dict[str, bytes], signum: signal.Signals
-) -> None:
+def test_workers_ignore_signals(tmp_path: Path, undisturbed: dict[str, bytes], signum: signal.Signals) -> None:
     out = tmp_path / "set"
     process = start(out)
     wait_for(lambda: workers(process), process)
@@ -228,7 +226,7 @@ def test_signals_that_reach_the_workers_even_as_they_start_decide_nothing(
     assert content(out) == undisturbed
 
 
-def test_ctrl_c_while_the_workers_start_up_leaves_no_tracebacks(tmp_path: Path) -> None:
+def test_ctrl_c_during_worker_startup_prints_no_traceback(tmp_path: Path) -> None:
     process = start(tmp_path / "set", group=True)
     wait_for(lambda: workers(process), process)
     children = family(process)
@@ -239,7 +237,7 @@ def test_ctrl_c_while_the_workers_start_up_leaves_no_tracebacks(tmp_path: Path) 
     assert all_gone(children)
 
 
-def test_a_second_conversion_to_the_same_place_is_refused_while_the_first_runs(
+def test_concurrent_conversion_to_same_target_is_refused(
     tmp_path: Path, undisturbed: dict[str, bytes], cli: Cli
 ) -> None:
     out = tmp_path / "set"
@@ -256,7 +254,7 @@ def test_a_second_conversion_to_the_same_place_is_refused_while_the_first_runs(
     assert content(out) == undisturbed
 
 
-def test_a_set_in_a_bucket_has_the_same_bytes_also_after_kills(
+def test_bucket_conversion_killed_resumes_to_same_bytes(
     tmp_path: Path, undisturbed: dict[str, bytes], s3: S3, cli: Cli
 ) -> None:
     env = {**s3.env, "XDG_CACHE_HOME": str(tmp_path)}
@@ -271,7 +269,7 @@ def test_a_set_in_a_bucket_has_the_same_bytes_also_after_kills(
     assert cli("verify", s3.bucket + "/deep/set", env=env).returncode == 0
 
 
-def test_an_outage_of_the_bucket_is_sat_out(tmp_path: Path, undisturbed: dict[str, bytes], s3: S3) -> None:
+def test_conversion_survives_bucket_outage(tmp_path: Path, undisturbed: dict[str, bytes], s3: S3) -> None:
     # An endpoint that has answered once is waited for longer than one that never has, by the workers too.
     env = {**s3.env, "XDG_CACHE_HOME": str(tmp_path), "PHYSIO_DIST_STORAGE_FIRST_CONTACT_S": "0.5"}
     process = start(s3.bucket, env=env)
@@ -286,7 +284,7 @@ def test_an_outage_of_the_bucket_is_sat_out(tmp_path: Path, undisturbed: dict[st
     assert content(s3.folder) == undisturbed
 
 
-def test_ctrl_c_during_an_outage_does_not_wait_for_its_end(tmp_path: Path, s3: S3) -> None:
+def test_ctrl_c_during_bucket_outage_ends_conversion(tmp_path: Path, s3: S3) -> None:
     process = start(s3.bucket, env={**s3.env, "XDG_CACHE_HOME": str(tmp_path)}, group=True)
     wait_for((s3.folder / "_writing.json").exists, process)
     s3.stop()
@@ -308,7 +306,7 @@ def test_real_recordings_convert_and_verify(real: Path, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.chaos), 2])
-def test_real_recordings_killed_at_random_moments_give_the_same_bytes(
+def test_real_conversion_killed_at_random_resumes_to_same_bytes(
     tmp_path: Path, real: Path, real_words: list[str], processes: int
 ) -> None:
     out, rng, words = tmp_path / "set", random.Random(processes), [*real_words, f"workers={processes}"]

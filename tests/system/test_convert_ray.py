@@ -49,7 +49,7 @@ def at_work(ray_nodes: Cluster, task: str = "make_") -> list[psutil.Process]:
 
 
 def ended(process: subprocess.Popen[str], status: int = 0) -> tuple[str, list[str]]:
-    """What a conversion printed, and what it told beside its progress and the cluster's addresses."""
+    """Standard output, and the lines of standard error without progress and the cluster's addresses."""
     try:
         out, told = process.communicate(timeout=120)
     finally:
@@ -59,7 +59,7 @@ def ended(process: subprocess.Popen[str], status: int = 0) -> tuple[str, list[st
     return out, [line for line in told.splitlines() if not line.startswith(quiet)]
 
 
-def test_two_nodes_make_the_same_bytes(
+def test_conversion_on_two_nodes_gives_same_bytes(
     tmp_path: Path, undisturbed: dict[str, bytes], ray_nodes: Cluster, on_nodes: Begin
 ) -> None:
     out = tmp_path / "set"
@@ -84,7 +84,7 @@ def test_two_nodes_make_the_same_bytes(
     assert "records/s" not in printed
 
 
-def test_a_lost_worker_costs_its_part_and_nothing_else(
+def test_lost_ray_worker_repeats_only_its_part(
     tmp_path: Path, undisturbed: dict[str, bytes], ray_nodes: Cluster, on_nodes: Begin
 ) -> None:
     out = tmp_path / "set"
@@ -95,7 +95,7 @@ def test_a_lost_worker_costs_its_part_and_nothing_else(
     assert content(out) == undisturbed
 
 
-def test_a_killed_driver_leaves_parts_that_this_machine_goes_on_from(
+def test_killed_driver_leaves_parts_for_local_resume(
     tmp_path: Path, undisturbed: dict[str, bytes], ray_nodes: Cluster, on_nodes: Begin
 ) -> None:
     out = tmp_path / "set"
@@ -114,7 +114,7 @@ def test_a_killed_driver_leaves_parts_that_this_machine_goes_on_from(
     assert content(out) == undisturbed
 
 
-def test_a_killed_conversion_to_a_bucket_goes_on_with_and_without_the_cluster(
+def test_killed_bucket_conversion_resumes_with_and_without_cluster(
     tmp_path: Path, undisturbed: dict[str, bytes], ray_nodes: Cluster, on_nodes: Begin, s3: S3
 ) -> None:
     env = {**s3.env, "XDG_CACHE_HOME": str(tmp_path)}
@@ -138,7 +138,7 @@ def test_a_killed_conversion_to_a_bucket_goes_on_with_and_without_the_cluster(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_stop_it_with_status_75_and_end_its_tasks(
+def test_interrupted_ray_conversion_ends_with_status_75_and_cancels_tasks(
     tmp_path: Path, undisturbed: dict[str, bytes], ray_nodes: Cluster, on_nodes: Begin, signum: signal.Signals
 ) -> None:
     out = tmp_path / "set"
@@ -151,9 +151,7 @@ def test_ctrl_c_and_sigterm_stop_it_with_status_75_and_end_its_tasks(
     finish(out, undisturbed)
 
 
-def test_an_error_in_a_task_ends_it_with_that_error_and_its_status(
-    tmp_path: Path, ray_nodes: Cluster, on_nodes: Begin
-) -> None:
+def test_task_error_ends_conversion_with_its_status(tmp_path: Path, ray_nodes: Cluster, on_nodes: Begin) -> None:
     out = tmp_path / "set"
     process = on_nodes(out)
     wait_for(lambda: parts(out) >= 1, process)
@@ -167,9 +165,7 @@ def test_an_error_in_a_task_ends_it_with_that_error_and_its_status(
     assert f"(on node {os.uname().nodename}) (exit status 2)" in line
 
 
-def test_a_missing_cluster_and_a_wrong_token_are_told_in_one_line(
-    tmp_path: Path, ray_nodes: Cluster, on_nodes: Begin
-) -> None:
+def test_missing_cluster_and_wrong_token_give_one_line(tmp_path: Path, ray_nodes: Cluster, on_nodes: Begin) -> None:
     nowhere, began = f"127.0.0.1:{free_port()}", time.monotonic()
     _, told = ended(start(tmp_path / "set", f"ray={nowhere}"), 2)
     (line,) = told
@@ -196,20 +192,20 @@ def submitted(ray_nodes: Cluster, out: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(submit, process.returncode, told)
 
 
-def test_a_submitted_job_converts_into_a_bucket(undisturbed: dict[str, bytes], ray_nodes: Cluster, s3: S3) -> None:
+def test_submitted_job_converts_into_bucket(undisturbed: dict[str, bytes], ray_nodes: Cluster, s3: S3) -> None:
     done = submitted(ray_nodes, s3.bucket)
     assert done.returncode == 0, done.stdout
     assert "200 windows of 100 people from 100 records in 5 shards" in done.stdout
     assert content(s3.folder) == undisturbed
 
 
-def test_a_submitted_job_refuses_a_relative_path(ray_nodes: Cluster) -> None:
+def test_submitted_job_refuses_relative_path(ray_nodes: Cluster) -> None:
     done = submitted(ray_nodes, "set")
     assert done.returncode != 0
     assert "--out=set is relative, and a Ray job's working directory vanishes with the job" in done.stdout
 
 
-def test_real_recordings_outlive_a_lost_node(
+def test_real_conversion_survives_lost_node(
     real: Path, real_words: list[str], tmp_path: Path, ray_nodes: Cluster
 ) -> None:
     spread = tmp_path / "spread"
@@ -228,9 +224,7 @@ def test_real_recordings_outlive_a_lost_node(
 
 
 @pytest.mark.parametrize("unseen", ["input", "out"])
-def test_a_node_that_does_not_share_a_folder_is_named(
-    data_dir: Path, tmp_path: Path, ray_nodes: Cluster, unseen: str
-) -> None:
+def test_node_without_shared_folder_is_named(data_dir: Path, tmp_path: Path, ray_nodes: Cluster, unseen: str) -> None:
     hidden, source, out = tmp_path / "hidden", tmp_path / "in", tmp_path / "set"
     hidden.mkdir()
     if unseen == "input":

@@ -55,7 +55,7 @@ def swept(place: Place, ray_nodes: Cluster) -> Sweep:
     return run
 
 
-def test_the_table_stands_beside_the_papers_figure(swept: Sweep) -> None:
+def test_dreamer_sweep_table_shows_published_result(swept: Sweep) -> None:
     results = swept.results()
     assert (results["task"], results["protocol"], results["label"]) == ("dreamer", "loso", "arousal")
     assert (results["windows"], results["people"], len(results["folds"])) == (PEOPLE * CLIPS, PEOPLE, PEOPLE)
@@ -72,7 +72,7 @@ def test_the_table_stands_beside_the_papers_figure(swept: Sweep) -> None:
     assert "arXiv 2512.15250" in page and "0.848" in page
 
 
-def test_the_classifier_subtracts_a_rest_as_the_sweep_did(swept: Sweep) -> None:
+def test_classifier_subtracts_baseline_like_sweep(swept: Sweep) -> None:
     dreamer, raw = reader("dreamer"), str(swept.place.raw)
     tensors = load((swept.path / "predictions.safetensors").read_bytes())
     keys = [row.tobytes().rstrip(b"\0").decode() for row in tensors["key"]]
@@ -103,7 +103,7 @@ def test_the_classifier_subtracts_a_rest_as_the_sweep_did(swept: Sweep) -> None:
 
 
 def refused(words: list[str], status: int = 2) -> str:
-    """What a command says that ends so."""
+    """Message of a command that ends with this status."""
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
     told = [line for line in (done.stdout + done.stderr).splitlines() if f"(exit status {status})" in line]
     assert done.returncode == status and len(told) == 1, done.stdout + done.stderr
@@ -130,9 +130,7 @@ def beyond_the_scale(folder: Path) -> Path:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
-def test_a_file_that_is_not_dreamers_is_not_converted(
-    make: Callable[[Path], Path], words: list[str], tmp_path: Path
-) -> None:
+def test_foreign_mat_file_is_refused(make: Callable[[Path], Path], words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "set"
     told = refused(["-m", "physio_dist.cli", "shard", "dreamer", str(make(tmp_path)), "--out", str(out), *WORDS])
     assert all(word in told for word in [str(tmp_path / "DREAMER.mat"), *words]), told
@@ -169,7 +167,7 @@ def lonely_class(place: Place, folder: Path) -> list[str]:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
-def test_a_sweep_that_cannot_be_is_refused(
+def test_invalid_dreamer_sweep_is_refused(
     place: Place, change: Callable[[Place, Path], list[str]], words: list[str], tmp_path: Path
 ) -> None:
     given = place.words(*FEW, *change(place, tmp_path), f"run.dir={tmp_path / 'runs'}")

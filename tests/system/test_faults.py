@@ -68,7 +68,7 @@ def disturb(run: Run, fault: Fault, moments: tuple[int, int] = (8, 13), extra: t
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_kill_9_of_a_rank_costs_only_time(undisturbed: Make, new_run: Make, stage: int) -> None:
+def test_killed_rank_resumes_bit_equal_at_every_zero_stage(undisturbed: Make, new_run: Make, stage: int) -> None:
     """Bit-equal to the undisturbed run, dropout on."""
     run, reference = new_run(f"zero.stage={stage}"), undisturbed(f"zero.stage={stage}")
     assert disturb(run, kill_rank) != 0
@@ -77,7 +77,7 @@ def test_kill_9_of_a_rank_costs_only_time(undisturbed: Make, new_run: Make, stag
     agree(run, reference)
 
 
-def test_ends_of_launchers_and_ranks_take_the_others_along_and_cost_only_time(undisturbed: Make, new_run: Make) -> None:
+def test_interrupted_launchers_and_ranks_end_together_and_resume_bit_equal(undisturbed: Make, new_run: Make) -> None:
     """One run that is disturbed in one way after the other, each time some steps on."""
     run, reference = new_run("train.steps=40"), undisturbed("train.steps=40")
     # With no checkpoint near, what is gone on from is the step that the rank was in.
@@ -98,7 +98,7 @@ def test_ends_of_launchers_and_ranks_take_the_others_along_and_cost_only_time(un
     agree(run, reference)
 
 
-def test_a_checkpoint_on_request(undisturbed: Make, new_run: Make) -> None:
+def test_sigusr1_saves_checkpoint_and_training_continues(undisturbed: Make, new_run: Make) -> None:
     """Any rank may be asked; training goes on, and a kill afterwards costs nothing that was before it."""
     run, reference = new_run("train.steps=40", "train.save_every=1000"), undisturbed("train.steps=40")
     process = run.start()
@@ -119,7 +119,7 @@ def test_a_checkpoint_on_request(undisturbed: Make, new_run: Make) -> None:
     agree(run, reference)
 
 
-def test_a_killed_launcher_takes_its_ranks_along(undisturbed: Make, new_run: Make) -> None:
+def test_killed_launcher_ends_its_ranks(undisturbed: Make, new_run: Make) -> None:
     """It can pass no signal on, so its ranks have to notice."""
     run, reference = new_run("zero.stage=1"), undisturbed("zero.stage=1")
     assert disturb(run, kill_launcher) == -signal.SIGKILL
@@ -139,7 +139,7 @@ def killed(simulated: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     ("ranks", "stage"),
     [(3, 2), (2, 0), (1, 3), pytest.param(1, 1, marks=pytest.mark.chaos), pytest.param(3, 3, marks=pytest.mark.chaos)],
 )
-def test_a_killed_run_goes_on_at_another_world_size_and_stage(
+def test_killed_run_resumes_at_other_world_size_and_zero_stage(
     undisturbed: Make, killed: Run, tmp_path: Path, ranks: int, stage: int
 ) -> None:
     run, reference = killed.copied(tmp_path), undisturbed(*FP32, "zero.stage=1")
@@ -149,14 +149,14 @@ def test_a_killed_run_goes_on_at_another_world_size_and_stage(
     np.testing.assert_allclose(ours, [line["loss"] for line in reference.metrics().values()], atol=1e-3)
 
 
-def test_precision_and_more_steps_may_change_on_resume(undisturbed: Make, tmp_path: Path) -> None:
+def test_resume_accepts_other_precision_and_more_steps(undisturbed: Make, tmp_path: Path) -> None:
     run = undisturbed("model.dropout=0", "train.precision=bf16", "zero.stage=1").copied(tmp_path)
     assert run(extra=("train.precision=fp32", "train.steps=20")) == 0, run.said()
     assert run.starts() == [0, 16]
     assert list(run.metrics()) == list(range(1, 21))
 
 
-def test_a_finished_run_started_again_does_nothing(undisturbed: Make, tmp_path: Path) -> None:
+def test_finished_run_restarted_does_nothing(undisturbed: Make, tmp_path: Path) -> None:
     run = undisturbed().copied(tmp_path)
     before = (run.path / "metrics.jsonl").read_bytes()
     assert run(launcher="deepspeed") == 0, run.said()
@@ -164,7 +164,9 @@ def test_a_finished_run_started_again_does_nothing(undisturbed: Make, tmp_path: 
 
 
 @pytest.mark.parametrize("damage", [pytest.param("truncate", marks=pytest.mark.chaos), "flip", "no_manifest"])
-def test_a_damaged_newest_checkpoint_falls_back(undisturbed: Make, killed: Run, tmp_path: Path, damage: str) -> None:
+def test_damaged_newest_checkpoint_falls_back_to_previous(
+    undisturbed: Make, killed: Run, tmp_path: Path, damage: str
+) -> None:
     run = killed.copied(tmp_path)
     newest = sorted((run.path / "checkpoints").glob("*/manifest.json"))[-1].parent
     victim = newest / ("manifest.json" if damage == "no_manifest" else "optimizer.safetensors")
@@ -183,7 +185,7 @@ def test_a_damaged_newest_checkpoint_falls_back(undisturbed: Make, killed: Run, 
     assert run.trace() == undisturbed(*FP32).trace()
 
 
-def test_a_run_goes_on_from_anothers_checkpoint(undisturbed: Make, new_run: Make) -> None:
+def test_run_starts_from_checkpoint_of_another_run(undisturbed: Make, new_run: Make) -> None:
     other = undisturbed()
     run = new_run(f"resume={other.path / 'checkpoints' / 'step-00000010'}")
     assert run() == 0, run.said()

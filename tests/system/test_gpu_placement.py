@@ -1,4 +1,4 @@
-"""Where ranks are placed on nodes that declare GPUs. There are none: what needs CUDA itself is not tested here."""
+"""Placement of ranks on nodes that declare GPUs. There are none: CUDA itself is not tested here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Placed:
             )  # fmt: skip
 
     def facts(self, ranks: int) -> list[dict[str, Any]]:
-        """What each rank notes, in their order."""
+        """Notes of the ranks, in order."""
 
         def there() -> bool:
             assert self.process.poll() is None, self.log.read_text()
@@ -70,7 +70,7 @@ def placed(cluster: Cluster, folder: Path, *options: str) -> Iterator[Placed]:
         end_session(ranks.process)
 
 
-def test_each_rank_has_a_gpu_and_further_runs_are_refused(gpu_nodes: Cluster, tmp_path: Path) -> None:
+def test_each_rank_gets_one_gpu_and_further_runs_are_refused(gpu_nodes: Cluster, tmp_path: Path) -> None:
     with placed(gpu_nodes, tmp_path, "cluster.workers=4") as ranks:
         facts = ranks.facts(4)
         # Those of a node come one after the other, which is what a node's cache goes by.
@@ -91,7 +91,7 @@ def test_each_rank_has_a_gpu_and_further_runs_are_refused(gpu_nodes: Cluster, tm
         assert ranks.end() == 0, ranks.log.read_text()
 
 
-def test_few_ranks_share_a_node_and_without_gpus_they_see_none(gpu_nodes: Cluster, tmp_path: Path) -> None:
+def test_cpu_ranks_share_node_and_see_no_gpu(gpu_nodes: Cluster, tmp_path: Path) -> None:
     with placed(gpu_nodes, tmp_path, "cluster.workers=2", "cluster.gpu=false") as ranks:
         facts = ranks.facts(2)
         assert facts[0]["node"] == facts[1]["node"]
@@ -99,9 +99,7 @@ def test_few_ranks_share_a_node_and_without_gpus_they_see_none(gpu_nodes: Cluste
         assert ranks.end() == 0, ranks.log.read_text()
 
 
-def test_more_ranks_than_gpus_are_refused_and_a_gpu_that_torch_cannot_find_is_told(
-    gpu_nodes: Cluster, tmp_path: Path
-) -> None:
+def test_too_many_ranks_and_unusable_gpu_are_refused(gpu_nodes: Cluster, tmp_path: Path) -> None:
     run = RayRun(tmp_path, "run", str(tmp_path), cluster=gpu_nodes)
     assert run(5) == 2
     assert "asked for 5 worker(s) of 1 CPU(s) and 1 GPU(s); the cluster has 4 CPU(s) and 4 GPU(s)" in run.told()[-1]

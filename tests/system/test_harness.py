@@ -35,7 +35,7 @@ def reaches(first: Host, second: Host) -> bool:
     return subprocess.run(first.words(sys.executable, "-c", script), capture_output=True, check=False).returncode == 0
 
 
-def test_cables_and_links(hosts: tuple[Host, Host]) -> None:
+def test_host_network_faults(hosts: tuple[Host, Host]) -> None:
     first, second = hosts
     assert reaches(first, second)
     second.pull_cable()
@@ -54,7 +54,7 @@ def test_cables_and_links(hosts: tuple[Host, Host]) -> None:
     assert not reaches(first, second)
 
 
-def test_hosts_share_neither_processes_nor_disks_nor_names(hosts: tuple[Host, Host]) -> None:
+def test_hosts_share_no_processes_disks_or_names(hosts: tuple[Host, Host]) -> None:
     first, second = hosts
     assert [second.name] == second.do("hostname").split()
     (first.disk / "outside").touch()
@@ -66,7 +66,7 @@ def test_hosts_share_neither_processes_nor_disks_nor_names(hosts: tuple[Host, Ho
     (first.disk / "outside").unlink()
 
 
-def test_a_host_outlives_its_processes(hosts: tuple[Host, Host]) -> None:
+def test_host_survives_its_processes(hosts: tuple[Host, Host]) -> None:
     first, second = hosts
     for process in second.processes():
         process.kill()
@@ -77,7 +77,7 @@ def test_a_host_outlives_its_processes(hosts: tuple[Host, Host]) -> None:
 
 
 @pytest.mark.usefixtures("network")
-def test_everything_ends_with_the_process_that_made_it_however_that_ends(tmp_path: Path) -> None:
+def test_hosts_end_with_their_creator(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom tests.system.hosts import Network\n"
         "network = Network()\nhost = network.add()\n"

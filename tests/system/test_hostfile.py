@@ -22,7 +22,7 @@ def ranks_on(host: Host) -> list[psutil.Process]:
     return [process for process, line in words.items() if any("pretrain.py" in w for w in line[:4]) and "-u" in line]
 
 
-def test_two_hosts_train_and_a_killed_rank_ends_the_run_that_the_same_command_goes_on_with(
+def test_deepspeed_hostfile_run_ends_on_killed_rank_and_resumes(
     network: Network, simulated: str, undisturbed: Callable[..., Run], tmp_path: Path
 ) -> None:
     store = HostedS3(network.add(), tmp_path / "served")

@@ -1,4 +1,4 @@
-"""Pretraining on hosts of their own, which lose their cables, their power and their processes."""
+"""Pretraining on several hosts that lose their network, their power or processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def cluster(network: Network, store: HostedS3) -> HostCluster:
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is uploaded."""
+    """Working directory that jobs upload."""
     folder = tmp_path_factory.mktemp("code")
     shutil.copytree(ROOT / "physio_dist", folder / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -150,7 +150,7 @@ def lose_writer(
 
 
 @pytest.mark.chaos
-def test_two_ranks_on_two_hosts(faulty: Make, cluster: HostCluster) -> None:
+def test_two_hosts_train_without_fault(faulty: Make, cluster: HostCluster) -> None:
     fault = faulty("none")
     process = fault.run.submit("cluster.workers=2")
     fault.strike_after(process)
@@ -161,7 +161,7 @@ def test_two_ranks_on_two_hosts(faulty: Make, cluster: HostCluster) -> None:
 
 
 @pytest.mark.chaos
-def test_a_rank_is_killed(faulty: Make, cluster: HostCluster) -> None:
+def test_run_survives_killed_rank(faulty: Make, cluster: HostCluster) -> None:
     fault = faulty("a rank killed (SIGKILL)")
     process = fault.run.submit("cluster.workers=2")
     fault.strike_after(process)
@@ -171,15 +171,17 @@ def test_a_rank_is_killed(faulty: Make, cluster: HostCluster) -> None:
     assert fault.run.starts()[1] >= 8
 
 
-def test_a_cable_is_pulled_for_good(faulty: Make, cluster: HostCluster, lost: Callable[[Host], None]) -> None:
-    """Of the host whose rank writes the run: the one that takes its place sees that nobody renews its lease."""
+def test_run_survives_permanent_network_loss_of_host(
+    faulty: Make, cluster: HostCluster, lost: Callable[[Host], None]
+) -> None:
+    """The host whose rank writes the run is lost; its successor sees that nobody renews the lease."""
     fault = faulty("a host's cable pulled for good")
     lose_writer(fault, cluster, lost, Host.pull_cable)
     assert fault.run.starts()[1] >= 8
 
 
 @pytest.mark.chaos
-def test_the_driver_is_killed_and_the_job_submitted_again(faulty: Make, cluster: HostCluster) -> None:
+def test_resubmitted_job_resumes_after_killed_driver(faulty: Make, cluster: HostCluster) -> None:
     fault = faulty("the driver killed (SIGKILL), the job submitted again")
     process = fault.run.submit("cluster.workers=2")
     fault.strike_after(process)
@@ -193,7 +195,7 @@ def test_the_driver_is_killed_and_the_job_submitted_again(faulty: Make, cluster:
 
 @pytest.mark.chaos
 @pytest.mark.usefixtures("mended")
-def test_a_cable_is_out_for_15_s(faulty: Make, cluster: HostCluster) -> None:
+def test_run_survives_network_loss_of_15_s(faulty: Make, cluster: HostCluster) -> None:
     """Less than it takes Ray to give a host up: nothing is repeated."""
     fault = faulty("a host's cable out for 15 s")
     process = fault.run.submit("cluster.workers=2")
@@ -208,7 +210,7 @@ def test_a_cable_is_out_for_15_s(faulty: Make, cluster: HostCluster) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.usefixtures("mended")
-def test_packets_are_lost(faulty: Make, cluster: HostCluster) -> None:
+def test_run_survives_packet_loss(faulty: Make, cluster: HostCluster) -> None:
     """From before the job is submitted."""
     fault = faulty("2% of the packets to each host lost")
     for host in cluster.nodes:
@@ -220,7 +222,7 @@ def test_packets_are_lost(faulty: Make, cluster: HostCluster) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.usefixtures("mended")
-def test_a_link_is_narrow(faulty: Make, cluster: HostCluster) -> None:
+def test_run_survives_narrow_link(faulty: Make, cluster: HostCluster) -> None:
     """From before the job is submitted."""
     fault = faulty("the link of a host narrowed to 10 Mbit/s")
     cluster.nodes[0].narrow("10mbit")
@@ -229,7 +231,7 @@ def test_a_link_is_narrow(faulty: Make, cluster: HostCluster) -> None:
 
 
 @pytest.mark.chaos
-def test_the_store_is_away_for_30_s(faulty: Make, store: HostedS3) -> None:
+def test_run_survives_storage_outage_of_30_s(faulty: Make, store: HostedS3) -> None:
     fault = faulty("the S3 server killed, back after 30 s")
     process = fault.run.submit("cluster.workers=2")
     fault.strike_after(process)
@@ -241,13 +243,15 @@ def test_the_store_is_away_for_30_s(faulty: Make, store: HostedS3) -> None:
 
 
 @pytest.mark.chaos
-def test_a_spot_host_is_taken_back(faulty: Make, cluster: HostCluster, lost: Callable[[Host], None]) -> None:
+def test_run_survives_terminated_spot_host(faulty: Make, cluster: HostCluster, lost: Callable[[Host], None]) -> None:
     fault = faulty("a spot host taken back (SIGTERM to all its processes)")
     lose_writer(fault, cluster, lost, Host.terminate)
 
 
 @pytest.mark.chaos
-def test_a_spot_host_is_announced_to_go(faulty: Make, cluster: HostCluster, lost: Callable[[Host], None]) -> None:
+def test_run_saves_before_announced_preemption(
+    faulty: Make, cluster: HostCluster, lost: Callable[[Host], None]
+) -> None:
     """The ranks save as soon as they hear of it, and no restart of those after failures is used up."""
     fault = faulty("a spot host announced to go 20 s ahead, then SIGTERM", *LONG)
     process = fault.run.submit("cluster.workers=[1,2]", "cluster.max_failures=0")
@@ -264,7 +268,7 @@ def test_a_spot_host_is_announced_to_go(faulty: Make, cluster: HostCluster, lost
 
 
 @pytest.mark.chaos
-def test_a_run_grows_with_the_cluster_and_shrinks_with_it(faulty: Make, cluster: HostCluster) -> None:
+def test_elastic_run_grows_and_shrinks_with_cluster(faulty: Make, cluster: HostCluster) -> None:
     """From one rank to three as hosts join, without repeating a step, and to two as one leaves."""
     fault = faulty("one rank, three when hosts join, two when one is lost", *LONG)
     cluster.drop(cluster.nodes[0])
@@ -282,8 +286,8 @@ def test_a_run_grows_with_the_cluster_and_shrinks_with_it(faulty: Make, cluster:
     assert all(start > 0 for start in fault.run.starts()[1:])
 
 
-def test_a_node_that_does_not_answer_is_named_and_waited_for(network: Network, store: HostedS3, tmp_path: Path) -> None:
-    """Where Ray has begun to place something on it, others are not to blame."""
+def test_unresponsive_node_is_named_and_waited_for(network: Network, store: HostedS3, tmp_path: Path) -> None:
+    """Ray has begun to place tasks on the node, so that the message must not blame other jobs."""
     cluster, log = HostCluster(network, store, 1, misses=100), tmp_path / "log"
     (node,) = cluster.nodes
     node.pull_cable()
@@ -298,7 +302,7 @@ def test_a_node_that_does_not_answer_is_named_and_waited_for(network: Network, s
 
 
 @pytest.mark.chaos
-def test_the_head_is_lost_and_the_job_submitted_to_a_new_cluster(
+def test_job_resumes_on_new_cluster_after_lost_head(
     faulty: Make, cluster: HostCluster, network: Network, store: HostedS3
 ) -> None:
     """The last test here, for it leaves no cluster behind."""

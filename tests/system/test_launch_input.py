@@ -1,4 +1,4 @@
-"""What a person gets wrong when a run is launched on a cluster: one message, status 2. More is in test_launch.py."""
+"""Wrong input when a run is launched on a cluster: one message, status 2. See also test_launch.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refused(run: RayRun, *words: str) -> None:
     assert not (run.path / "config.yaml").exists()
 
 
-def test_a_driver_with_another_ray_than_the_cluster(ray_nodes: Cluster, tmp_path: Path) -> None:
+def test_driver_with_other_ray_version_is_refused(ray_nodes: Cluster, tmp_path: Path) -> None:
     # Ray compares what the driver says of itself with what the head noted at its start.
     code = (
         "import sys, ray; ray.__version__ = '2.55.0'\n"
@@ -49,7 +49,7 @@ def test_a_driver_with_another_ray_than_the_cluster(ray_nodes: Cluster, tmp_path
     assert "Traceback" not in done.stderr
 
 
-def test_a_node_with_other_packages(ray_run: Make, with_node: Callable[..., None], tmp_path: Path) -> None:
+def test_node_with_other_packages_is_named(ray_run: Make, with_node: Callable[..., None], tmp_path: Path) -> None:
     older = tmp_path / "older"
     shutil.copytree(ROOT / "physio_dist", older / "physio_dist", ignore=shutil.ignore_patterns("__pycache__"))
     (older / "physio_dist" / "__init__.py").write_text('"""Older."""\n\n__version__ = "0.0.1"\n')
@@ -64,7 +64,7 @@ def test_a_node_with_other_packages(ray_run: Make, with_node: Callable[..., None
     refused(run, "torch is ", "1.0.0 on node ", "install the same version on every node")
 
 
-def test_a_node_without_access_to_the_bucket(
+def test_node_without_bucket_access_is_named(
     s3: S3, ray_run: Make, with_node: Callable[..., None], simulated: str
 ) -> None:
     shutil.copytree(simulated, s3.folder / "set")
@@ -75,12 +75,12 @@ def test_a_node_without_access_to_the_bucket(
     assert S3.secret not in run.said()
 
 
-def test_a_cache_path_that_the_workers_cannot_make(ray_run: Make, tmp_path: Path) -> None:
+def test_unwritable_cache_path_is_refused(ray_run: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused(ray_run(f"data.cache_dir={tmp_path}/file/cache"), f"data.cache_dir={tmp_path}/file/cache: cannot make")
 
 
-def test_a_run_that_another_launcher_has(ray_run: Make, tmp_path: Path) -> None:
+def test_live_run_of_another_launcher_is_refused(ray_run: Make, tmp_path: Path) -> None:
     """Two drivers on one cluster are in test_gpu_placement.py."""
     other = ray_run("train.steps=100000", "train.save_every=100000")
     process = super(RayRun, other).start(1, "python")
@@ -97,7 +97,7 @@ def test_a_run_that_another_launcher_has(ray_run: Make, tmp_path: Path) -> None:
         end_session(process)
 
 
-def test_a_working_directory_that_is_too_large(ray_nodes: Cluster, tmp_path: Path) -> None:
+def test_oversized_working_directory_is_refused(ray_nodes: Cluster, tmp_path: Path) -> None:
     """Ray's own words, which docs/troubleshooting.md explains."""
     with (tmp_path / "recordings").open("wb") as file:
         for _ in range(110):

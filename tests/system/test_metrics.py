@@ -1,4 +1,4 @@
-"""What Prometheus reads of runs on a real Ray cluster, found where cluster/observability looks for it."""
+"""Prometheus metrics of runs on a Ray cluster, as cluster/observability discovers them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 NOT_HERE = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_cluster_failed_nodes"}
 
 
-def test_a_run_shows_its_figures_and_they_go_when_it_ends(ray_run: Make, ray_nodes: Cluster) -> None:
+def test_run_exports_metrics_until_it_ends(ray_run: Make, ray_nodes: Cluster) -> None:
     run = ray_run()
     began = time.monotonic()
     assert run() == 0, run.said()
@@ -39,7 +39,7 @@ def test_a_run_shows_its_figures_and_they_go_when_it_ends(ray_run: Make, ray_nod
     wait_until(lambda: not ray_nodes.figures(run.url), "the figures to go", 60)
 
 
-def test_restarts_are_counted_while_the_run_goes_on(ray_run: Make, ray_nodes: Cluster) -> None:
+def test_metrics_count_restarts_of_running_run(ray_run: Make, ray_nodes: Cluster) -> None:
     run = ray_run("train.steps=100000", "train.save_every=20", "train.log_every=1000", "train.val_every=100000")
     process = run.start()
     try:
@@ -55,7 +55,7 @@ def test_restarts_are_counted_while_the_run_goes_on(ray_run: Make, ray_nodes: Cl
         process.wait()
 
 
-def test_a_loss_that_is_no_number_is_shown_at_the_end(ray_run: Make, ray_nodes: Cluster) -> None:
+def test_metrics_flag_nonfinite_loss(ray_run: Make, ray_nodes: Cluster) -> None:
     run = ray_run("train.lr=1e30", "train.min_lr=1e30", "train.warmup_steps=1", "train.max_grad_norm=1e30")
     assert run() == 1, run.said()
     assert ray_nodes.figures(run.url)["nonfinite"] == 1

@@ -23,7 +23,7 @@ def losses(run: Run) -> list[float]:
     return [line["loss"] for line in run.metrics().values()]
 
 
-def test_a_run_leaves_what_the_contract_names(undisturbed: Make) -> None:
+def test_run_writes_documented_files_and_fields(undisturbed: Make) -> None:
     run = undisturbed()
     lines = run.metrics()
     assert list(lines) == list(range(1, 17))
@@ -59,7 +59,7 @@ def _train_count(run: Run) -> int:
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_zero_stages_give_the_same_losses(undisturbed: Make, stage: int) -> None:
+def test_zero_stages_give_equal_losses(undisturbed: Make, stage: int) -> None:
     ours, reference = undisturbed(*FP32, f"zero.stage={stage}"), undisturbed(*FP32, "zero.stage=1")
     assert ours.trace() == reference.trace()
     np.testing.assert_allclose(losses(ours), losses(reference), atol=1e-3)
@@ -74,7 +74,7 @@ def test_low_precision_stays_near_fp32(undisturbed: Make, precision: str, stage:
     assert losses(low) != exact
 
 
-def test_two_runs_with_one_seed_are_bit_equal_and_another_seed_differs(new_run: Make, undisturbed: Make) -> None:
+def test_same_seed_is_bit_equal_and_other_seed_differs(new_run: Make, undisturbed: Make) -> None:
     again, other = new_run(name="again"), new_run("run.seed=1", name="other")
     assert again(launcher="deepspeed") == 0, again.said()
     assert other() == 0
@@ -88,7 +88,7 @@ def test_two_runs_with_one_seed_are_bit_equal_and_another_seed_differs(new_run: 
     [("python", 1, ()), ("torchrun", 2, ("train.micro_batch=3",)), ("deepspeed", 3, ())],
     ids=["python", "torchrun, micro batches", "deepspeed, an uneven batch"],
 )
-def test_launchers_ranks_and_micro_batches_come_to_the_same(
+def test_losses_do_not_depend_on_launcher_ranks_or_micro_batch(
     new_run: Make, undisturbed: Make, launcher: str, ranks: int, extra: tuple[str, ...]
 ) -> None:
     """The loss is a mean over samples, however they are shared out."""
@@ -98,7 +98,7 @@ def test_launchers_ranks_and_micro_batches_come_to_the_same(
     np.testing.assert_allclose(losses(run), losses(undisturbed(*FP32, "zero.stage=1")), atol=1e-3)
 
 
-def test_an_export_over_another_does_not_keep_its_list_of_people(undisturbed: Make, tmp_path: Path) -> None:
+def test_second_export_replaces_list_of_subjects(undisturbed: Make, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed().path, run)
     out = tmp_path / "encoder"
@@ -109,7 +109,7 @@ def test_an_export_over_another_does_not_keep_its_list_of_people(undisturbed: Ma
     assert not (out / "people.json").exists()
 
 
-def test_export_and_report(undisturbed: Make, tmp_path: Path) -> None:
+def test_export_and_report_of_finished_run(undisturbed: Make, tmp_path: Path) -> None:
     run = undisturbed()
     out = tmp_path / "encoder"
     done = physio("export", run.url, str(out))
@@ -135,7 +135,7 @@ def test_export_and_report(undisturbed: Make, tmp_path: Path) -> None:
     assert page.count("<img") + page.count("<svg") >= 4
 
 
-def test_export_of_nothing_says_so(tmp_path: Path) -> None:
+def test_export_of_missing_run_is_refused(tmp_path: Path) -> None:
     done = physio("export", str(tmp_path / "nowhere"), str(tmp_path / "out"))
     assert done.returncode == 2
     assert "nowhere" in done.stderr

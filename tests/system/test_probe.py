@@ -47,7 +47,7 @@ def results(place: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def test_signal_quality_is_told_with_every_row_beside_it(cli: Cli, place: Path) -> None:
+def test_quality_probe_reports_every_row(cli: Cli, place: Path) -> None:
     where = (f"run.dir={place / 'probes'}", f"probe.data={place / 'all'}", f"probe.encoder={place / 'encoder'}")
     few = ("probe.seeds=2", "probe.fractions=[0.1,1.0]", "probe.val_folds=2")
     done = cli("probe", "--config", CONFIG, *where, *few)
@@ -65,7 +65,7 @@ def test_signal_quality_is_told_with_every_row_beside_it(cli: Cli, place: Path) 
     assert not (place / "probes" / "leaky").exists()
 
 
-def test_hidden_leads_of_unseen_records_are_told_against_ridge(cli: Cli, place: Path) -> None:
+def test_reconstruction_probe_compares_with_ridge(cli: Cli, place: Path) -> None:
     where = (f"run.dir={place / 'probes'}", f"probe.data={place / 'fit'}")
     words = (*where, "run.name=recon", "probe.task=reconstruction")
     done = cli("probe", "--config", CONFIG, *words, f"probe.runs={place / 'runs' / 'run'}", "probe.masks=[chest,time]")

@@ -50,9 +50,7 @@ def in_bucket(s3: S3, cli: Cli, tmp_path: Path) -> Iterator[S3]:
 
 
 @pytest.mark.parametrize("size", ["1m", "4600k", "6m"])
-def test_a_disk_that_fills_up_is_named_and_the_same_command_goes_on_with_room(
-    disk: Callable[[str], Path], cli: Cli, size: str
-) -> None:
+def test_full_disk_is_named_and_conversion_resumes_with_space(disk: Callable[[str], Path], cli: Cli, size: str) -> None:
     # The parts take 4 MB, and so do the shards, written beside them and then put in place: the disk is full while
     # reading, while writing, and while putting in place.
     out = disk(size) / "set"
@@ -69,13 +67,13 @@ def test_a_disk_that_fills_up_is_named_and_the_same_command_goes_on_with_room(
     assert cli("verify", out).returncode == 0
 
 
-def test_a_full_spool_disk_is_named_when_the_target_is_a_bucket(disk: Callable[[str], Path], s3: S3, cli: Cli) -> None:
+def test_full_spool_disk_is_named_for_bucket_target(disk: Callable[[str], Path], s3: S3, cli: Cli) -> None:
     told = one_line(cli(*WORDS, "--out", s3.bucket, env={**s3.env, "XDG_CACHE_HOME": str(disk("1m"))}), 2)
     assert "/disk/physio-dist/convert/" in told
     assert "the disk is full" in told
 
 
-def test_a_target_that_cannot_be_written_is_named_before_any_work(disk: Callable[[str], Path], cli: Cli) -> None:
+def test_read_only_target_is_refused_before_reading(disk: Callable[[str], Path], cli: Cli) -> None:
     folder = disk("1m")
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
     done = cli(*WORDS, "--out", folder / "set")
@@ -84,13 +82,13 @@ def test_a_target_that_cannot_be_written_is_named_before_any_work(disk: Callable
     assert "reading:" not in done.stderr
 
 
-def test_a_target_that_is_a_file_is_named(tmp_path: Path, cli: Cli) -> None:
+def test_file_as_target_is_refused(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "file").write_bytes(b"kept")
     assert f"cannot write {tmp_path}/file/_writing.json" in one_line(cli(*WORDS, "--out", tmp_path / "file"), 2)
     assert (tmp_path / "file").read_bytes() == b"kept"
 
 
-def test_a_bucket_out_of_reach_is_told_before_any_work(s3: S3, cli: Cli, tmp_path: Path) -> None:
+def test_unreachable_bucket_is_refused_before_reading(s3: S3, cli: Cli, tmp_path: Path) -> None:
     env = {**s3.env, "XDG_CACHE_HOME": str(tmp_path), "PHYSIO_DIST_STORAGE_FIRST_CONTACT_S": "1"}
     for change, told in (
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "check the credentials"),
@@ -104,7 +102,7 @@ def test_a_bucket_out_of_reach_is_told_before_any_work(s3: S3, cli: Cli, tmp_pat
     assert "there is no bucket 'nobucket'" in one_line(done, 2)
 
 
-def test_verify_names_faults_in_a_bucket_with_status_3(in_bucket: S3, cli: Cli) -> None:
+def test_verify_names_faulty_shards_in_bucket_with_status_3(in_bucket: S3, cli: Cli) -> None:
     clean = cli("verify", in_bucket.bucket, env=in_bucket.env)
     assert (clean.returncode, clean.stderr) == (0, "")
     flipped = in_bucket.folder / "ecg-000000.tar"
@@ -122,14 +120,14 @@ def test_verify_names_faults_in_a_bucket_with_status_3(in_bucket: S3, cli: Cli) 
     assert not any("ecg-000003" in line for line in told)
 
 
-def test_inspect_reads_a_bucket_and_plots_into_it(in_bucket: S3, cli: Cli) -> None:
+def test_inspect_plots_bucket_set(in_bucket: S3, cli: Cli) -> None:
     done = cli("inspect", in_bucket.bucket, "--plot", 2, in_bucket.bucket + "/plots/two.png", env=in_bucket.env)
     assert done.returncode == 0, done.stderr
     assert "SIMULATED signals" in done.stdout
     assert (in_bucket.folder / "plots" / "two.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_index_is_made_for_a_webdataset_in_a_bucket(s3: S3, cli: Cli, tmp_path: Path) -> None:
+def test_index_of_existing_webdataset_in_bucket(s3: S3, cli: Cli, tmp_path: Path) -> None:
     import numpy as np
     import webdataset
 

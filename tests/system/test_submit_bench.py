@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_last_line_holds_all_stages_in_their_order() -> None:
+def test_submit_bench_reports_stages_in_order() -> None:
     words = [sys.executable, ROOT / "tools" / "bench" / "submit.py", "--repeats", "1"]
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([str(word) for word in words], env=env, capture_output=True, text=True, timeout=540)

@@ -1,4 +1,4 @@
-"""What a plan foresees against what a server counted in a run of two nodes."""
+"""Planned network traffic compared with the requests that a server counted in a run of two nodes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def two_nodes(folder: Path, env: dict[str, str], words: list[str]) -> list[int]:
             end_session(process)
 
 
-def test_a_plan_foresees_what_the_server_counts(proxied: Proxied, tmp_path: Path) -> None:
+def test_planned_traffic_matches_server_count(proxied: Proxied, tmp_path: Path) -> None:
     index = f"{proxied.bucket}/set"
     env = proxied.env
     made = physio("shard", "simulate", "people=60,windows=6,seed=3", "--out", index, "samples_per_shard=8", env=env)

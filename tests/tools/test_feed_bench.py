@@ -23,7 +23,7 @@ def bench(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_the_last_line_holds_all_figures(tmp_path: Path) -> None:
+def test_feed_bench_last_line_has_all_fields(tmp_path: Path) -> None:
     done = bench(*TINY, "--work", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -37,7 +37,7 @@ def test_the_last_line_holds_all_figures(tmp_path: Path) -> None:
     assert second["ratio_to_local"] == pytest.approx(second["ours"] / second["local"], abs=2e-3)
 
 
-def test_a_feed_that_delivers_something_else_is_not_measured(tmp_path: Path) -> None:
+def test_feed_bench_refuses_loader_with_other_samples(tmp_path: Path) -> None:
     made = bench(*TINY, "--work", tmp_path, "--only", "warm")
     assert made.returncode == 0, made.stderr
     # One value of one stored sample is another one than in the shards now.
@@ -50,7 +50,7 @@ def test_a_feed_that_delivers_something_else_is_not_measured(tmp_path: Path) -> 
     assert done.stdout == ""
 
 
-def test_epochs_that_would_leave_samples_out_are_refused(tmp_path: Path) -> None:
+def test_feed_bench_refuses_incomplete_epochs(tmp_path: Path) -> None:
     done = bench("--samples", 65, "--batch", 16, "--work", tmp_path)
     assert done.returncode == 2
     assert "--samples must be a multiple of --batch" in done.stderr

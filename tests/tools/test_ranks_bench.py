@@ -22,7 +22,7 @@ def bench(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
-def test_the_last_line_holds_all_figures() -> None:
+def test_ranks_bench_last_line_has_all_fields() -> None:
     done = bench("--preset", "tiny", "--ranks", 2, "--windows", 4, "--steps", 2, "--repeats", 1)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -30,7 +30,7 @@ def test_the_last_line_holds_all_figures() -> None:
     assert result["ratio"] == pytest.approx(result["ours"] / result["peers"]["one rank"], rel=0.02)
 
 
-def test_more_ranks_than_cores_are_refused() -> None:
+def test_ranks_bench_refuses_more_ranks_than_cores() -> None:
     done = bench("--ranks", 10_000)
     assert done.returncode == 1
     assert "10000 ranks of one core each need as many cores" in done.stderr

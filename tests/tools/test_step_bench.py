@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("case", range(5))
-def test_the_peer_is_the_reference(data_dir: Path, case: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_plain_model_matches_reference(data_dir: Path, case: int, dtype: torch.dtype, tolerance: float) -> None:
     theirs = read_cbramod(str(data_dir / "cbramod-reference" / "two_layers.safetensors"))
     model = PlainModel(from_cbramod(theirs)[1].config)
     model.load_state_dict(theirs)
@@ -45,7 +45,7 @@ def test_the_peer_is_the_reference(data_dir: Path, case: int, dtype: torch.dtype
         assert float((result.double() - known[name]).abs().max()) <= tolerance, name
 
 
-def test_the_plain_loss_is_the_mean_over_windows_of_their_hidden_patches() -> None:
+def test_plain_loss_is_mean_over_windows() -> None:
     torch.manual_seed(0)
     predicted, target = torch.randn(2, 3, 4, 5, 200).unbind(0)
     hidden = torch.rand(3, 4, 5) < 0.5
@@ -53,11 +53,11 @@ def test_the_plain_loss_is_the_mean_over_windows_of_their_hidden_patches() -> No
     assert float(plain_loss(predicted, target, hidden)) == pytest.approx(float(sum(each)) / 3, rel=1e-6)
 
 
-def test_without_dropout_the_losses_of_training_agree() -> None:
+def test_losses_agree_without_dropout() -> None:
     assert step.check("tiny", CPU) < 1e-5
 
 
-def test_another_mathematics_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_bench_refuses_different_model(monkeypatch: pytest.MonkeyPatch) -> None:
     as_plain = step.as_plain
 
     def changed(model: MaskedModel) -> PlainModel:
@@ -72,7 +72,7 @@ def test_another_mathematics_is_not_measured(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.integration
-def test_with_dropout_the_losses_of_training_agree_on_average() -> None:
+def test_losses_agree_on_average_with_dropout() -> None:
     torch.manual_seed(0)
     model, prepared = MaskedModel(preset("tiny", 0.1)), step.draw(8)
     torch.nn.init.xavier_normal_(model.reconstruct.weight)
@@ -99,7 +99,7 @@ def bench(*words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("more", "unit"), [((), "windows/s"), (("--cpu-time",), "windows/s of CPU time")])
 @pytest.mark.integration
-def test_the_last_line_holds_all_figures(more: tuple[str, ...], unit: str) -> None:
+def test_step_bench_last_line_has_all_fields(more: tuple[str, ...], unit: str) -> None:
     done = bench("--preset", "tiny", "--windows", 4, "--steps", 1, "--repeats", 2, "--threads", 1, *more)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -113,7 +113,7 @@ def test_the_last_line_holds_all_figures(more: tuple[str, ...], unit: str) -> No
 
 
 @pytest.mark.integration
-def test_cpu_time_of_threads_that_wait_for_each_other_is_refused() -> None:
+def test_step_bench_refuses_cpu_time_of_several_threads() -> None:
     done = bench("--cpu-time", "--threads", 2)
     assert done.returncode == 2
     assert "--cpu-time needs --threads 1" in done.stderr

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("ray")]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_last_line_holds_all_figures() -> None:
+def test_sweep_bench_last_line_has_all_fields() -> None:
     words = ("--people", 6, "--folds", 2, "--trials", 4, "--repeats", 1, "--gigabytes", 0.02)
     command = [sys.executable, ROOT / "tools" / "bench" / "sweep.py", *map(str, words)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -15,7 +15,7 @@ from tests.evaluation.study_samples import facts_of, paired
 from tests.system.launching import CONFIG, Run, physio
 
 
-def test_an_encoder_of_a_fold_has_never_seen_its_test_people(tmp_path: Path) -> None:
+def test_pretraining_on_fold_resplit_never_sees_test_subjects(tmp_path: Path) -> None:
     paired(str(tmp_path / "data"), facts_of(people=9, recordings=2, windows=4), shard=12)
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text("run: {seed: 1}\ntune: {data: data, task: eegmat, folds: 3, val_folds: 2}\n")

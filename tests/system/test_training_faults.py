@@ -48,7 +48,7 @@ def mixed(simulated: str, odd: str) -> str:
         ("gradient", "1e12", ("train.loss=squared", "train.precision=fp32", "zero.stage=1")),
     ],
 )
-def test_a_sample_that_spoils_a_step_is_named_and_nothing_is_saved(
+def test_nonfinite_step_names_samples_and_saves_nothing(
     simulated: str, new_run: Make, tmp_path: Path, what: str, uv_per_bit: str, options: tuple[str, ...]
 ) -> None:
     run = new_run(*options, mixed(simulated, odd_set(simulated, tmp_path / "odd", uv_per_bit)), "train.save_every=1")
@@ -67,7 +67,7 @@ def test_a_sample_that_spoils_a_step_is_named_and_nothing_is_saved(
     assert "Traceback" not in run.said()
 
 
-def test_fp16_finds_a_scale_that_large_signals_bear(simulated: str, new_run: Make, tmp_path: Path) -> None:
+def test_fp16_loss_scale_adapts_to_large_signals(simulated: str, new_run: Make, tmp_path: Path) -> None:
     odd = odd_set(simulated, tmp_path / "odd", "1000")
     # A later sample of the odd set is too large for a forward pass too.
     run = new_run("train.loss=squared", "train.precision=fp16", "train.steps=6", mixed(simulated, odd))
@@ -80,7 +80,7 @@ def test_fp16_finds_a_scale_that_large_signals_bear(simulated: str, new_run: Mak
     assert left_out[-1] == 0
 
 
-def test_spikes_are_left_out_and_a_resumed_run_leaves_out_the_same(undisturbed: Make, new_run: Make) -> None:
+def test_resumed_run_skips_same_spikes(undisturbed: Make, new_run: Make) -> None:
     options = ("train.loss=squared", "train.spike_factor=1.1", "train.skip_spikes=true", "train.steps=40")
     reference, run = undisturbed(*options), new_run(*options)
     spikes = [step for step, line in reference.metrics().items() if line["skipped"]]
@@ -100,7 +100,7 @@ def test_spikes_are_left_out_and_a_resumed_run_leaves_out_the_same(undisturbed: 
         assert [line[name] for line in ours.values()] == [line[name] for line in theirs.values()], name
 
 
-def test_a_rank_that_hangs_is_named_and_the_run_ends_well(new_run: Make) -> None:
+def test_hanging_rank_is_named_and_run_finishes(new_run: Make) -> None:
     run = new_run("train.hang_timeout_s=4", "train.steps=30")
     process = run.start()
     try:
@@ -118,9 +118,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends_well(new_run: Make) -> None
     assert list(run.metrics()) == list(range(1, 31))
 
 
-def test_a_moving_average_survives_a_kill_bit_by_bit_and_is_exported(
-    undisturbed: Make, new_run: Make, tmp_path: Path
-) -> None:
+def test_ema_survives_kill_bit_equal_and_is_exported(undisturbed: Make, new_run: Make, tmp_path: Path) -> None:
     options = ("train.ema=0.9", "zero.stage=3")
     reference, run = undisturbed(*options), new_run(*options)
     process = run.start()
@@ -150,7 +148,7 @@ def test_a_moving_average_survives_a_kill_bit_by_bit_and_is_exported(
     assert load_file(run.path / "checkpoints/step-00000018" / "ema.safetensors").keys() == averaged.keys()
 
 
-def test_a_profile_of_some_steps(new_run: Make) -> None:
+def test_profile_covers_requested_steps(new_run: Make) -> None:
     run = new_run("train.profile=[3,4]", "train.steps=5")
     assert run() == 0, run.said()
     names = {event.get("name") for event in json.loads((run.path / "profile.json").read_text())["traceEvents"]}
@@ -172,7 +170,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "manifest.json"])
-def test_kill_9_while_a_checkpoint_is_on_its_way(
+def test_kill_during_checkpoint_upload_resumes_from_previous(
     behind_proxy: tuple[Run, Path, Proxy], undisturbed: Make, file: str
 ) -> None:
     run, there, proxy = behind_proxy
@@ -196,7 +194,7 @@ def test_kill_9_while_a_checkpoint_is_on_its_way(
     assert losses(there) == [line["loss"] for line in undisturbed().metrics().values()]
 
 
-def test_sigterm_in_a_save_finishes_it(behind_proxy: tuple[Run, Path, Proxy]) -> None:
+def test_sigterm_during_save_finishes_save(behind_proxy: tuple[Run, Path, Proxy]) -> None:
     run, there, proxy = behind_proxy
     run.options = ("train.steps=1000",)
     held = proxy.inject(503, r"^PUT .*step-00000010/optimizer.safetensors")
@@ -214,7 +212,7 @@ def test_sigterm_in_a_save_finishes_it(behind_proxy: tuple[Run, Path, Proxy]) ->
     assert committed[:2] == ["step-00000005", "step-00000010"] and len(committed) == 3
 
 
-def test_storage_away_during_an_upload_costs_only_time(
+def test_run_survives_storage_outage_during_upload(
     behind_proxy: tuple[Run, Path, Proxy], s3: S3, undisturbed: Make
 ) -> None:
     run, there, proxy = behind_proxy

@@ -65,7 +65,7 @@ def trained_shards(shards: ShardSet) -> list[int]:
     return [number for number, split in enumerate(ours) if (split == SPLITS.index("train")).all()]
 
 
-def test_everything_that_passes_at_once_changes_nothing(run: Run, proxied: Proxied, reference: Run) -> None:
+def test_transient_storage_faults_change_no_loss(run: Run, proxied: Proxied, reference: Run) -> None:
     """One silence is as long as the client waits for a byte, and longer."""
     inject = proxied.proxy.inject
     rules = [inject("stall", times=1, stall_s=5.0), inject("stall", times=1, stall_s=35.0)]
@@ -84,7 +84,7 @@ def test_everything_that_passes_at_once_changes_nothing(run: Run, proxied: Proxi
     same(run, reference)
 
 
-def test_a_server_that_is_down_for_twenty_seconds_costs_only_time(run: Run, proxied: Proxied, reference: Run) -> None:
+def test_run_survives_server_down_for_20_s(run: Run, proxied: Proxied, reference: Run) -> None:
     process = run.start()
     try:
         run.wait_for_step(process, 10)
@@ -100,7 +100,7 @@ def test_a_server_that_is_down_for_twenty_seconds_costs_only_time(run: Run, prox
     same(run, reference)
 
 
-def test_credentials_revoked_in_mid_run_end_it_and_the_shard_is_named(run: Run, proxied: Proxied) -> None:
+def test_revoked_credentials_end_run_and_name_shard(run: Run, proxied: Proxied) -> None:
     process = run.start(launcher="deepspeed")
     try:
         run.wait_for_step(process, 10)
@@ -112,7 +112,7 @@ def test_credentials_revoked_in_mid_run_end_it_and_the_shard_is_named(run: Run, 
     told(run, 2, f"{run.index}/ecg-0", "access denied", "AWS_SECRET_ACCESS_KEY")
 
 
-def test_a_shard_that_goes_missing_in_mid_run_ends_it_and_is_named(run: Run, proxied: Proxied, pairs: ShardSet) -> None:
+def test_missing_shard_ends_run_and_is_named(run: Run, proxied: Proxied, pairs: ShardSet) -> None:
     process = run.start(launcher="deepspeed")
     try:
         run.wait_for_step(process, 10)
@@ -126,9 +126,7 @@ def test_a_shard_that_goes_missing_in_mid_run_ends_it_and_is_named(run: Run, pro
     told(run, 3, f"{run.index}/ecg-0", "not in storage")
 
 
-def test_cached_shards_damaged_under_a_running_job_are_fetched_again(
-    run: Run, proxied: Proxied, pairs: ShardSet, reference: Run
-) -> None:
+def test_damaged_cached_shards_are_fetched_again(run: Run, proxied: Proxied, pairs: ShardSet, reference: Run) -> None:
     run.options = STEPS
     cut, flipped = trained_shards(pairs)[:2]
     files = {n: run.folder / "cache" / "shards" / f"{pairs.shards[n].sha256}.tar" for n in (cut, flipped)}

@@ -72,7 +72,7 @@ def test_index_is_a_wids_document(make_set: Callable[..., ShardSet], tmp_path: P
         (lambda d: d["physio_dist"].update(rate=100.0), DataError, "was altered"),
         (lambda d: d["physio_dist"]["signals"]["ecg"].update(uv_per_bit=1.0), DataError, "was altered"),
         (lambda d: d["physio_dist"]["signals"]["ecg"]["channels"].reverse(), DataError, "was altered"),
-        (lambda d: d["physio_dist"]["sample table"].update(sha256="0" * 64), DataError, "was altered"),
+        (lambda d: d["physio_dist"]["sidecar"].update(sha256="0" * 64), DataError, "was altered"),
         (lambda d: d["shardlist"][0].update(url="../ecg.tar"), DataError, "names a shard outside its own folder"),
         (lambda d: d["shardlist"][0].update(url="/etc/passwd"), DataError, "names a shard outside its own folder"),
         (lambda d: d["shardlist"][0].update(url=".."), DataError, "names a shard outside its own folder"),

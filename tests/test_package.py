@@ -42,11 +42,13 @@ def test_package_lists_load_encoder_and_rejects_unknown_names() -> None:
         _ = physio_dist.no_such_name  # type: ignore[attr-defined]
 
 
+@pytest.mark.integration
 def test_importing_the_package_does_not_import_torch() -> None:
     result = run_without_extras("import physio_dist; assert 'torch' not in sys.modules")
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.integration
 def test_load_encoder_reads_an_export_without_extras(export: Path) -> None:
     result = run_without_extras(
         "import torch, physio_dist\n"
@@ -61,6 +63,7 @@ def test_load_encoder_reads_an_export_without_extras(export: Path) -> None:
     ("words", "extra"),
     [(["report", "runs/none"], "report"), (["predict", "runs/none", "a.edf"], "readers")],
 )
+@pytest.mark.integration
 def test_command_without_its_extra_ends_with_status_2_and_the_extra(words: list[str], extra: str) -> None:
     result = run_without_extras(f"sys.argv = {['physio-dist', *words]!r}\nfrom physio_dist.cli import main; main()")
     assert result.returncode == 2, result.stderr

@@ -146,6 +146,7 @@ print(*encoder(torch.zeros(1, 2, 3, 200)).shape)
 """
 
 
+@pytest.mark.integration
 def test_load_encoder_needs_base_install_only(tmp_path: Path) -> None:
     model = MaskedModel(EncoderConfig(d=200, layers=1, heads=8, ffn=800))
     state = {cbramod_name(name): value.contiguous() for name, value in model.state_dict().items()}

@@ -261,7 +261,7 @@ def _plan(given: argparse.Namespace) -> None:
         raise UserError("--samples-per-s and --gpu-memory-gb must be positive numbers")
     cluster = resource_planner.Cluster(given.nodes, given.gpus_per_node, given.gpu, given.gpu_memory_gb, speed)
     told = resource_planner.plan(options, cluster)
-    print(json.dumps(told) if given.json else "\n".join(resource_planner.tell(told)))
+    print(json.dumps(told) if given.json else "\n".join(resource_planner.format_plan(told)))
 
 
 def _report(given: argparse.Namespace) -> None:

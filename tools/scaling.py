@@ -41,49 +41,51 @@ def fixed(preset: str, batch: int, **more: float) -> list[Load]:
 
 
 def steps(loads: Sequence[Load], machines: Machines) -> list[Step]:
-    """Of one load a world, from one rank on."""
+    """Predicted steps, one load per world size."""
     return [step(load, world, machines) for load, world in zip(loads, WORLDS, strict=False)]
 
 
-def efficiency(found: Sequence[Step]) -> list[float]:
-    """Windows/s of each world a rank, to those of one rank."""
-    return [one.rate / world / found[0].rate for one, world in zip(found, WORLDS, strict=False)]
+def efficiency(predictions: Sequence[Step]) -> list[float]:
+    """Windows/s per rank of each world size, relative to one rank."""
+    return [item.rate / world / predictions[0].rate for item, world in zip(predictions, WORLDS, strict=False)]
 
 
-def first(found: Sequence[Step], limit: str) -> int | None:
-    """The fewest ranks whose step is limited by it."""
-    return next((world for one, world in zip(found, WORLDS, strict=False) if one.limit == limit), None)
+def first(predictions: Sequence[Step], limit: str) -> int | None:
+    """Smallest world size whose bottleneck is ``limit``."""
+    return next((world for item, world in zip(predictions, WORLDS, strict=False) if item.limit == limit), None)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """As Markdown has it."""
+    """Format a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def by_world(loads: Sequence[Load], machines: Machines) -> str:
-    """Where a step's time goes, for some worlds."""
-    found = steps(loads, machines)
+    """Parts of a step's duration for some world sizes."""
+    predictions = steps(loads, machines)
     rows = []
-    for load, one, share, world in zip(loads, found, efficiency(found), WORLDS, strict=False):
+    for load, item, share, world in zip(loads, predictions, efficiency(predictions), WORLDS, strict=False):
         if world in (1, 8, 16, 64, 256, 1024):
-            parts = (one.passes, one.exchange, max(one.feed.values()), one.checkpoint)
+            parts = (item.passes, item.exchange, max(item.feed.values()), item.checkpoint)
             milliseconds = [f"{1e3 * part:.2f}" for part in parts]
-            rows.append([world, f"{load.global_batch:,}", *milliseconds, f"{one.rate:,.0f}", f"{share:.0%}", one.limit])
+            rows.append(
+                [world, f"{load.global_batch:,}", *milliseconds, f"{item.rate:,.0f}", f"{share:.0%}", item.limit]
+            )
     heads = ["GPUs", "batch", "passes, ms", "exchange", "feed", "checkpoint", "windows/s", "ideal", "limit"]
     return table(heads, rows)
 
 
 def takeovers() -> str:
-    """From how many ranks on which part takes most of a step, by encoder and network."""
+    """Bottlenecks and efficiency by encoder and network."""
     rows = []
     for preset, windows in (("base", 256), ("base", 1024), ("large", 256), ("xl", 64)):
         for name, between in NETWORKS.items():
             machines = Machines(between=between)
-            found = steps(grown(preset, windows), machines)
-            share = efficiency(found)
+            predictions = steps(grown(preset, windows), machines)
+            share = efficiency(predictions)
             rows.append([
-                preset, windows, name, found[0].limit, first(found, "exchange") or "-",
+                preset, windows, name, predictions[0].limit, first(predictions, "exchange") or "-",
                 f"{share[3]:.0%}", f"{share[-1]:.0%}",
             ])  # fmt: skip
     heads = ["preset", "windows a GPU", "network of a node", "limit of one GPU", "exchange from", "ideal, 8", "1,024"]
@@ -91,32 +93,33 @@ def takeovers() -> str:
 
 
 def exchanged() -> str:
-    """Megabytes that a rank sends in a step, by stage, and a checkpoint's."""
+    """Megabytes that a rank sends in a step by stage, and size of a checkpoint."""
     rows = []
     for preset in ("tiny", "base", "large", "xl"):
         load = Load(preset)
         sent = [scaling_model.exchange_bytes(replace(load, stage=stage), 1024, 2) / 1e6 for stage in range(4)]
         rows.append([
-            preset, f"{load.parameters / 1e6:.1f}", f"{load.window_flops / 1e9:.2f}", *(f"{one:,.1f}" for one in sent),
-            f"{scaling_model.checkpoint_bytes(load) / 1e6:,.0f}", f"{scaling_model.share_to_fill(load, Machines()):,}",
+            preset, f"{load.parameters / 1e6:.1f}", f"{load.window_flops / 1e9:.2f}", *(f"{megabytes:,.1f}" for megabytes in sent),
+            f"{scaling_model.checkpoint_bytes(load) / 1e6:,.0f}",
+            f"{scaling_model.windows_to_saturate(load, Machines()):,}",
         ])  # fmt: skip
     heads = ["preset", "M parameters", "GFLOP", "stage 0, MB", "1", "2", "3", "checkpoint, MB", "windows to fill a GPU"]
     return table(heads, rows)
 
 
 def check(gloo: float) -> str:
-    """Two ranks of one core each, as they were measured, and on paper."""
+    """Two ranks of one core each, measured and predicted."""
     rows = []
     for stage, measured in TWO_RANKS.items():
         load = Load("base", 2 * WINDOWS, WINDOWS, stage, save_every=10**9)
         cores = Machines(flops=ONE_RANK * load.window_flops, operation_s=0.0, inside=gloo, hop_s=1e-4)
-        paper = step(load, 2, cores).rate / ONE_RANK
-        rows.append([stage, f"{paper:.2f}", f"{measured:.2f}", f"{paper / measured:.2f}"])
-    return table(["ZeRO stage", "two ranks to one, on paper", "measured", "predicted : measured"], rows)
+        predicted = step(load, 2, cores).rate / ONE_RANK
+        rows.append([stage, f"{predicted:.2f}", f"{measured:.2f}", f"{predicted / measured:.2f}"])
+    return table(["ZeRO stage", "two ranks to one, model", "measured", "predicted : measured"], rows)
 
 
 def tables(gloo: float = GLOO) -> list[str]:
-    """All of the guide, in its order."""
+    """All tables of docs/scaling.md, in its order."""
     ordinary = Machines(between=NETWORKS["100 Gbit/s"])
     kinds = grown("base", 1024), grown("base", 1024, fetched=1.0), fixed("base", 4096), grown("xl", 64)
     return [exchanged(), takeovers(), *(by_world(loads, ordinary) for loads in kinds), check(gloo)]
@@ -139,10 +142,10 @@ def figure(path: Path) -> None:
         alone = step(loads[0], 1, Machines()).rate
         axis.plot(worlds, [alone * world for world in worlds], color="0.6", linestyle=":", label="ideal")
         for name, between in NETWORKS.items():
-            found = steps(loads, Machines(between=between))
-            axis.plot(worlds, [one.rate for one in found], marker="o", markersize=3, label=f"{name} a node")
+            predictions = steps(loads, Machines(between=between))
+            axis.plot(worlds, [item.rate for item in predictions], marker="o", markersize=3, label=f"{name} a node")
         fresh = steps([replace(load, fetched=1.0) for load in loads], Machines())
-        axis.plot(worlds, [one.rate for one in fresh], color="0.2", linestyle="--", label="all of it from S3")
+        axis.plot(worlds, [item.rate for item in fresh], color="0.2", linestyle="--", label="all of it from S3")
         axis.set(xscale="log", yscale="log", title=title, xlabel="GPUs", ylabel="windows/s")
         axis.set_xticks([1, 8, 64, 1024], ["1", "8", "64", "1,024"])
         axis.grid(alpha=0.3)

@@ -1,6 +1,6 @@
-"""A step on paper: what arithmetic, exchange, feed and checkpoints take of it, up to a thousand GPUs. Pure functions.
+"""Scaling model: predicted duration of a step up to a thousand GPUs, from arithmetic, communication, data, checkpoints.
 
-docs/scaling.md says where each number comes from. None of it has been held against several GPUs.
+The sources of all constants are in docs/scaling.md. The model has not been validated on several GPUs.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from physio_dist.models.encoders.criss_cross import PATCH, count_flops, count_pa
 from physio_dist.runtime.distributed import split_share
 from physio_dist.training.throughput import PEAKS, training_flops
 
-# What a rank's feed was measured to deliver, in bytes a second: out of the page cache where pages are small, and out of
-# an S3 server that shared its two cores (docs/benchmarks.md).
+# Measured data rates of a rank in bytes per second: from the page cache (small pages), and from an S3 server on the
+# same two cores (docs/benchmarks.md).
 FEED_RATE = 4.8e9
 FETCH_RATE = 9.0e8
-# Share of a GPU's peak that an encoder of this kind reaches where its batch is large enough; an assumption.
+# Model FLOPs utilization with a large enough batch; an assumption.
 SHARE_OF_PEAK = 0.4
 # Operations of a forward and a backward pass as torch's dispatcher counts them: 1,607 with tiny's 4 layers, 4,495 with
 # base's 12.
@@ -26,19 +26,19 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Machines:
-    """What a cluster is made of; bytes and FLOPs a second.
+    """Hardware of a cluster; rates in bytes and FLOPs per second.
 
     Attributes:
-        gpus: of a node.
-        flops: that a GPU does of this model.
-        operation_s: the least that an operation takes, however small.
-        inside, between: bus bandwidth of a collective within a node, and of one that crosses nodes.
-        hop_s: latency of a collective, for each doubling of the ranks.
-        feed: of a rank, out of the page cache.
-        disk: of a node's cache, read by all its ranks.
+        gpus: number per node.
+        flops: achieved by a GPU with this model.
+        operation_s: least duration of an operation in seconds.
+        inside, between: bus bandwidth of a collective within a node, and of one across nodes.
+        hop_s: latency of a collective in seconds, for each doubling of the ranks.
+        feed: of a rank, from the page cache.
+        disk: of a node's disk cache, shared by its ranks.
         fetch: of a rank, from the object store.
         net: of a node, from the object store.
-        store: of the object store, to all nodes.
+        store: of the object store, in total.
         copy: of a rank's memory, device to host.
         put: of the first rank, to the object store.
     """
@@ -60,11 +60,12 @@ class Machines:
 
 @dataclass(frozen=True)
 class Load:
-    """What is trained, by the names that the options have.
+    """Workload; names as of the options.
 
     Attributes:
         channels, patches: of a window.
-        fetched: share of the bytes that come from the object store: 1 in a first epoch, 0 once the nodes hold all.
+        fetched: fraction of the bytes that come from the object store: 1 in a first epoch, 0 once the nodes cache
+            everything.
     """
 
     preset: str = "base"
@@ -78,31 +79,31 @@ class Load:
 
     @property
     def parameters(self) -> int:
-        """Of the encoder."""
+        """Number of parameters of the encoder."""
         return count_parameters(preset(self.preset))
 
     @property
     def window_flops(self) -> int:
-        """Forward and backward."""
+        """FLOPs of a window's forward and backward pass."""
         return training_flops(count_flops(preset(self.preset), self.channels, self.patches))
 
     @property
     def window_bytes(self) -> int:
-        """As it is stored, int16."""
+        """Bytes of a window as stored, int16."""
         return 2 * self.channels * self.patches * PATCH
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step.
+    """Duration of a step, in seconds.
 
     Attributes:
         arithmetic: of the widest rank.
-        launches: starting its operations, which hides the arithmetic or is hidden by it.
-        exchange: of gradients and weights; after the passes, not beside them.
-        feed: by place; beside all of it.
-        checkpoint: the loop's waiting, spread over the steps between two of them.
-        windows: of the global batch.
+        launches: of launching its operations, concurrent with the arithmetic.
+        exchange: of gradients and weights, after the passes.
+        feed: of reading data by source, concurrent with everything else.
+        checkpoint: time the loop is blocked, averaged over the steps between two checkpoints.
+        windows: in the global batch.
     """
 
     arithmetic: float
@@ -114,34 +115,34 @@ class Step:
 
     @property
     def passes(self) -> float:
-        """Forward and backward."""
+        """Duration of the forward and backward passes."""
         return max(self.arithmetic, self.launches)
 
     @property
     def total(self) -> float:
-        """From one step to the next."""
+        """Duration of the whole step."""
         return max(self.passes + self.exchange, *self.feed.values()) + self.checkpoint
 
     @property
     def rate(self) -> float:
-        """Windows a second."""
+        """Windows per second."""
         return self.windows / self.total
 
     @property
     def limit(self) -> str:
-        """What takes most of it: arithmetic, launches, exchange, checkpoint, or the feed's place."""
-        place = max(self.feed, key=lambda name: self.feed[name])
-        if self.feed[place] > self.passes + self.exchange:
-            own = {place: self.feed[place]}
+        """The bottleneck: arithmetic, launches, exchange, checkpoint, or a data source."""
+        source = max(self.feed, key=lambda name: self.feed[name])
+        if self.feed[source] > self.passes + self.exchange:
+            parts = {source: self.feed[source]}
         else:
-            own = {"launches" if self.launches > self.arithmetic else "arithmetic": self.passes}
-            own["exchange"] = self.exchange
-        own["checkpoint"] = self.checkpoint
-        return max(own, key=lambda name: own[name])
+            parts = {"launches" if self.launches > self.arithmetic else "arithmetic": self.passes}
+            parts["exchange"] = self.exchange
+        parts["checkpoint"] = self.checkpoint
+        return max(parts, key=lambda name: parts[name])
 
 
 def step(load: Load, world: int, machines: Machines) -> Step:
-    """A step on ``world`` ranks, one a GPU.
+    """Predict a step on ``world`` ranks, one per GPU.
 
     Raises:
         ValueError: more ranks than windows in a batch.
@@ -157,30 +158,31 @@ def step(load: Load, world: int, machines: Machines) -> Step:
     widest = micro * passes * load.window_bytes
     feed = {
         "feed": widest / machines.feed,
-        # The widest node's ranks, all of them.
+        # All ranks of the largest node.
         "disk": min(world, machines.gpus) * widest / machines.disk,
         "fetching": load.fetched * max(widest / machines.fetch, min(world, machines.gpus) * widest / machines.net),
         "object store": load.fetched * batch_bytes / machines.store,
     }
-    paced = max(max(arithmetic, launches) + exchange, *feed.values())
-    return Step(arithmetic, launches, exchange, feed, checkpoint_s(load, world, paced, machines), load.global_batch)
+    step_s = max(max(arithmetic, launches) + exchange, *feed.values())
+    return Step(arithmetic, launches, exchange, feed, checkpoint_s(load, world, step_s, machines), load.global_batch)
 
 
 def exchange_bytes(load: Load, world: int, passes: int) -> float:
     """Bytes that each rank sends in a step.
 
-    Gradients and weights are fp32 at every precision. Stage 0 all-reduces gradients once a step; stages 1 and 2 do too
-    (DeepSpeed shares them out only then) and gather the weights, stage 2 with the gradients of every pass; stage 3
-    gathers the weights for both directions of every pass, and scatters the gradients.
+    Gradients and weights are fp32 at every precision. Stage 0 all-reduces gradients once per step; stage 1 too, and
+    gathers the weights; stage 2 reduces the gradients of every pass; stage 3 gathers the weights for both directions of
+    every pass, and scatters the gradients.
     """
     ring = (world - 1) / world * _FP32 * load.parameters
     return ring * {0: 2.0, 1: 3.0, 2: 2.0 * passes + 1.0, 3: 3.0 * passes}[load.stage]
 
 
 def exchange_s(load: Load, world: int, passes: int, machines: Machines) -> float:
-    """Seconds of that: bytes over the bus bandwidth, and a latency for each doubling of the ranks and each collective.
+    """Seconds of communication: bytes over the bus bandwidth, plus a latency of each collective.
 
-    The norm's and the step's small all-reduce are counted as one more collective. Stage 3 gathers layer by layer.
+    The latency grows with each doubling of the ranks. The small all-reduces of norm and summary count as one more
+    collective. Stage 3 gathers layer by layer.
     """
     if world == 1:
         return 0.0
@@ -191,24 +193,24 @@ def exchange_s(load: Load, world: int, passes: int, machines: Machines) -> float
 
 
 def checkpoint_bytes(load: Load) -> int:
-    """Weights and two moments, fp32."""
+    """Bytes of weights and two moments, fp32."""
     return 3 * _FP32 * load.parameters
 
 
 def checkpoint_s(load: Load, world: int, step_s: float, machines: Machines) -> float:
-    """Seconds a step that checkpoints hold the loop up: the copy, and what the one before is not through with.
+    """Seconds per step that checkpoints block the loop: copying, and waiting for the previous upload.
 
-    Tensors are gathered one by one where the stage shares them out, copied, and sent by the first rank behind the loop.
+    Tensors that the stage partitions are gathered one by one, copied, and uploaded by the first rank in the background.
     """
     size = checkpoint_bytes(load)
     gathered = size / (machines.inside if world <= machines.gpus else min(machines.inside, machines.between))
-    held = size / machines.copy + (gathered if load.stage and world > 1 else 0.0)
-    late = max(size / machines.put - load.save_every * step_s, 0.0)
-    return (held + late) / load.save_every
+    copying = size / machines.copy + (gathered if load.stage and world > 1 else 0.0)
+    waiting = max(size / machines.put - load.save_every * step_s, 0.0)
+    return (copying + waiting) / load.save_every
 
 
-def share_to_fill(load: Load, machines: Machines) -> int:
-    """Windows a pass from which on a GPU computes rather than starts operations."""
+def windows_to_saturate(load: Load, machines: Machines) -> int:
+    """Windows per pass from which on arithmetic takes longer than launching operations."""
     layers = preset(load.preset).layers
     launches = (_OPERATIONS + _OPERATIONS_A_LAYER * layers) * machines.operation_s
     return math.ceil(launches * machines.flops / load.window_flops)

@@ -1,4 +1,4 @@
-"""What a node fetches from storage in a run: the order and the cache played through, without any data."""
+"""Traffic simulation: bytes that a node fetches in a run, from the sample order and the cache policy, without data."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from physio_dist.data.loading.schedule import Schedule, ShardUse
 from physio_dist.runtime.arrays import Int64Array
 
 _NEVER = 2**62
-# The share of the cache that is freed at once, so that its content need not be ranked for every shard.
-_FREED_AT_ONCE = 0.02
+# Fraction of the cache that is freed at once, so that its content need not be ranked for every shard.
+_FREE_FRACTION = 0.02
 
 Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one node takes from storage.
+    """Traffic of one node.
 
     Attributes:
-        epochs: bytes in each epoch of the first set that was played through; the last may not be whole.
-        shards: fetches of whole shards, and
-        singles: samples that were read one by one for want of room, over all these epochs.
-        cache_needed: bytes of cache with which no shard is fetched twice in an epoch.
+        epochs: bytes fetched in each simulated epoch of the first set; the last may be incomplete.
+        shards: number of fetches of whole shards over all these epochs.
+        singles: number of samples that were read one by one because the cache was full.
+        cache_needed: bytes of cache needed to fetch no shard twice in an epoch.
     """
 
     epochs: tuple[int, ...]
@@ -46,15 +46,15 @@ def node_traffic(
     cache_bytes: float,
     steps: int,
 ) -> Traffic:
-    """Play through ``steps`` steps of a node.
+    """Simulate ``steps`` steps of a node.
 
     Args:
         order: of the run.
         sizes: for each set int64 ``[shard]``, bytes.
         sample_bytes: of one sample.
         slots: the half-open range of the global batch that the node's ranks train on.
-        cache_bytes: of the node.
-        steps: from the first one on.
+        cache_bytes: size of the node's cache.
+        steps: number of steps, from the first one on.
     """
     coming = Schedule(order, *slots).coming(0)
     uses = list(itertools.takewhile(lambda use: use.first < steps, coming))
@@ -64,7 +64,7 @@ def node_traffic(
     shards, singles = 0, 0.0
     for use in uses:
         size = int(sizes[use.set][use.shard])
-        outcome = cache.want((use.set, use.shard), use.first, size)
+        outcome = cache.request((use.set, use.shard), use.first, size)
         if outcome == "fetched":
             shards += 1
             fetched[use.first // epoch] += size
@@ -75,11 +75,11 @@ def node_traffic(
 
 
 class _Cache:
-    """A node's cache that drops what is needed last and never what is in use."""
+    """A node's cache: evicts the shards needed last, never those in use."""
 
     def __init__(self, uses: Sequence[ShardUse], limit: float) -> None:
         self._limit = limit
-        self._held: dict[Key, int] = {}
+        self._sizes: dict[Key, int] = {}
         self._total = 0
         self._firsts: dict[Key, list[int]] = defaultdict(list)
         self._lasts: dict[Key, list[int]] = defaultdict(list)
@@ -88,22 +88,22 @@ class _Cache:
             lasts = self._lasts[use.set, use.shard]
             lasts.append(max(use.last, lasts[-1] if lasts else 0))
 
-    def want(self, key: Key, step: int, size: int) -> str:
-        if key in self._held:
-            return "held"
+    def request(self, key: Key, step: int, size: int) -> str:
+        if key in self._sizes:
+            return "cached"
         if self._total + size > self._limit and not self._free(step, size):
             return "refused"
-        self._held[key] = size
+        self._sizes[key] = size
         self._total += size
         return "fetched"
 
     def _free(self, step: int, size: int) -> bool:
-        later = sorted(((self._next(key, step), key) for key in self._held), reverse=True)
-        wanted = max(size, int(_FREED_AT_ONCE * self._limit))
+        later = sorted(((self._next(key, step), key) for key in self._sizes), reverse=True)
+        target = max(size, int(_FREE_FRACTION * self._limit))
         for needed, key in later:
-            if needed <= step or self._total + wanted <= self._limit:
+            if needed <= step or self._total + target <= self._limit:
                 break
-            self._total -= self._held.pop(key)
+            self._total -= self._sizes.pop(key)
         return self._total + size <= self._limit
 
     def _next(self, key: Key, step: int) -> int:
@@ -115,7 +115,7 @@ class _Cache:
 
 
 def _most_in_use(order: Mixture, uses: Sequence[ShardUse], sizes: Sequence[Int64Array], steps: int) -> int:
-    """The largest number of bytes that are between their first and last use of an epoch at the same time."""
+    """Largest number of bytes that are between their first and last use in an epoch at the same time."""
     spans: dict[tuple[int, int, int], tuple[int, int]] = {}
     for use in uses:
         key = (use.set, use.first // order.sets[use.set].steps_per_epoch, use.shard)

@@ -16,7 +16,7 @@ from physio_dist.config import PretrainConfig, ShardSource
 from physio_dist.data.format.index import ShardSet
 from physio_dist.errors import UserError
 from physio_dist.models.encoders.criss_cross import count_parameters, preset
-from physio_dist.planning.resource_planner import Cluster, plan, saved_bytes, tell
+from physio_dist.planning.resource_planner import Cluster, format_plan, plan, saved_bytes
 from tests.conftest import S3
 from tests.data.conftest import build
 
@@ -96,7 +96,7 @@ def test_what_cannot_hold_is_warned_of(
 ) -> None:
     given = options(remote.url, **{k: v for k, v in change.items() if k != "cache_gb"})
     given.data.cache_gb = change.get("cache_gb", 50.0)
-    lines = list(tell(plan(given, cluster)))
+    lines = list(format_plan(plan(given, cluster)))
     warnings = [line for line in lines if line.startswith("warning: ")]
     if told is None:
         assert warnings == []

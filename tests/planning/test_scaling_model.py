@@ -104,7 +104,7 @@ def test_each_part_can_be_the_limit() -> None:
 
 
 def test_the_windows_that_fill_a_gpu() -> None:
-    enough = scaling_model.share_to_fill(Load("base"), Machines())
+    enough = scaling_model.windows_to_saturate(Load("base"), Machines())
     for windows, limit in ((enough - 1, "launches"), (enough, "arithmetic")):
         one = step(Load("base", windows, windows), 1, replace(Machines(), feed=1e12, disk=1e12))
         assert one.limit == limit

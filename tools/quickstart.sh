@@ -33,26 +33,28 @@ export PATH="$venv/bin:$PATH"
 watcher=
 trap '[ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true' EXIT
 
+note() { printf '     %s\n' "$*"; }
+
 # The newest "N of TOTAL things" or "step N/TOTAL" that a command has printed since line $1 of the log.
 progress() {
     tail -n "+$1" "$log" | tr '\r' '\n' | grep -aoE '[0-9]+ of [0-9]+ [a-z]+|step [0-9]+/[0-9]+' | tail -n 1 |
         sed -E 's|step ([0-9]+)/([0-9]+)|\1 \2 steps|; s| of | |'
 }
 
-draw_progress() {  # draw_progress TITLE LINE: a bar on the terminal, redrawn until this process is ended
+draw_progress() {  # draw_progress LINE: a bar on the terminal, redrawn until this process is ended
     local count total unit filled blank='------------------------------'
     while kill -0 $$ 2>/dev/null; do
-        read -r count total unit < <(progress "$2") || { count=0 total=0 unit=; }
+        read -r count total unit < <(progress "$1") || { count=0 total=0 unit=; }
         filled=0
         [ "${total:-0}" = 0 ] || filled=$((30 * count / total))
-        printf '\r%-66s [%s%s] %4s s  %-22s' "$1" "$(printf '%*s' "$filled" '' | tr ' ' '#')" "${blank:filled}" \
+        printf '\r     [%s%s] %4s s  %-22s' "$(printf '%*s' "$filled" '' | tr ' ' '#')" "${blank:filled}" \
             "$SECONDS" "$([ "${total:-0}" = 0 ] || echo "$count/$total $unit")"
         sleep 1
     done
 }
 
 fail() {  # fail STATUS LINE: show what the log has from that line on, and end
-    printf 'FAILED, exit status %s\n\nThe last lines of %s:\n' "$1" "$log" >&2
+    printf '     FAILED, exit status %s\n\nThe last lines of %s:\n' "$1" "$log" >&2
     tail -n "+$2" "$log" | tail -n 20 | sed 's/^/    /' >&2
     exit "$1"
 }
@@ -70,24 +72,21 @@ stage() {  # stage TITLE COMMAND...: run a command with its output in the log; o
     line=$(($(wc -l < "$log") + 1))
     echo "== $title: $*" >> "$log"
     SECONDS=0
+    echo "$title"
     if [ -t 1 ]; then
-        draw_progress "$title" "$line" &
+        draw_progress "$line" &
         watcher=$!
-    else
-        printf '%-66s ' "$title"
     fi
     "$@" >> "$log" 2>&1 || status=$?
     if [ -n "$watcher" ]; then
         kill "$watcher" 2>/dev/null || true
         wait "$watcher" 2>/dev/null || true
         watcher=
-        printf '\r\033[K%-66s ' "$title"
+        printf '\r\033[K'
     fi
     [ "$status" = 0 ] || fail "$status" "$line"
-    printf 'done, %s s\n' "$SECONDS"
+    note "done in $SECONDS s"
 }
-
-note() { printf '     %s\n' "$*"; }
 
 echo "The output of pip, DeepSpeed and Ray goes to $log"
 stage '0/5  installing into '"$venv" bash tools/setup.sh

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--data", required=True, metavar="URL", help="a shard set")
     embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
     embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
+    embed.add_argument("options", nargs="*", metavar="key=value", help="data.cache_dir, data.cache_gb")
 
     folds = verbs.add_parser("folds", help="a resplit of a sweep's shard set for each fold, to pretrain on")
     folds.add_argument("--config", required=True, metavar="FILE", help="the sweep's configuration")
@@ -164,20 +165,24 @@ def _export(given: argparse.Namespace) -> None:
 
 
 def _embed(given: argparse.Namespace) -> None:
+    from physio_dist.data.handle import open_handle
     from physio_dist.evaluation import backbones, features
 
     out = job_paths.require_durable(given.out, "--out")
     backbone = backbones.open_backbone(given.encoder, given.signal)
     if backbone.loaded:
         print(backbone.loaded, file=sys.stderr)
-    features.embed(backbone, given.data, out, print)
+    options = config.load(config.EmbedConfig, None, given.options)
+    features.embed(backbone, open_handle(given.data, options.data), out, print)
 
 
 def _folds(given: argparse.Namespace) -> None:
+    from physio_dist.data.handle import open_handle
     from physio_dist.evaluation import fold_resplits
 
     options = config.load(fold_resplits.FoldsConfig, given.config, given.options)
-    resplits, written = fold_resplits.write_fold_resplits(options, job_paths.require_durable(given.out, "--out"))
+    out = job_paths.require_durable(given.out, "--out")
+    resplits, written = fold_resplits.write_fold_resplits(options, open_handle(options.tune.data, options.data), out)
     there = len(resplits) - written
     print(f"resplits of {resplits[0].data_url}" + (f", {there} of {len(resplits)} were there already" if there else ""))
     for resplit in resplits:

@@ -1,5 +1,6 @@
 """Options of every command: typed dataclasses that check themselves; :mod:`.loader` reads them from YAML and words."""
 
+from physio_dist.config.cache import CacheOptions, EmbedConfig
 from physio_dist.config.cluster import ClusterOptions, WorkerRange
 from physio_dist.config.loader import Parser, load, option_fields, refuse_another, to_yaml
 from physio_dist.config.mask import MaskOptions
@@ -26,9 +27,11 @@ __all__ = [
     "POOLINGS",
     "PRECISIONS",
     "PRESETS",
+    "CacheOptions",
     "ClusterOptions",
     "DataOptions",
     "EegOptions",
+    "EmbedConfig",
     "FoldEncoders",
     "MaskOptions",
     "ModelOptions",

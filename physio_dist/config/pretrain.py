@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from physio_dist.config.cache import CacheOptions
 from physio_dist.config.cluster import ClusterOptions
 from physio_dist.config.mask import MaskOptions
 from physio_dist.config.options import NOT_NEGATIVE, POSITIVE, OneOf, Range, at_least, folder_name, inside, option
 from physio_dist.errors import UserError
-from physio_dist.storage.user_cache import user_cache_dir
 
 PRESETS = ("tiny", "base", "large", "xl")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -67,7 +67,7 @@ def _plain_index(sources: list[ShardSource]) -> str | list[dict[str, Any]]:
 
 
 @dataclass
-class DataOptions:
+class DataOptions(CacheOptions):
     """Training data and the node's cache of it."""
 
     index: list[ShardSource] = option(
@@ -75,10 +75,6 @@ class DataOptions:
         required=True, parse=_parse_index, plain=_plain_index,
     )  # fmt: skip
     signal: str = option("ecg", "Signal of the shard set that is trained on.", OneOf(("ecg", "eeg")))
-    cache_dir: str = option(
-        lambda: str(user_cache_dir()), "Local folder in which each node caches shards.", shown="~/.cache/physio-dist"
-    )
-    cache_gb: float = option(50.0, "Size of that cache in GB.", _ABOVE_ZERO)
 
 
 @dataclass

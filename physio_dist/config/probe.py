@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from physio_dist.config.cache import CacheOptions
 from physio_dist.config.options import POSITIVE, OneOf, at_least, inside, option
 from physio_dist.config.pretrain import RunOptions
 from physio_dist.config.search import POOLINGS
@@ -83,6 +84,7 @@ class ProbeConfig:
     """Options of ``physio-dist probe``."""
 
     run: RunOptions = field(default_factory=lambda: RunOptions(name="probe"))
+    data: CacheOptions = field(default_factory=CacheOptions)
     probe: ProbeOptions = field(default_factory=ProbeOptions)
 
     def validate(self) -> None:

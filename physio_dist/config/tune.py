@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from physio_dist.config.cache import CacheOptions
 from physio_dist.config.cluster import MAX_WAIT_S
 from physio_dist.config.options import POSITIVE, OneOf, Range, at_least, inside, option
 from physio_dist.config.pretrain import RunOptions
@@ -136,6 +137,7 @@ class TuneConfig:
     """Options of ``tune.py``."""
 
     run: RunOptions = field(default_factory=lambda: RunOptions(name="sweep"))
+    data: CacheOptions = field(default_factory=CacheOptions)
     tune: TuneOptions = field(default_factory=TuneOptions)
     search: SearchOptions = field(default_factory=SearchOptions)
 

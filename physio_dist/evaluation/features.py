@@ -1,4 +1,4 @@
-"""Features of every window of a shard set, computed once for all trials.
+"""Frozen features of every window of a shard set, computed once for all trials.
 
 ``features-00000.safetensors``, ... hold ``values`` float32 ``[window, channel, patch, d]`` and ``valid`` bool
 ``[window, channel]`` in the set's storage order. ``index.json``, written last, names them with their hashes, the
@@ -25,13 +25,12 @@ import torch
 from safetensors.numpy import save as save_safetensors
 
 from physio_dist import storage
-from physio_dist.config import DataOptions
-from physio_dist.data.format.index import ShardSet, open_set
-from physio_dist.data.handle import open_dataset
-from physio_dist.data.loading.cache import ShardCache
+from physio_dist.data.format.index import ShardSet
+from physio_dist.data.handle import ShardSetHandle
 from physio_dist.data.loading.dataset import Batch, ShardDataset
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.backbones import Backbone
+from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV, CrissCrossEncoder
 from physio_dist.models.encoders.patches import to_patches
 from physio_dist.runtime import processes
@@ -45,7 +44,7 @@ INDEX = "index.json"
 _IDENTITY = ("encoder_sha256", "encoder", "fingerprint", "signal")
 _FILE = re.compile(r"features-\d{5,}\.safetensors")
 _FILE_BYTES = 256e6
-# Patches in a forward pass: what it needs of memory is proportional to them.
+# Patches in a forward pass: its memory is proportional to them.
 _CPU_PATCHES = 4096
 _GPU_PATCHES = 65536
 
@@ -104,39 +103,67 @@ def check_fits(backbone: Backbone, shards: ShardSet) -> None:
         )
 
 
-def embed(backbone: Backbone, data: str, out: str, say: Callable[[str], None]) -> None:
-    """Write the features of every window of ``data``, in all splits, to ``out``.
+def cached_features(
+    backbone: Backbone, data: ShardSetHandle, folder: str, table: LabelTable, say: Callable[[str], None]
+) -> tuple[str, Features]:
+    """Open an encoder's features of a shard set, computed first where ``folder`` has none.
 
-    Features that are there already and fit are left alone. They are the same bit for bit where the device, the number
-    of threads and the software are; otherwise to rounding.
+    Args:
+        backbone: the encoder.
+        data: the shard set.
+        folder: URL of a folder that features of several encoders and sets share.
+        table: labelled windows of the set.
+        say: receives progress messages.
+
+    Returns:
+        URL of the features, and the opened features.
+
+    Raises:
+        UserError: the set does not fit the encoder.
+        DataError: features or shards are damaged.
+    """
+    name = f"{backbone.signal}-{backbone.sha256[:16]}-{data.index.fingerprint[:16]}"
+    url = storage.join(folder, name)
+    embed(backbone, data, url, say)
+    features = open_features(url)
+    if [features.keys[i] for i in table.sample] != table.keys:
+        raise DataError(f"{url} holds features of other windows than the shard set's; remove it")
+    return url, features
+
+
+def embed(backbone: Backbone, data: ShardSetHandle, out: str, say: Callable[[str], None]) -> None:
+    """Write the features of every window of a set, in all splits, to ``out``.
+
+    Existing features of the same encoder and set are kept. Features are bit-equal where the device, the number of
+    threads and the software are the same; otherwise equal to rounding.
 
     Args:
         backbone: see ``open_backbone``.
-        data, out: URLs of a shard set and of a folder.
-        say: told what was done, in a line.
+        data: the shard set.
+        out: URL of a folder.
+        say: receives progress messages.
 
     Raises:
         UserError: the set does not fit the encoder, or ``out`` holds something else.
         DataError: a shard disagrees with the index.
     """
-    shards = open_set(data)
+    shards = data.index
     check_fits(backbone, shards)
     if not shards.nsamples:
-        raise UserError(f"{data} holds no windows")
-    made = _about(backbone, shards)
-    if (there := _read_index(out)) is not None:
-        if any(there[name] != made[name] for name in _IDENTITY):
+        raise UserError(f"{shards.url} holds no windows")
+    about = _about(backbone, shards)
+    if (existing := _read_index(out)) is not None:
+        if any(existing[name] != about[name] for name in _IDENTITY):
             raise UserError(
-                f"{out} holds features of {_origin(there)}, not of {_origin(made)}; choose another folder (--out, or "
-                "tune.feature_cache, or probe.feature_cache)"
+                f"{out} holds features of {_origin(existing)}, not of {_origin(about)}; choose another folder "
+                "(--out, or tune.feature_cache, or probe.feature_cache)"
             )
-        if {file["file"] for file in there["files"]} <= set(storage.names(out)):
-            say(f"features of {there['windows']} windows are there already: {out}")
+        if {file["file"] for file in existing["files"]} <= set(storage.names(out)):
+            say(f"features of {existing['windows']} windows are there already: {out}")
             return
-        # Not whole any more; without its index it is not even begun.
+        # A file is missing: without the index nothing is taken for finished.
         storage.remove(storage.join(out, INDEX))
-    options = DataOptions()
-    source = open_dataset([(shards.url, 1.0)], backbone.signal, ShardCache(options.cache_dir, options.cache_gb * 1e9))
+    source = data.dataset(backbone.signal)
     files = []
     with Progress(shards.nsamples, "windows", f"embedding {backbone.signal}") as progress:
         for number, (values, valid) in enumerate(_parts(backbone, source, progress)):
@@ -147,14 +174,14 @@ def embed(backbone: Backbone, data: str, out: str, say: Callable[[str], None]) -
             files.append({"file": name, "windows": len(values), "sha256": digest, "bytes": len(content)})
     everything = np.arange(shards.nsamples, dtype=np.int64)
     keys = source.keys((np.zeros_like(everything), everything))
-    storage.write_json(storage.join(out, INDEX), {**made, "files": files, "keys": keys})
+    storage.write_json(storage.join(out, INDEX), {**about, "files": files, "keys": keys})
     for stale in set(filter(_FILE.fullmatch, storage.names(out))) - {file["file"] for file in files}:
         storage.remove(storage.join(out, stale))
-    say(f"features {made['shape']} of {shards.nsamples} {backbone.signal} windows -> {out}")
+    say(f"features {about['shape']} of {shards.nsamples} {backbone.signal} windows -> {out}")
 
 
 def _about(backbone: Backbone, shards: ShardSet) -> dict[str, Any]:
-    """The index, but for the files and keys."""
+    """Index without files and keys."""
     info, config = shards.signals[backbone.signal], backbone.module.config
     return {
         "format": FORMAT,
@@ -181,7 +208,7 @@ def _origin(about: dict[str, Any]) -> str:
 def _parts(
     backbone: Backbone, source: ShardDataset, progress: Progress
 ) -> Iterator[tuple[Floats, npt.NDArray[np.bool_]]]:
-    """Features and validity of all windows, a file's worth at a time."""
+    """Compute features and validity of all windows; yield one file's worth at a time."""
     info, config = source.info, backbone.module.config
     channels, patches, n = len(info.channels), info.samples // PATCH, source.sets[0].nsamples
     module, device, size = _ready(backbone.module, channels * patches)
@@ -196,26 +223,26 @@ def _parts(
             (low, min(low + size, start + rows, n)) for start in range(0, n, rows)
             for low in range(start, min(start + rows, n), size)
         ]  # fmt: skip
-        coming = reader.submit(read, *spans[0])
+        pending = reader.submit(read, *spans[0])
         for i, (low, high) in enumerate(spans):
-            batch = coming.result()
+            batch = pending.result()
             if i + 1 < len(spans):
-                coming = reader.submit(read, *spans[i + 1])
+                pending = reader.submit(read, *spans[i + 1])
             if low % rows == 0:
                 values = np.empty((min(rows, n - low), channels, patches, config.d), dtype=np.float32)
                 valid = np.empty((len(values), channels), dtype=np.bool_)
-            here = slice(low % rows, low % rows + high - low)
-            values[here] = _forward(module, batch.signal, batch.scale, batch.valid, backbone.unit_uv, device)
-            valid[here] = batch.valid
+            part = slice(low % rows, low % rows + high - low)
+            values[part] = _forward(module, batch.signal, batch.scale, batch.valid, backbone.unit_uv, device)
+            valid[part] = batch.valid
             batch.release()
-            if not np.isfinite(values[here]).all():
-                row = int(np.flatnonzero(~np.isfinite(values[here]).all(axis=(1, 2, 3)))[0])
+            if not np.isfinite(values[part]).all():
+                row = int(np.flatnonzero(~np.isfinite(values[part]).all(axis=(1, 2, 3)))[0])
                 key = source.keys((np.zeros(1, dtype=np.int64), np.array([low + row])))[0]
                 raise UserError(
                     f"{backbone.url} gives features of window {key} that are no numbers; export another checkpoint"
                 )
             progress.update(high - low)
-            if here.stop == len(values):
+            if part.stop == len(values):
                 yield values, valid
 
 
@@ -223,11 +250,11 @@ def features_of(
     encoder: CrissCrossEncoder, unit_uv: float, signal: npt.NDArray[np.int16], uv_per_bit: float,
     valid: npt.NDArray[np.bool_],
 ) -> Floats:  # fmt: skip
-    """Features of windows that are in no shard set, by the very computation of :func:`embed`.
+    """Compute features of windows outside of a shard set, exactly as :func:`embed` does.
 
     Args:
         encoder: takes signals in units of ``unit_uv`` microvolts.
-        unit_uv: see there.
+        unit_uv: microvolts.
         signal: ``[window, channel, time]``, whole patches, in steps of ``uv_per_bit`` microvolts.
         uv_per_bit: as conversion writes it.
         valid: ``[window, channel]``.
@@ -238,16 +265,16 @@ def features_of(
     windows, channels, samples = signal.shape
     module, device, size = _ready(encoder, channels * (samples // PATCH))
     scale = np.full(windows, uv_per_bit, dtype=np.float32)
-    found = np.empty((windows, channels, samples // PATCH, encoder.config.d), dtype=np.float32)
+    features = np.empty((windows, channels, samples // PATCH, encoder.config.d), dtype=np.float32)
     with _exact():
         for low in range(0, windows, size):
-            mine = slice(low, low + size)
-            found[mine] = _forward(module, signal[mine], scale[mine], valid[mine], unit_uv, device)
-    return found
+            rows = slice(low, low + size)
+            features[rows] = _forward(module, signal[rows], scale[rows], valid[rows], unit_uv, device)
+    return features
 
 
 def _ready(encoder: CrissCrossEncoder, patches: int) -> tuple[CrissCrossEncoder, torch.device, int]:
-    """The encoder where it computes, that place, and how many windows of so many patches it takes at a time."""
+    """Move the encoder to its device; also return the device and the batch size for windows of ``patches`` patches."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     size = max(1, (_GPU_PATCHES if gpu else _CPU_PATCHES) // patches)
@@ -261,14 +288,14 @@ def _forward(
 ) -> Floats:  # fmt: skip
     x = to_patches(torch.from_numpy(signal).to(device), torch.from_numpy(scale).to(device), unit_uv)
     # Given even where all is valid, so that a window's features do not depend on what else is in its batch.
-    known = torch.from_numpy(valid).to(device)[:, :, None].expand(x.shape[:3])
-    features: Floats = module(x, valid=known).cpu().numpy()
+    mask = torch.from_numpy(valid).to(device)[:, :, None].expand(x.shape[:3])
+    features: Floats = module(x, valid=mask).cpu().numpy()
     return features
 
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """All cores, and on a GPU full fp32 and the same algorithms every time."""
+    """Use all cores, and on a GPU full fp32 and deterministic algorithms."""
     threads = torch.get_num_threads()
     torch.set_num_threads(processes.cores())
     try:
@@ -279,7 +306,7 @@ def _exact() -> Iterator[None]:
 
 
 def open_features(url: str) -> Features:
-    """Open what :func:`embed` wrote, every file verified; what is remote is fetched to the user's cache first.
+    """Open features that :func:`embed` wrote and verify every file; remote files are fetched to the user's cache.
 
     Raises:
         UserError: there are no finished features.
@@ -303,16 +330,16 @@ def open_features(url: str) -> Features:
     )
 
 
-def _map(url: str, told: dict[str, Any], shape: tuple[int, ...]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+def _map(url: str, entry: dict[str, Any], shape: tuple[int, ...]) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """A file's tensors as read-only maps."""
     advice = "delete index.json beside it and run `physio-dist embed` again"
     try:
         path = (
             storage.local_path(url)
             if storage.is_local(url)
-            else user_cache.fetch_cached(url, "features", told["sha256"])
+            else user_cache.fetch_cached(url, "features", entry["sha256"])
         )
-        if path is None or sha256_of(path) != told["sha256"]:
+        if path is None or sha256_of(path) != entry["sha256"]:
             raise DataError(f"{url} disagrees with {INDEX} (sha256): it was truncated or altered; {advice}")
         tensors = _tensors(path)
     except (storage.NotFoundError, FileNotFoundError):
@@ -320,26 +347,26 @@ def _map(url: str, told: dict[str, Any], shape: tuple[int, ...]) -> tuple[Floats
     except OSError as error:
         raise storage.to_storage_error(url, "read", error) from error
     values, valid = tensors.get("values"), tensors.get("valid")
-    n = told["windows"]
+    n = entry["windows"]
     if values is None or valid is None or values.shape != (n, *shape) or valid.shape != (n, shape[0]):
         raise DataError(f"{url} is not of the shape that {INDEX} tells; {advice}")
     return values, valid
 
 
 def _tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Maps of a safetensors file: 8 bytes that tell the header's length, the header, the values."""
+    """Memory-map a safetensors file: 8 bytes with the header's length, the header, the values."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    kinds = {"F32": np.dtype("<f4"), "BOOL": np.dtype(np.bool_)}
+    dtypes = {"F32": np.dtype("<f4"), "BOOL": np.dtype(np.bool_)}
     return {
-        name: np.memmap(path, kinds[told["dtype"]], "r", 8 + length + told["data_offsets"][0], tuple(told["shape"]))
-        for name, told in header.items() if name != "__metadata__" and told["dtype"] in kinds
+        name: np.memmap(path, dtypes[entry["dtype"]], "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
+        for name, entry in header.items() if name != "__metadata__" and entry["dtype"] in dtypes
     }  # fmt: skip
 
 
 def _read_index(url: str) -> dict[str, Any] | None:
-    """The index at ``url``; None where there is none."""
+    """Read the index at ``url``; None where there is none."""
     where = storage.join(url, INDEX)
     try:
         about = storage.read_json(where)
@@ -350,17 +377,17 @@ def _read_index(url: str) -> dict[str, Any] | None:
     if about.get("format") != FORMAT:
         raise UserError(f"{where} has format {about.get('format')!r}, this version reads format {FORMAT}; upgrade it")
     try:
-        whole = (
+        complete = (
             len(about["shape"]) == 3
             and all(isinstance(size, int) for size in (*about["shape"], about["windows"]))
             and all(isinstance(about[name], str) for name in ("encoder_sha256", "fingerprint", "signal"))
             and isinstance(about["encoder"], dict)
-            # A name is joined to the folder's: it must not lead out of it.
+            # Names are joined to the folder: none may lead out of it.
             and all(_FILE.fullmatch(file["file"]) and isinstance(file["sha256"], str) for file in about["files"])
             and sum(file["windows"] for file in about["files"]) == len(about["keys"]) == about["windows"]
         )
     except (KeyError, TypeError):
-        whole = False
-    if not whole:
+        complete = False
+    if not complete:
         raise DataError(f"{where} is damaged; delete it and run `physio-dist embed` again")
     return about

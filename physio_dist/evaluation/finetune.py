@@ -1,4 +1,4 @@
-"""Encoders and a linear head trained end to end: what freezing costs."""
+"""Fine-tuning of encoders and a linear head end to end, to compare with frozen encoders."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from physio_dist.stats.scores import auc
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
 
-# The head begins at zero and has to come further than the encoder.
-_HEAD_FASTER = 10.0
+# Factor of the head's learning rate: it starts from zero.
+_HEAD_LR_FACTOR = 10.0
 
 
 class Finetuning(Protocol):
-    """How it is trained: epochs, learning rate of the encoders, windows of a batch, pooling of the features."""
+    """Training options: epochs, learning rate of the encoders, windows per batch, pooling of the features."""
 
     epochs: int
     lr: float
@@ -39,8 +39,8 @@ class Finetuning(Protocol):
 
 
 class _Classifier(nn.Module):
-    """Of each signal an encoder, pooling and normalisation without parameters; over all of them side by side a linear
-    head that begins at zero."""
+    """Encoders, pooling and normalisation without parameters for each signal, and a linear head over their
+    concatenation, initialised to zero."""
 
     def __init__(
         self, encoders: Mapping[str, CrissCrossEncoder], channels: Mapping[str, int], classes: int, pooling: str
@@ -57,8 +57,8 @@ class _Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, inputs: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """Of each signal ``[batch, channel, patch, 200]`` and what is valid, ``[batch, channel]`` -> logits ``[batch,
-        class]``. A signal without a valid channel counts as zeros."""
+        """Compute logits ``[batch, class]`` from ``[batch, channel, patch, 200]`` and validity ``[batch, channel]`` of
+        each signal. A signal without a valid channel contributes zeros."""
         parts = []
         for name, encoder in self.encoders.items():
             x, valid = inputs[name]
@@ -73,15 +73,15 @@ def finetune(
     options: Finetuning, purpose: str,
 ) -> tuple[Floats, int]:  # fmt: skip
     """Train encoders and a head on a fold's first inner split, and test after the epoch that its validation people
-    chose.
+    select.
 
     Args:
-        backbones: of each signal, where training begins; they stay as they are.
-        sources: of each signal's windows.
+        backbones: initial encoders, by signal; not modified.
+        sources: datasets, by signal.
         table: the labelled windows.
         fold: its first inner split trains and validates.
         options: ``epochs``, ``lr``, ``batch``, ``pooling``.
-        purpose: what the random draws depend on.
+        purpose: seed of the random draws.
 
     Returns:
         Probabilities float64 ``[test row, class]``, and the epoch, from 1.
@@ -95,13 +95,13 @@ def finetune(
         model = _Classifier(encoders, channels, len(table.classes), options.pooling).to(device)
         groups = [
             {"params": list(model.encoders.parameters()), "lr": options.lr},
-            {"params": list(model.head.parameters()), "lr": options.lr * _HEAD_FASTER},
+            {"params": list(model.head.parameters()), "lr": options.lr * _HEAD_LR_FACTOR},
         ]
         counts = np.bincount(table.label[train], minlength=len(table.classes))
         weight = torch.from_numpy(len(train) / (len(counts) * counts)).float().to(device)
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
 
-        def windows(rows: Ints) -> dict[str, tuple[Tensor, Tensor]]:
+        def read(rows: Ints) -> dict[str, tuple[Tensor, Tensor]]:
             ids = table.sample[rows]
             return {name: _windows(sources[name], ids, one.unit_uv, device) for name, one in backbones.items()}
 
@@ -110,15 +110,15 @@ def finetune(
             model.train()
             order = train[permutation(len(train), "finetune", purpose, epoch)]
             for rows in np.array_split(order, -(-len(order) // options.batch)):
-                loss = F.cross_entropy(model(windows(rows)), torch.from_numpy(table.label[rows]).to(device), weight)
+                loss = F.cross_entropy(model(read(rows)), torch.from_numpy(table.label[rows]).to(device), weight)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-            chosen = _probability(model, windows, validation, options.batch)
-            area = auc(table.label[validation], chosen) or 0.0
+            validated = _probability(model, read, validation, options.batch)
+            area = auc(table.label[validation], validated) or 0.0
             if best is None or area > best[0]:
-                best = (area, epoch, _probability(model, windows, fold.test, options.batch))
+                best = (area, epoch, _probability(model, read, fold.test, options.batch))
     assert best is not None
     return best[2], best[1]
 
@@ -132,11 +132,9 @@ def _windows(source: ShardDataset, ids: Ints, unit_uv: float, device: torch.devi
 
 @torch.no_grad()
 def _probability(
-    model: nn.Module, windows: Callable[[Ints], dict[str, tuple[Tensor, Tensor]]], rows: Ints, size: int
+    model: nn.Module, read: Callable[[Ints], dict[str, tuple[Tensor, Tensor]]], rows: Ints, size: int
 ) -> Floats:  # fmt: skip
     model.eval()
-    parts = [
-        model(windows(rows[low : low + size])).double().softmax(1).cpu().numpy() for low in range(0, len(rows), size)
-    ]
-    found: Floats = np.concatenate(parts)
-    return found
+    parts = [model(read(rows[low : low + size])).double().softmax(1).cpu().numpy() for low in range(0, len(rows), size)]
+    probability: Floats = np.concatenate(parts)
+    return probability

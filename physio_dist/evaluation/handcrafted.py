@@ -16,9 +16,9 @@ import numpy.typing as npt
 from scipy import signal as dsp
 from scipy import stats
 
-from physio_dist.data.format.index import ShardSet, open_set
-from physio_dist.data.format.sample_table import read_sample_table
-from physio_dist.evaluation.label_table import SIGNALS, require_paired, shard_cache
+from physio_dist.data.format.index import ShardSet
+from physio_dist.data.handle import ShardSetHandle
+from physio_dist.evaluation.label_table import SIGNALS, require_paired
 from physio_dist.signals.quality import in_runs
 
 Floats = npt.NDArray[np.float64]
@@ -43,11 +43,11 @@ _FLAT_S = 0.1
 _MAX_KURTOSIS = 100.0
 
 
-def paired_features(data: str, say: Callable[[str], None]) -> dict[str, Floats]:
+def paired_features(data: ShardSetHandle, say: Callable[[str], None]) -> dict[str, Floats]:
     """Compute features of every window of a paired set, in storage order.
 
     Args:
-        data: URL of a shard set with both signals.
+        data: a shard set with both signals.
         say: receives a progress message.
 
     Returns:
@@ -58,12 +58,12 @@ def paired_features(data: str, say: Callable[[str], None]) -> dict[str, Floats]:
         UserError: the set has only one of the signals.
         DataError: it is damaged.
     """
-    shards = open_set(data)
+    shards = data.index
     require_paired(shards)
     say(f"measuring heart rate and band powers of {shards.nsamples} windows")
     leads = lead_order(shards)
     heart, brain = np.full((shards.nsamples, len(HEART)), np.nan), []
-    for sample, waves, valid in read_windows(shards, SIGNALS):
+    for sample, waves, valid in read_windows(data, SIGNALS):
         usable = [lead for lead in leads if valid["ecg"][lead]]
         if usable:
             heart[sample] = heart_rate(clearest_lead(waves["ecg"], usable, shards), shards.rate)
@@ -73,11 +73,11 @@ def paired_features(data: str, say: Callable[[str], None]) -> dict[str, Floats]:
     return {"ecg": heart, "eeg": np.stack(brain)}
 
 
-def window_features(shards: ShardSet, signal: str, say: Callable[[str], None]) -> Floats:
+def window_features(data: ShardSetHandle, signal: str, say: Callable[[str], None]) -> Floats:
     """Compute features of one signal of every window of a set, in storage order.
 
     Args:
-        shards: an opened set that has ``signal``.
+        data: a shard set that has ``signal``.
         signal: ``ecg`` or ``eeg``.
         say: receives a progress message.
 
@@ -88,10 +88,11 @@ def window_features(shards: ShardSet, signal: str, say: Callable[[str], None]) -
     Raises:
         DataError: the set is damaged.
     """
+    shards = data.index
     say(f"measuring the {signal.upper()} of {shards.nsamples} windows")
     leads = lead_order(shards) if signal == "ecg" else []
     rows = []
-    for _, waves, valid in read_windows(shards, (signal,)):
+    for _, waves, valid in read_windows(data, (signal,)):
         wave, flags = waves[signal], valid[signal]
         values = quality_indices(wave, shards.rate) if signal == "ecg" else band_powers(wave, shards.rate)
         values[~flags] = np.nan
@@ -105,7 +106,7 @@ def window_features(shards: ShardSet, signal: str, say: Callable[[str], None]) -
 
 
 def read_windows(
-    shards: ShardSet, signals: Sequence[str]
+    data: ShardSetHandle, signals: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, Floats], dict[str, npt.NDArray[np.bool_]]]]:
     """Iterate over the windows of a set in storage order.
 
@@ -116,9 +117,9 @@ def read_windows(
     Raises:
         DataError: the set is damaged.
     """
-    table, cache, starts = read_sample_table(shards), shard_cache(), shards.shard_starts()
+    shards, table, starts = data.index, data.sample_table, data.index.shard_starts()
     for number in range(len(shards.shards)):
-        content = np.frombuffer(cache.content(shards, number), np.uint8)
+        content = np.frombuffer(data.cache.content(shards, number), np.uint8)
         for sample in range(int(starts[number]), int(starts[number + 1])):
             waves: dict[str, Floats] = {}
             for name in signals:

@@ -1,8 +1,7 @@
 """Many fusion heads of one shape trained at once: the folds and inner splits of a configuration.
 
 A head is far too small to keep a core busy, so all of them are one batched model: their parameters are stacked, and
-each still has its own rows, standardisation, batches and random draws. What becomes of one does not depend on the
-others.
+each still has its own rows, standardisation, batches and random draws, and does not depend on the others.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import HEADS
 from physio_dist.models.fusion.reduction import Reduction
 from physio_dist.runtime.seeding import permutation, rng, torch_generator
-from physio_dist.stats.scores import temperature_of
+from physio_dist.stats.scores import fit_temperature
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-# Steps of an epoch, from the size of the whole table: equal for all heads, so that one optimizer serves them, and
-# bounded, so that a trial on a large set does not take for ever.
-_ROWS_A_STEP = 128
-_MOST_STEPS = 64
+# The steps of an epoch follow from the size of the whole table: equal for all heads, so that one optimizer serves them,
+# and bounded, so that a trial on a large set ends.
+_ROWS_PER_STEP = 128
+_MAX_STEPS = 64
 # Values of a stack of inputs, at most: 128 MB.
-_MOST_VALUES = 1 << 25
+_MAX_VALUES = 1 << 25
 # Up to this many values inputs are standardised once rather than in every step: 128 MB.
-_MOST_READY = 1 << 25
+_MAX_REDUCED_VALUES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,11 @@ class Job:
 
     Attributes:
         inputs: for each modality float32 ``[n, f]``, or ``[n, token, f]``, all rows of the table.
-        reductions: for each modality, what ``rows`` say of its features.
-        label: int64 ``[n]``; only those of ``rows`` are read, and of people it is calibrated on.
+        reductions: for each modality, computed from its features in ``rows``.
+        label: int64 ``[n]``; only those of ``rows``, and of the rows it is calibrated on, are read.
         rows: int64, rows of the table to train on.
-        purpose: whatever tells its random draws from those of other heads, the run's seed among it.
-        there: of a modality bool ``[n, token]`` or ``[n, 1]``: what is not missing; all of one that is not named.
+        purpose: seed of its random draws: the run's seed and what separates this head from others.
+        available: for a modality bool ``[n, token]`` or ``[n, 1]``; a modality that is not a key is never missing.
     """
 
     inputs: Mapping[str, Floats]
@@ -56,11 +55,11 @@ class Job:
     label: Ints
     rows: Ints
     purpose: str
-    there: Mapping[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    available: Mapping[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
 
-class _Trained(nn.Module):
-    """A head without its statistics, which are no part of what is trained."""
+class _Trainable(nn.Module):
+    """A head's trainable parameters without its statistics."""
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -76,8 +75,8 @@ class Heads:
     Args:
         jobs: their inputs have the same modalities and sizes.
         classes: number of classes.
-        config: ``components depth width dropout label_smoothing lr weight_decay``; and where they are not the default
-            ``head`` (concat), ``modality_dropout`` (0) and ``class_weight`` (none).
+        config: ``components depth width dropout label_smoothing lr weight_decay``, and optionally ``head`` (concat),
+            ``modality_dropout`` (0) and ``class_weight`` (none).
     """
 
     def __init__(self, jobs: Sequence[Job], classes: int, config: Mapping[str, Any]) -> None:
@@ -86,21 +85,21 @@ class Heads:
         self.epochs = 0
         self.classes = classes
         rows = len(jobs[0].label)
-        self.steps = min(max(1, -(-rows // _ROWS_A_STEP)), _MOST_STEPS)
-        self._ready: tuple[Tensor, Tensor] | None = None
+        self.steps = min(max(1, -(-rows // _ROWS_PER_STEP)), _MAX_STEPS)
+        self._reduced_inputs: tuple[Tensor, Tensor] | None = None
         with one_thread():
             self._heads = [self._new(job) for job in self.jobs]
             self._shape = self._empty().to("meta")
-            self._trained = _Trained(self._shape)
-            stacked, _ = stack_module_state([_Trained(head) for head in self._heads])  # type: ignore[arg-type]
+            self._trainable = _Trainable(self._shape)
+            stacked, _ = stack_module_state([_Trainable(head) for head in self._heads])  # type: ignore[arg-type]
             self.parameters = stacked
-            if rows * len(self.jobs) * self._shape.inputs <= _MOST_READY:
-                self._ready = self._reduced([slice(None)] * len(self.jobs), rows + 1)
+            if rows * len(self.jobs) * self._shape.inputs <= _MAX_REDUCED_VALUES:
+                self._reduced_inputs = self._reduced([slice(None)] * len(self.jobs), rows + 1)
         self.temperature = torch.ones(len(self.jobs))
         self._weight = torch.stack([self._weights(job) for job in self.jobs])
         self._dropout = [rng(job.purpose, "dropout") for job in self.jobs]
-        self._withheld = [torch_generator(job.purpose, "modality") for job in self.jobs]
-        # Neither biases nor norms are pulled to zero.
+        self._modality_draws = [torch_generator(job.purpose, "modality") for job in self.jobs]
+        # No weight decay for biases and norms.
         weights = [p for name, p in self.parameters.items() if p.ndim == 3]
         others = [p for name, p in self.parameters.items() if p.ndim < 3]
         groups = [{"params": weights, "weight_decay": config["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
@@ -123,20 +122,19 @@ class Heads:
         )  # fmt: skip
 
     def _weights(self, job: Job) -> Tensor:
-        """Of a window of each class; balanced: every class weighs the same in the rows to train on."""
+        """Class weights ``[class]``; balanced: every class weighs the same in the rows to train on."""
         if self.config.get("class_weight", "none") == "none":
             return torch.ones(self.classes)
         count = np.bincount(job.label[job.rows], minlength=self.classes)
         return torch.from_numpy(len(job.rows) / (self.classes * np.maximum(count, 1))).float()
 
     def head(self, number: int) -> Head:
-        """A copy of one head as it is now, in evaluation mode: its state is all that has to be kept of it, and
-        ``about()`` what it takes to build it again."""
-        found = self._empty()
+        """Copy one head in evaluation mode; its state and ``about()`` are enough to rebuild it."""
+        head = self._empty()
         state = {name.removeprefix("head."): values[number].detach() for name, values in self.parameters.items()}
         fixed = {**dict(self._heads[number].named_buffers()), "temperature": self.temperature[number]}
-        found.load_state_dict({**state, **fixed})
-        return found.eval()
+        head.load_state_dict({**state, **fixed})
+        return head.eval()
 
     def epoch(self) -> None:
         """Train every head once on each of its rows."""
@@ -151,139 +149,138 @@ class Heads:
 
     def _step(self, rows: Sequence[Ints]) -> None:
         x, mask = self._gather(rows)
-        known, seen = _side_by_side([job.label[mine] for job, mine in zip(self.jobs, rows, strict=True)], 0)
-        label = torch.from_numpy(known)
-        weight = self._weight.gather(1, label) * torch.from_numpy(seen)
+        padded, present = _pad([job.label[batch] for job, batch in zip(self.jobs, rows, strict=True)], 0)
+        label = torch.from_numpy(padded)
+        weight = self._weight.gather(1, label) * torch.from_numpy(present)
         if self.config.get("modality_dropout", 0.0) and len(self._shape.features) > 1:
-            mask = self._withhold(rows, mask)
+            mask = self._drop_modalities(rows, mask)
             x = self._shape.hide(x, mask)
-        logits, there = self._of(x, self._keep(rows, x.shape[1]), mask, True)
-        branch_logits = logits.shape[2]
+        logits, informed = self._forward(x, self._keep(rows, x.shape[1]), mask, True)
         loss = F.cross_entropy(
-            logits.flatten(0, 2), label.repeat_interleave(branch_logits, 1).flatten(), reduction="none",
+            logits.flatten(0, 2), label.repeat_interleave(logits.shape[2], 1).flatten(), reduction="none",
             label_smoothing=self.config["label_smoothing"],
         ).view(logits.shape[:3])  # fmt: skip
-        # Nothing is learnt from a window of which nothing is seen.
-        share = weight.unsqueeze(-1) * there
-        # The heads' losses share no parameter: the gradient of the sum is each one's own. Nor do
-        # the branch_logits of a late head.
+        # A window without any available token contributes no loss.
+        share = weight.unsqueeze(-1) * informed
+        # The losses of different heads, and of the branches of a late head, share no parameters: the gradient of the
+        # sum is each one's own.
         total = (loss * share / share.sum(1, keepdim=True).clamp_min(1e-6)).sum()
         self._optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
 
-    def _withhold(self, rows: Sequence[Ints], mask: Tensor) -> Tensor:
-        """``mask`` with, at the probability asked for, one modality alone of a window that has several."""
+    def _drop_modalities(self, rows: Sequence[Ints], mask: Tensor) -> Tensor:
+        """Modality dropout: keep a single modality of a window with the configured probability."""
         shape, owner = self._shape, []
         for number, many in enumerate(shape.tokens.values()):
             owner += [number] * many
         hidden = torch.zeros_like(mask)
-        for i, (mine, generator) in enumerate(zip(rows, self._withheld, strict=True)):
-            drawn = torch.rand(len(mine), 2, generator=generator)
-            there = shape.present(mask[i, : len(mine)])
-            # The n-th of those that are there.
-            kept = (drawn[:, 1] * there.sum(1)).long().clamp_max(there.sum(1) - 1)
-            others = there & (there.cumsum(1) - 1 != kept[:, None])
-            others &= (drawn[:, 0] < self.config["modality_dropout"])[:, None]
-            hidden[i, : len(mine)] = others[:, owner]
+        for i, (batch, generator) in enumerate(zip(rows, self._modality_draws, strict=True)):
+            drawn = torch.rand(len(batch), 2, generator=generator)
+            available = shape.present(mask[i, : len(batch)])
+            # The n-th of the available ones.
+            keep = (drawn[:, 1] * available.sum(1)).long().clamp_max(available.sum(1) - 1)
+            dropped = available & (available.cumsum(1) - 1 != keep[:, None])
+            dropped &= (drawn[:, 0] < self.config["modality_dropout"])[:, None]
+            hidden[i, : len(batch)] = dropped[:, owner]
         return mask & ~hidden
 
     def _keep(self, rows: Sequence[Ints], longest: int) -> list[Tensor] | None:
         p, depth, width = self.config["dropout"], self._shape.layers, self.config["width"]
         if p == 0 or depth == 0:
             return None
-        # Sixteen bits a draw, for drawing takes as long as anything else here. A head has as many as it has rows,
-        # whatever the others have.
+        # Sixteen bits a draw, because drawing takes as long as anything else here. The number of draws depends on the
+        # head's own rows only.
         keep = np.zeros((len(rows), longest, depth, width), dtype=np.float32)
-        for i, (mine, generator) in enumerate(zip(rows, self._dropout, strict=True)):
-            drawn = generator.integers(1 << 16, size=(len(mine), depth, width), dtype=np.uint16)
-            np.multiply(drawn >= round(p * (1 << 16)), np.float32(1 / (1 - p)), out=keep[i, : len(mine)])
+        for i, (batch, generator) in enumerate(zip(rows, self._dropout, strict=True)):
+            drawn = generator.integers(1 << 16, size=(len(batch), depth, width), dtype=np.uint16)
+            np.multiply(drawn >= round(p * (1 << 16)), np.float32(1 / (1 - p)), out=keep[i, : len(batch)])
         return list(torch.from_numpy(keep).movedim(2, 0))
 
     def _gather(self, rows: Sequence[Ints]) -> tuple[Tensor, Tensor]:
-        """What heads are given ``[head, longest, f]`` of these rows of each, and what of it is there ``[head, longest,
-        token]``: nothing where padded."""
-        if self._ready is None:
-            return self._reduced(rows, max(len(mine) for mine in rows))
-        # Behind the last row of each head are zeros.
+        """Inputs ``[head, longest, f]`` of some rows of each head, and their availability ``[head, longest, token]``,
+        False where padded."""
+        if self._reduced_inputs is None:
+            return self._reduced(rows, max(len(batch) for batch in rows))
+        # After the last row of each head is a row of zeros.
         end = len(self.jobs[0].label)
-        number = _side_by_side(rows, end)[0] + (end + 1) * np.arange(len(rows))[:, None]
+        number = _pad(rows, end)[0] + (end + 1) * np.arange(len(rows))[:, None]
         at = torch.from_numpy(number).flatten()
-        x, mask = (values.flatten(0, 1).index_select(0, at).view(*number.shape, -1) for values in self._ready)
+        x, mask = (values.flatten(0, 1).index_select(0, at).view(*number.shape, -1) for values in self._reduced_inputs)
         return x, mask
 
     def _reduced(self, rows: Sequence[Ints | slice], longest: int) -> tuple[Tensor, Tensor]:
         x = torch.zeros(len(rows), longest, self._shape.inputs)
         mask = torch.zeros(len(rows), longest, sum(self._shape.tokens.values()), dtype=torch.bool)
-        for i, mine in enumerate(rows):
-            found, there = self._concatenated(i, mine)
-            x[i, : len(found)], mask[i, : len(there)] = found, there
+        for i, batch in enumerate(rows):
+            values, available = self._concatenated(i, batch)
+            x[i, : len(values)], mask[i, : len(available)] = values, available
         return x, mask
 
     def _concatenated(self, head: int, rows: Ints | slice) -> tuple[Tensor, Tensor]:
         job = self.jobs[head]
         inputs = {name: torch.from_numpy(np.array(values[rows])) for name, values in job.inputs.items()}
-        there = {name: torch.from_numpy(np.array(values[rows])) for name, values in job.there.items()}
-        mask = self._shape.token_mask(there, len(next(iter(inputs.values()))))
+        available = {name: torch.from_numpy(np.array(mask[rows])) for name, mask in job.available.items()}
+        mask = self._shape.token_mask(available, len(next(iter(inputs.values()))))
         return self._heads[head].concatenate(inputs, mask), mask
 
-    def _of(self, x: Tensor, keep: list[Tensor] | None, mask: Tensor, training: bool) -> Any:
-        def one(parameters: dict[str, Tensor], x: Tensor, kept: list[Tensor] | None, mask: Tensor) -> Any:
-            return functional_call(self._trained, parameters, (x, kept, mask, training), tie_weights=False)
+    def _forward(self, x: Tensor, keep: list[Tensor] | None, mask: Tensor, training: bool) -> Any:
+        def forward(parameters: dict[str, Tensor], x: Tensor, keep: list[Tensor] | None, mask: Tensor) -> Any:
+            return functional_call(self._trainable, parameters, (x, keep, mask, training), tie_weights=False)
 
-        return vmap(one, in_dims=(0, 0, None if keep is None else 0, 0))(self.parameters, x, keep, mask)
+        return vmap(forward, in_dims=(0, 0, None if keep is None else 0, 0))(self.parameters, x, keep, mask)
 
     @torch.no_grad()
     def logits(self, rows: Sequence[Ints], only: str | None = None) -> list[Floats]:
-        """For each head the logits ``[row, class]`` of rows of its own, before its temperature.
+        """Logits ``[row, class]`` of each head, before its temperature.
 
         Args:
-            rows: of each head.
-            only: the one modality that is shown; None: whatever is there.
+            rows: for each head.
+            only: the only modality to use; None: all that are available.
         """
-        longest, width = max(len(mine) for mine in rows), self._shape.inputs
-        piece = max(1, _MOST_VALUES // (len(rows) * width))
+        longest, width = max(len(batch) for batch in rows), self._shape.inputs
+        piece = max(1, _MAX_VALUES // (len(rows) * width))
         parts: list[list[Floats]] = [[np.zeros((0, self.classes), dtype=np.float32)] for _ in rows]
-        shown = torch.tensor([name == only for name, many in self._shape.tokens.items() for _ in range(many)])
+        used = torch.tensor([name == only for name, many in self._shape.tokens.items() for _ in range(many)])
         with one_thread():
             for start in range(0, longest, piece):
-                pieces = [mine[start : start + piece] for mine in rows]
+                pieces = [batch[start : start + piece] for batch in rows]
                 x, mask = self._gather(pieces)
                 if only is not None:
-                    mask = mask & shown
+                    mask = mask & used
                     x = self._shape.hide(x, mask)
-                found = self._of(x, None, mask, False).numpy()
-                for i, mine in enumerate(pieces):
-                    parts[i].append(found[i, : len(mine)])
-        return [np.concatenate(mine) for mine in parts]
+                logits = self._forward(x, None, mask, False).numpy()
+                for i, batch in enumerate(pieces):
+                    parts[i].append(logits[i, : len(batch)])
+        return [np.concatenate(part) for part in parts]
 
-    def probability(self, rows: Sequence[Ints], only: str | None = None) -> list[Floats]:
-        """The same as probabilities."""
-        found = []
+    def probability(self, rows: Sequence[Ints], only: str | None = None, calibrated: bool = True) -> list[Floats]:
+        """Probabilities ``[row, class]`` of each head; see :meth:`logits`. ``calibrated=False``: at temperature 1."""
+        probability = []
         for logits, temperature in zip(self.logits(rows, only), self.temperature, strict=True):
-            shares = (torch.from_numpy(logits) / temperature).softmax(-1)
-            # A head that has diverged knows nothing.
-            found.append(shares.nan_to_num(1.0 / self.classes).numpy())
-        return found
+            scaled = torch.from_numpy(logits) / (temperature if calibrated else 1.0)
+            # A head that has diverged predicts all classes alike.
+            probability.append(scaled.softmax(-1).nan_to_num(1.0 / self.classes).numpy())
+        return probability
 
     def calibrate(self, rows: Sequence[Ints]) -> None:
-        """Fit the temperature of each head (Guo et al. 2017) on rows that it was not trained on."""
-        for i, (job, mine, logits) in enumerate(zip(self.jobs, rows, self.logits(rows), strict=True)):
-            self.temperature[i] = temperature_of(job.label[mine], logits)
+        """Fit the temperature of each head (Guo et al., ICML 2017) on rows that it was not trained on."""
+        for i, (job, held_out, logits) in enumerate(zip(self.jobs, rows, self.logits(rows), strict=True)):
+            self.temperature[i] = fit_temperature(job.label[held_out], logits)
 
 
-def _side_by_side(numbers: Sequence[Ints], padding: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Numbers of each head ``[head, longest]``, and which of them are no padding."""
-    many = np.array([len(mine) for mine in numbers])
-    seen = np.arange(many.max()) < many[:, None]
-    found = np.full(seen.shape, padding, dtype=np.int64)
-    found[seen] = np.concatenate(numbers)
-    return found, seen
+def _pad(numbers: Sequence[Ints], padding: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Numbers of each head padded to ``[head, longest]``, and a mask that is False at padding."""
+    lengths = np.array([len(part) for part in numbers])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    padded = np.full(mask.shape, padding, dtype=np.int64)
+    padded[mask] = np.concatenate(numbers)
+    return padded, mask
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, and sums must not depend on how many there are."""
+    """Run torch on one thread: small matrices gain nothing from more, and sums must not depend on their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

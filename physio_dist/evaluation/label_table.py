@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from physio_dist.config import DataOptions
 from physio_dist.data.format import tar
-from physio_dist.data.format.index import ShardSet, open_set
-from physio_dist.data.format.sample_table import read_sample_table
-from physio_dist.data.loading.cache import ShardCache
+from physio_dist.data.format.index import ShardSet
+from physio_dist.data.handle import ShardSetHandle
 from physio_dist.errors import UserError, closest
 from physio_dist.evaluation.clips import (
     PHASE,
@@ -79,12 +77,6 @@ class LabelTable:
     notes: tuple[str, ...] = ()
 
 
-def shard_cache() -> ShardCache:
-    """Open the node's shard cache at its default place."""
-    options = DataOptions()
-    return ShardCache(options.cache_dir, options.cache_gb * 1e9)
-
-
 def require_paired(shards: ShardSet) -> None:
     """Refuse a set that is not paired.
 
@@ -113,13 +105,13 @@ def published_result(task: str, label: str) -> Published | None:
 
 
 def load_label_table(
-    data: str, task: str, label: str | None, option: str = "tune.label", *,
+    data: ShardSetHandle, task: str, label: str | None, option: str = "tune.label", *,
     neutral: str = "low", clip: str = "", baseline: bool = False,
 ) -> LabelTable:  # fmt: skip
     """Read the windows that carry a label.
 
     Args:
-        data: URL of a shard set.
+        data: the shard set.
         task: ``labels``: the classes are the sorted values of ``label``; ``eegmat``: rest, then arithmetic, or bad,
             then good counters; ``dreamer``: low, then high ratings.
         label: name of the label; None for the task's own.
@@ -133,10 +125,9 @@ def load_label_table(
             not say which clip they are of.
         DataError: the set is damaged.
     """
-    shards = open_set(data)
-    name = label_name(task, label)
-    sample_table = read_sample_table(shards)
-    facts = list(_facts(shards))
+    shards, sample_table = data.index, data.sample_table
+    url, name = shards.url, label_name(task, label)
+    facts = list(_facts(data))
     keys = sample_table.keys(np.arange(shards.nsamples))
     labels = [label if isinstance(label := window.get("labels"), dict) else {} for window in facts]
     known = {word for label in labels for word in label}
@@ -150,7 +141,7 @@ def load_label_table(
         available = f"; it has {', '.join(sorted(known))}" + (f"; {hint}" if hint else "")
         raise UserError(f"{option}={name}: no window of {shards.url} has that label{available}")
     if clip:
-        require_clips(known, clip, data)
+        require_clips(known, clip, url)
     values = [label.get(name) for label in labels]
     if task == "dreamer":
         values = [None if label.get(PHASE, STIMULUS) != STIMULUS else label.get(name) for label in labels]
@@ -158,16 +149,16 @@ def load_label_table(
     if left := sum(value is None for value in values):
         notes.append(f"{left} of {shards.nsamples} windows do not have the label and are left out.")
     if task == "dreamer":
-        values, rule = _rated(values, name, neutral, data)
+        values, rule = _rated(values, name, neutral, url)
         notes.append(rule)
     sample = np.array([i for i, value in enumerate(values) if value is not None], dtype=np.int64)
     periods = None
     if baseline and len(sample):
         labelled = len(sample)
-        sample, periods = find_baseline_periods(labels, sample_table.person, clip, sample, data)
+        sample, periods = find_baseline_periods(labels, sample_table.person, clip, sample, url)
         notes.append(_baseline_note(labelled - len(sample)))
     targets = [values[i] for i in sample]
-    classes = _classes(targets, f"{option}={name}") if task == "labels" else _task_classes(targets, task, name, data)
+    classes = _classes(targets, f"{option}={name}") if task == "labels" else _task_classes(targets, task, name, url)
     if len(classes) < 2:
         only = f"only the value {_word(classes[0])}" if classes else "no value"
         raise UserError(f"{option}={name}: {shards.url} has {only} of it; there is nothing to tell apart")
@@ -189,16 +180,16 @@ def load_label_table(
         simulated_drive=_simulated_drive([labels[i] for i in sample])
         if shards.simulated and name == SIMULATED_LABEL
         else {},
-        clip=clip_ids([labels[i] for i in sample], clip_recordings, clip, data) if clip else None,
+        clip=clip_ids([labels[i] for i in sample], clip_recordings, clip, url) if clip else None,
         baseline=periods,
         notes=tuple(notes),
     )
 
 
-def _facts(shards: ShardSet) -> Iterator[dict[str, Any]]:
-    cache = shard_cache()
-    for number, info in enumerate(shards.shards):
-        for member in tar.scan(io.BytesIO(cache.content(shards, number)), info.url):
+def _facts(data: ShardSetHandle) -> Iterator[dict[str, Any]]:
+    """JSON of every window, in storage order."""
+    for number, info in enumerate(data.index.shards):
+        for member in tar.scan(io.BytesIO(data.cache.content(data.index, number)), info.url):
             yield member.facts or {}
 
 

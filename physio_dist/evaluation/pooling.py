@@ -18,7 +18,7 @@ def pool_features(
     features: Features, sample: npt.NDArray[np.int64], kind: str, baseline: BaselinePeriod | None = None,
     without: int | None = None,
 ) -> npt.NDArray[np.float32]:  # fmt: skip
-    """Pool the features of some windows with :func:`physio_dist.models.fusion.base.make_tokens`.
+    """Pool the features of some windows with :func:`physio_dist.models.fusion.pooling.make_tokens`.
 
     Args:
         features: of the whole set.

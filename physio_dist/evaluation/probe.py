@@ -1,13 +1,13 @@
-"""A linear probe of a frozen encoder, beside the rows without which its figures mean nothing.
+"""Linear probe of a frozen encoder, with the baselines that its scores are compared with.
 
-Each seed is a whole repetition: another grouping of people, another draw of who is labelled, another untrained
-encoder. C is chosen on validation people, who come out of the labelled share; nothing of the test people enters.
+Each seed is a whole repetition: another grouping of people, another sample of labelled people, another untrained
+encoder. C is selected on validation people, who come out of the labelled share; nothing of the test people enters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,14 @@ import numpy.typing as npt
 import torch
 
 from physio_dist import config, storage
-from physio_dist.config.probe import ProbeConfig
-from physio_dist.data.format.index import ShardSet, open_set
-from physio_dist.data.handle import open_dataset
-from physio_dist.errors import DataError, UserError
+from physio_dist.config.probe import ProbeConfig, ProbeOptions
+from physio_dist.data.handle import ShardSetHandle, open_handle
+from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import Backbone, open_backbone, refuse_overlap, untrained
-from physio_dist.evaluation.features import Features, check_fits, embed, open_features
+from physio_dist.evaluation.features import Features, cached_features, check_fits
 from physio_dist.evaluation.finetune import finetune
 from physio_dist.evaluation.handcrafted import window_features
-from physio_dist.evaluation.label_table import LabelTable, load_label_table, shard_cache
+from physio_dist.evaluation.label_table import LabelTable, load_label_table
 from physio_dist.evaluation.logistic import fit_logistic
 from physio_dist.evaluation.results import majority
 from physio_dist.evaluation.splits import Fold, folds_of, inner_splits, labelled
@@ -31,17 +30,18 @@ from physio_dist.models.fusion.pooling import pool
 from physio_dist.stats.scores import score
 
 Floats = npt.NDArray[np.float64]
+Probability = npt.NDArray[np.floating]
 Say = Callable[[str], None]
 
 ROWS = ("majority", "validity", "handmade", "untrained", "encoder")
-TUNED = ("finetuned_untrained", "finetuned")
+FINETUNED = ("finetuned_untrained", "finetuned")
 METRICS = ("auc", "balanced_accuracy", "macro_f1")
 CONFIG, RESULTS = "config.yaml", "results.json"
 
 _C = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 _DIGITS = 6
 _WINDOWS = 256
-_MAY_DIFFER = frozenset(["run.dir", "probe.feature_cache"])
+_MAY_DIFFER = frozenset(["run.dir", "data.cache_dir", "data.cache_gb", "probe.feature_cache"])
 
 
 def probe(options: ProbeConfig, say: Say) -> dict[str, Any]:
@@ -49,66 +49,59 @@ def probe(options: ProbeConfig, say: Say) -> dict[str, Any]:
 
     Args:
         options: with ``probe.task=labels``.
-        say: told what is going on.
+        say: receives progress messages.
 
     Returns:
-        ``results.json`` as an object.
+        Content of ``results.json``.
 
     Raises:
-        UserError: options, data and encoder do not go together, or the encoder knows test people.
+        UserError: options, data and encoder do not go together, or the encoder was pretrained on test people.
         DataError: data, encoder or features are damaged.
     """
-    given, where = options.probe, begin(options)
-    shards = open_set(given.data)
-    backbone = open_backbone(given.encoder)
-    check_fits(backbone, shards)
+    probe, run_url = options.probe, begin(options)
+    data = open_handle(probe.data, options.data)
+    backbone = open_backbone(probe.encoder)
+    check_fits(backbone, data.index)
     if backbone.loaded:
         say(backbone.loaded)
-    table = load_label_table(shards.url, "labels", given.label, "probe.label")
-    refuse_rare_classes(table, given.label)
-    seeds = [options.run.seed + number for number in range(given.seeds)]
-    folds = {seed: folds_of(table, given.protocol, given.folds, given.val_folds, seed, "probe") for seed in seeds}
-    for fold in (fold for several in folds.values() for fold in several):
+    table = load_label_table(data, "labels", probe.label, "probe.label")
+    refuse_rare_classes(table, probe.label)
+    seeds = [options.run.seed + number for number in range(probe.seeds)]
+    folds = {seed: folds_of(table, probe.protocol, probe.folds, probe.val_folds, seed, "probe") for seed in seeds}
+    for fold in (fold for of_seed in folds.values() for fold in of_seed):
         refuse_overlap(
             backbone, np.unique(table.person[fold.test]).tolist(), fold.name,
             "Give an encoder pretrained without them, or one pretrained on a shard set that keeps them in its test "
             "split (split.test) with probe.protocol=holdout",
         )  # fmt: skip
-    cut = {seed: _labelled_folds(table, folds[seed], given.fractions, given.val_folds, seed) for seed in seeds}
-
-    inputs = _inputs(options, shards, backbone, table, seeds, say)
-    found = []
-    for name in (*ROWS, *(TUNED if given.finetune else ())):
-        say(f"row {name}: {len(seeds)} seed(s) x {len(given.fractions)} fraction(s) x {len(folds[seeds[0]])} fold(s)")
-        for fraction in given.fractions:
-            each = [
-                _tested(name, table, cut[seed][fraction], inputs, seed, options, backbone, shards) for seed in seeds
-            ]
-            found.append(_row(name, fraction, seeds, each))
-    results = {
-        "kind": "probe",
-        **_about(options, shards, backbone, table, folds[seeds[0]]),
-        "rows": found,
-    }
-    finish(options, where, results)
+    reduced = {seed: _labelled_folds(table, folds[seed], probe, seed) for seed in seeds}
+    runner = _Probe(probe, data, backbone, table, _inputs(options, data, backbone, table, seeds, say))
+    rows = []
+    for name in (*ROWS, *(FINETUNED if probe.finetune else ())):
+        say(f"row {name}: {len(seeds)} seed(s) x {len(probe.fractions)} fraction(s) x {len(folds[seeds[0]])} fold(s)")
+        for fraction in probe.fractions:
+            per_seed = [runner.test(name, reduced[seed][fraction], seed) for seed in seeds]
+            rows.append(_row(name, fraction, per_seed))
+    results = {"kind": "probe", **_about(probe, data, backbone, table, folds[seeds[0]]), "rows": rows}
+    finish(options, run_url, results)
     return results
 
 
 def begin(options: ProbeConfig) -> str:
-    """The run's folder, which holds nothing else.
+    """Check the run's folder, and return its URL.
 
     Raises:
         UserError: another probe or run is there.
     """
-    where = storage.join(storage.absolute(options.run.dir), options.run.name)
-    config.refuse_another(storage.join(where, CONFIG), options, _MAY_DIFFER)
-    return where
+    url = storage.join(storage.absolute(options.run.dir), options.run.name)
+    config.refuse_another(storage.join(url, CONFIG), options, _MAY_DIFFER)
+    return url
 
 
-def finish(options: ProbeConfig, where: str, results: Mapping[str, Any]) -> None:
+def finish(options: ProbeConfig, url: str, results: Mapping[str, Any]) -> None:
     """Write the configuration, then the results."""
-    storage.write_bytes(storage.join(where, CONFIG), config.to_yaml(options).encode())
-    storage.write_json(storage.join(where, RESULTS), dict(results))
+    storage.write_bytes(storage.join(url, CONFIG), config.to_yaml(options).encode())
+    storage.write_json(storage.join(url, RESULTS), dict(results))
 
 
 def refuse_rare_classes(table: LabelTable, label: str) -> None:
@@ -128,47 +121,60 @@ def refuse_rare_classes(table: LabelTable, label: str) -> None:
 
 
 def _labelled_folds(
-    table: LabelTable, folds: Sequence[Fold], fractions: Sequence[float], val_folds: int, seed: int
+    table: LabelTable, folds: Sequence[Fold], probe: ProbeOptions, seed: int
 ) -> dict[float, list[Fold]]:  # fmt: skip
-    """The folds with the training people cut down to each share."""
-    found: dict[float, list[Fold]] = {}
-    for fraction in fractions:
+    """The folds with the training people reduced to each fraction."""
+    reduced: dict[float, list[Fold]] = {}
+    for fraction in probe.fractions:
         if fraction == 1.0:
-            found[fraction] = list(folds)
+            reduced[fraction] = list(folds)
             continue
-        found[fraction] = []
+        reduced[fraction] = []
         for fold in folds:
             rows = labelled(table, fold.train, fraction, f"{seed}/{fold.name}")
-            inner = inner_splits(table, rows, val_folds, f"{seed}/labelled/{fold.name}/{fraction}")
+            inner = inner_splits(table, rows, probe.val_folds, f"{seed}/labelled/{fold.name}/{fraction}")
             if not inner:
                 raise UserError(
                     f"probe.fractions={fraction:g}: the people of fold {fold.name} that it leaves cannot train and "
                     f"validate on all of {', '.join(table.classes)}; give a larger share"
                 )
-            found[fraction].append(replace(fold, inner=inner))
-    return found
+            reduced[fraction].append(replace(fold, inner=inner))
+    return reduced
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Features of the labelled windows, float64 ``[row, f]``.
+
+    Those of encoders end with the validity of each channel, which encoders get too: they ignore invalid channels.
+    """
+
+    validity: Floats
+    handcrafted: Floats
+    encoder: Floats
+    untrained: dict[int, Floats]
+
+    def of(self, row: str, seed: int) -> Floats:
+        """Inputs of a row of results."""
+        if row == "untrained":
+            return self.untrained[seed]
+        return {"validity": self.validity, "handmade": self.handcrafted, "encoder": self.encoder}[row]
 
 
 def _inputs(
-    options: ProbeConfig, shards: ShardSet, backbone: Backbone, table: LabelTable, seeds: Sequence[int], say: Say
-) -> dict[str, Floats]:  # fmt: skip
-    """Features of the labelled windows, ``[row, f]``: of ``validity``, ``handmade``, ``encoder``, ``untrained/SEED``.
-
-    An encoder's come with the validity of each channel, which it was given too: it sees nothing of invalid ones.
-    """
-    found: dict[str, Floats] = {"handmade": window_features(shards, backbone.signal, say)[table.sample]}
+    options: ProbeConfig, data: ShardSetHandle, backbone: Backbone, table: LabelTable, seeds: Sequence[int], say: Say
+) -> _Inputs:  # fmt: skip
+    handcrafted = window_features(data, backbone.signal, say)[table.sample]
     folder = options.probe.feature_cache or storage.join(options.run.dir, "features")
-    of = {"encoder": backbone, **{f"untrained/{seed}": untrained(backbone, seed) for seed in seeds}}
-    for name, encoder in of.items():
-        where = storage.join(folder, f"{encoder.signal}-{encoder.sha256[:16]}-{shards.fingerprint[:16]}")
-        embed(encoder, shards.url, where, say)
-        features = open_features(where)
-        if [features.keys[i] for i in table.sample] != table.keys:
-            raise DataError(f"{where} holds features of other windows than the shard set's; remove it")
+
+    def features_of(encoder: Backbone) -> Floats:
+        _, features = cached_features(encoder, data, folder, table, say)
         valid = features.valid[table.sample].astype(np.float64)
-        found["validity"] = valid
-        found[name] = np.concatenate([_pooled(features, table, options.probe.pooling), valid], axis=1)
-    return found
+        return np.concatenate([_pooled(features, table, options.probe.pooling), valid], axis=1)
+
+    encoder = features_of(backbone)
+    validity = data.sample_table.valid[backbone.signal][table.sample].astype(np.float64)
+    return _Inputs(validity, handcrafted, encoder, {seed: features_of(untrained(backbone, seed)) for seed in seeds})
 
 
 def _pooled(features: Features, table: LabelTable, kind: str) -> Floats:
@@ -179,70 +185,86 @@ def _pooled(features: Features, table: LabelTable, kind: str) -> Floats:
     return torch.cat(parts).double().numpy()
 
 
-def _tested(
-    name: str, table: LabelTable, folds: Sequence[Fold], inputs: Mapping[str, Floats], seed: int, options: ProbeConfig,
-    backbone: Backbone, shards: ShardSet,
-) -> dict[str, Any]:  # fmt: skip
-    """Scores of one seed, means over its folds, and on whom they rest.
+@dataclass(frozen=True)
+class _Probe:
+    """Trains and tests the rows of a probe."""
 
-    Not over the windows of all folds together: the more a fold tests of a class the fewer are left to train on, so that
-    even knowing nothing would come out below chance.
-    """
-    classes, chosen = len(table.classes), list[Any]()
-    probability: list[npt.NDArray[np.floating]] = []
-    if name == "majority":
-        probability = list(majority(table, folds).probability)
-    elif name in TUNED:
-        begins = backbone if name == "finetuned" else untrained(backbone, seed)
-        source = open_dataset([(shards.url, 1.0)], backbone.signal, shard_cache())
-        for fold in folds:
-            one = {backbone.signal: begins}, {backbone.signal: source}
-            tested, epoch = finetune(*one, table, fold, options.probe, f"{seed}/{fold.name}")
-            probability.append(tested)
-            chosen.append({"epoch": epoch})
-    else:
-        x = inputs[f"untrained/{seed}" if name == "untrained" else name]
-        for fold in folds:
-            fitted = fit_logistic({name: x}, table.label, classes, fold, _C, "balanced")
-            probability.append(fitted.probability)
-            chosen.append({"C": fitted.c})
-    scores = [score(table.label[fold.test], each) for fold, each in zip(folds, probability, strict=True)]
-    train = [fold.train for fold in folds]
-    return {
-        "seed": seed,
-        **{metric: _mean([one[metric] for one in scores]) for metric in METRICS},
-        "train_windows": round(float(np.mean([len(rows) for rows in train])), 1),
-        "train_people": round(float(np.mean([len(np.unique(table.person[rows])) for rows in train])), 1),
-        "chosen": chosen,
-    }  # fmt: skip
+    options: ProbeOptions
+    data: ShardSetHandle
+    backbone: Backbone
+    table: LabelTable
+    inputs: _Inputs
+
+    def test(self, row: str, folds: Sequence[Fold], seed: int) -> dict[str, Any]:
+        """Scores of one row and seed, means over its folds, and the people they rest on.
+
+        Scores are not pooled over the windows of all folds: the more a fold tests of a class the fewer are left to
+        train on, so that even a classifier without information would score below chance.
+        """
+        table = self.table
+        selected: list[dict[str, Any]] = []
+        if row == "majority":
+            probability: list[Probability] = list(majority(table, folds).probability)
+        elif row in FINETUNED:
+            probability, selected = self._finetuned(row, folds, seed)
+        else:
+            probability, selected = self._linear(self.inputs.of(row, seed), folds)
+        scores = [score(table.label[fold.test], each) for fold, each in zip(folds, probability, strict=True)]
+        train = [fold.train for fold in folds]
+        return {
+            "seed": seed,
+            **{metric: _mean([of_fold[metric] for of_fold in scores]) for metric in METRICS},
+            "train_windows": round(float(np.mean([len(rows) for rows in train])), 1),
+            "train_people": round(float(np.mean([len(np.unique(table.person[rows])) for rows in train])), 1),
+            "chosen": selected,
+        }  # fmt: skip
+
+    def _linear(self, x: Floats, folds: Sequence[Fold]) -> tuple[list[Probability], list[dict[str, Any]]]:
+        label, classes = self.table.label, len(self.table.classes)
+        fits = [fit_logistic({"x": x}, label, classes, fold, _C, "balanced") for fold in folds]
+        return [fit.probability for fit in fits], [{"C": fit.c} for fit in fits]
+
+    def _finetuned(
+        self, row: str, folds: Sequence[Fold], seed: int
+    ) -> tuple[list[Probability], list[dict[str, Any]]]:  # fmt: skip
+        signal = self.backbone.signal
+        start = self.backbone if row == "finetuned" else untrained(self.backbone, seed)
+        dataset = self.data.dataset(signal)
+        results = [
+            finetune({signal: start}, {signal: dataset}, self.table, fold, self.options, f"{seed}/{fold.name}")
+            for fold in folds
+        ]
+        return [probability for probability, _ in results], [{"epoch": epoch} for _, epoch in results]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are defined: a metric is not where a class is missing."""
-    known = [value for value in values if value is not None]
-    return round(float(np.mean(known)), _DIGITS) if known else None
+    """Mean of the defined values: a metric is not defined where a class is missing."""
+    defined = [value for value in values if value is not None]
+    return round(float(np.mean(defined)), _DIGITS) if defined else None
 
 
-def _row(name: str, fraction: float, seeds: Sequence[int], each: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds, and standard deviations under ``sd``; None where a metric is not defined."""
+def _row(name: str, fraction: float, per_seed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row of ``results.json``: means over seeds, and standard deviations under ``sd``; None where not defined."""
     mean: dict[str, float | None] = {}
     spread: dict[str, float | None] = {}
     for metric in METRICS:
-        values = [one[metric] for one in each if one[metric] is not None]
+        values = [of_seed[metric] for of_seed in per_seed if of_seed[metric] is not None]
         mean[metric] = _mean(values)
         spread[metric] = round(float(np.std(values, ddof=1)), _DIGITS) if len(values) > 1 else None
-    people, windows = (round(float(np.mean([one[f"train_{of}"] for one in each])), 1) for of in ("people", "windows"))
+    people, windows = (
+        round(float(np.mean([of_seed[key] for of_seed in per_seed])), 1) for key in ("train_people", "train_windows")
+    )
     return {
         "name": name, "fraction": fraction, **mean, "sd": spread, "train_people": people, "train_windows": windows,
-        "per_seed": list(each),
+        "per_seed": list(per_seed),
     }  # fmt: skip
 
 
 def _about(
-    options: ProbeConfig, shards: ShardSet, backbone: Backbone, table: LabelTable, folds: Sequence[Fold]
+    probe: ProbeOptions, data: ShardSetHandle, backbone: Backbone, table: LabelTable, folds: Sequence[Fold]
 ) -> dict[str, Any]:  # fmt: skip
-    tested = np.concatenate([fold.test for fold in folds])
-    given, channels = options.probe, shards.signals[backbone.signal].channels
+    tested, shards = np.concatenate([fold.test for fold in folds]), data.index
+    channels = shards.signals[backbone.signal].channels
     notes = []
     if table.simulated:
         notes.append("SIMULATED signals: the figures say that the software works, and nothing about people.")
@@ -256,8 +278,8 @@ def _about(
     if backbone.simulated and not table.simulated:
         notes.append("The encoder was pretrained on simulated signals.")
     return {
-        "task": "labels", "label": given.label, "classes": list(table.classes), "protocol": given.protocol,
-        "signal": backbone.signal, "simulated": table.simulated, "data": shards.fingerprint, "pooling": given.pooling,
+        "task": "labels", "label": probe.label, "classes": list(table.classes), "protocol": probe.protocol,
+        "signal": backbone.signal, "simulated": table.simulated, "data": shards.fingerprint, "pooling": probe.pooling,
         "windows": len(tested), "people": len(np.unique(table.person[tested])),
         "windows_of_class": np.bincount(table.label[tested], minlength=len(table.classes)).tolist(),
         "encoder": {
@@ -269,7 +291,7 @@ def _about(
 
 
 def table_of(results: Mapping[str, Any]) -> Iterator[str]:
-    """The results as a table, line by line."""
+    """Lines of the printed table of results."""
     counts = ", ".join(
         f"{n} {name}" for name, n in zip(results["classes"], results["windows_of_class"], strict=True)
     )  # fmt: skip

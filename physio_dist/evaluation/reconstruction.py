@@ -1,5 +1,5 @@
-"""How well hidden leads and patches are told on records never trained on, against predictors that learn nothing or
-only a linear rule: zero, interpolation in time, ridge regression across leads."""
+"""Reconstruction of hidden leads and patches on held-out recordings, compared with simple predictors: zero,
+interpolation in time, ridge regression across leads."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from torch import Tensor
 
 from physio_dist import storage
 from physio_dist.config.probe import ProbeConfig
-from physio_dist.data.format.index import open_set
-from physio_dist.data.handle import open_dataset
+from physio_dist.data.handle import open_handle
 from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import Backbone, refuse_overlap
 from physio_dist.evaluation.features import check_fits
-from physio_dist.evaluation.label_table import shard_cache
 from physio_dist.evaluation.probe import begin, finish
 from physio_dist.models.encoders.criss_cross import PATCH, EncoderConfig, MaskedModel
 from physio_dist.models.encoders.patches import to_patches
@@ -39,7 +37,7 @@ _INTRA = 0.5
 
 @dataclass(frozen=True)
 class PretrainedRun:
-    """What a run's newest checkpoint holds.
+    """Newest checkpoint of a pretraining run.
 
     Attributes:
         url: of the run.
@@ -47,7 +45,7 @@ class PretrainedRun:
         encoder: the encoder's configuration.
         signal: ``signal channels rate unit_uv simulated``.
         weights: of ``MaskedModel``, encoder and reconstruction head.
-        people: pseudonyms of those it was trained on; None where not known.
+        people: pseudonyms of the people it was trained on; None where not known.
     """
 
     url: str
@@ -65,45 +63,46 @@ def reconstruction(
 
     Args:
         options: with ``probe.task=reconstruction``.
-        read_run: opens a run; raises what has a documented status.
-        say: told what is going on.
+        read_run: opens the newest checkpoint of a run.
+        say: receives progress messages.
 
     Returns:
-        ``results.json`` as an object.
+        Content of ``results.json``.
 
     Raises:
-        UserError: data and run do not go together, or the run knows people it is to be tested on.
+        UserError: data and run do not go together, or the run was trained on people it is to be tested on.
         DataError: data or checkpoint are damaged.
     """
-    given, where = options.probe, begin(options)
-    shards = open_set(given.data)
-    trained = [read_run(url) for url in given.runs]
-    source = open_dataset([(shards.url, 1.0)], trained[0].signal["signal"], shard_cache())
-    train, test = source.members("train")[0], source.members(given.split)[0]
+    probe, run_url = options.probe, begin(options)
+    data = open_handle(probe.data, options.data)
+    shards = data.index
+    trained = [read_run(url) for url in probe.runs]
+    source = data.dataset(trained[0].signal["signal"])
+    train, test = source.members("train")[0], source.members(probe.split)[0]
     if not len(test) or not len(train):
         raise UserError(
-            f"{shards.url} has no windows in its {'train' if len(test) else given.split} split; convert the recordings "
+            f"{shards.url} has no windows in its {'train' if len(test) else probe.split} split; convert the recordings "
             "again with shares of people in split.val and split.test"
         )
-    models = [_model(run, source, test, given.split) for run in trained]
+    models = [_model(run, source, test, probe.split) for run in trained]
     channels = source.info.channels
-    kinds = {kind: list(hidden_leads(kind, channels)) for kind in given.masks}
+    kinds = {kind: list(hidden_leads(kind, channels)) for kind in probe.masks}
     say(f"fitting a ridge regression across {len(channels)} leads to {len(train)} windows of the train split")
-    ridge = fit_lead_ridge(_whole_windows(source, train), given.context)
+    ridge = fit_lead_ridge(_whole_windows(source, train), probe.context)
     rows: list[dict[str, Any]] = []
     for kind, hidden in kinds.items():
-        say(f"{kind}: {len(test)} windows of the {given.split} split, {len(hidden)} mask(s), {len(models)} run(s)")
+        say(f"{kind}: {len(test)} windows of the {probe.split} split, {len(hidden)} mask(s), {len(models)} run(s)")
         predictors = {f"model/{i}": model for i, model in enumerate(models)} | _rivals(ridge)
         found = reconstruction_r2(source, test, hidden, predictors, options.run.seed)
         rows += _rows(kind, channels, found, len(models))
     results = {
-        "kind": "reconstruction", "task": "reconstruction", "split": given.split, "data": shards.fingerprint,
+        "kind": "reconstruction", "task": "reconstruction", "split": probe.split, "data": shards.fingerprint,
         "simulated": shards.simulated, "windows": len(test),
         "people": len(np.unique(source.sample_tables[0].person[test])), "train_windows": len(train),
-        "context": given.context,
+        "context": probe.context,
         "runs": [{"url": storage.without_secrets(run.url), "step": run.step} for run in trained], "rows": rows,
     }  # fmt: skip
-    finish(options, where, results)
+    finish(options, run_url, results)
     return results
 
 

@@ -1,4 +1,4 @@
-"""Results of a study as the files that hold them: ``results.json`` and ``predictions.safetensors``."""
+"""Results of a study and their files: ``results.json`` and ``predictions.safetensors``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from scipy.stats import ttest_1samp
 from physio_dist.data.format.sample_table import key_table
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
+from physio_dist.evaluation.trained_heads import TrainedHeads
 from physio_dist.runs.sweep_results import FoldResult, PermutationControl, ResultRow, RowDifference, Scores
-from physio_dist.stats.auc import compare_all_pairs, compared, difference, p_of_no_difference
-from physio_dist.stats.scores import METRICS, auc_interval, calibration_error, confusion, score
+from physio_dist.stats.auc import PairwiseComparisons, compare_all_pairs
+from physio_dist.stats.bootstrap import auc_difference, auc_interval, compared_rows
+from physio_dist.stats.permutation import permutation_p_value
+from physio_dist.stats.scores import METRICS, calibration_error, confusion, score
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -28,15 +31,15 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of results, before anything is computed from it.
+    """Predictions of one row of the table of results.
 
     Attributes:
         name: of the row.
-        modalities: what it is given.
+        modalities: its inputs.
         probability: for each fold ``[test row, class]``.
-        config: for each fold what was selected, or None.
-        epoch: for each fold the epoch that was selected, or None.
-        uncalibrated: the same before temperatures were fitted; None where none were.
+        config: for each fold the selected configuration, or None.
+        epoch: for each fold the selected epoch, or None.
+        uncalibrated: ``probability`` before temperatures were fitted; None where none were.
     """
 
     name: str
@@ -49,30 +52,56 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``results.json`` as an object, the bytes of ``predictions.safetensors``, and those of ``embedding.safetensors``
-    where frozen features are known."""
+    """Files of a finished study.
+
+    Attributes:
+        results: content of ``results.json``.
+        predictions: bytes of ``predictions.safetensors``.
+        fused: heads of the fused row, from which the classifier is made.
+        embedding: bytes of ``embedding.safetensors``; None for a study without frozen features.
+    """
 
     results: dict[str, Any]
     predictions: bytes
+    fused: TrainedHeads
     embedding: bytes | None = None
 
 
-def row_of(row: Row, table: LabelTable, folds: Sequence[Fold], seed: int) -> ResultRow:
+def tested_rows(folds: Sequence[Fold]) -> Ints:
+    """Rows of the table that are tested, fold after fold."""
+    return np.concatenate([fold.test for fold in folds])
+
+
+def pooled_probability(row: Row) -> npt.NDArray[np.float64]:
+    """Probabilities of a row over all folds, ``[test row, class]``, rounded as in ``predictions.safetensors``."""
+    return np.concatenate(list(row.probability)).astype(np.float32).astype(np.float64)
+
+
+def compare_rows(rows: Sequence[Row], table: LabelTable, folds: Sequence[Fold]) -> dict[str, list[PairwiseComparisons]]:
+    """Pairwise comparisons of each row's test windows, by its name."""
+    tested = tested_rows(folds)
+    label, person = table.label[tested], table.person[tested]
+    return {row.name: compare_all_pairs(label, person, pooled_probability(row)) for row in rows}
+
+
+def row_result(
+    row: Row, table: LabelTable, folds: Sequence[Fold], pairs: Sequence[PairwiseComparisons]
+) -> ResultRow:  # fmt: skip
     """A row of ``results.json``: metrics over all test windows together, for each fold, and their spread over folds."""
-    tested = np.concatenate([fold.test for fold in folds])
+    tested = tested_rows(folds)
     label, probability = table.label[tested], np.concatenate(list(row.probability))
     per_fold = [
         FoldResult(
             fold=fold.name,
             people=len(np.unique(table.person[fold.test])),
             windows=len(fold.test),
-            **_rounded(score(table.label[fold.test], each)),
+            **_rounded(score(table.label[fold.test], fold_probability)),
             config=config,
             epoch=epoch,
         )
-        for fold, each, config, epoch in zip(folds, row.probability, row.config, row.epoch, strict=True)
+        for fold, fold_probability, config, epoch in zip(folds, row.probability, row.config, row.epoch, strict=True)
     ]
-    interval = auc_interval(label, probability, table.person[tested], seed)
+    interval = auc_interval(pairs)
     errors = {"ece": calibration_error(label, probability)}
     if row.uncalibrated is not None:
         errors["ece_before"] = calibration_error(label, np.concatenate(list(row.uncalibrated)))
@@ -88,20 +117,21 @@ def row_of(row: Row, table: LabelTable, folds: Sequence[Fold], seed: int) -> Res
     )
 
 
-def differences(rows: Sequence[Row], table: LabelTable, folds: Sequence[Fold]) -> list[RowDifference]:
-    """Pooled AUCs of rows minus those of others, on the same people."""
-    tested = np.concatenate([fold.test for fold in folds])
+def differences(
+    rows: Sequence[Row], table: LabelTable, folds: Sequence[Fold], pairs: Mapping[str, Sequence[PairwiseComparisons]]
+) -> list[RowDifference]:  # fmt: skip
+    """Differences of pooled AUCs between rows, on the same people."""
+    tested = tested_rows(folds)
     label, person = table.label[tested], table.person[tested]
-    # As predictions.safetensors has them, so that whoever reads it finds the same.
-    given = {row.name: np.concatenate(list(row.probability)).astype(np.float32).astype(np.float64) for row in rows}
-    pairs = {name: compare_all_pairs(label, person, probability) for name, probability in given.items()}
-    found = []
-    for name, minus in compared(given):
-        one = difference(pairs[name], pairs[minus])
-        p = p_of_no_difference(label, person, given[name], given[minus])
-        interval = None if math.isnan(one.low) else (round(one.low, _DIGITS), round(one.high, _DIGITS))
-        found.append(RowDifference(name, minus, round(one.value, _DIGITS), interval, round(p, _DIGITS)))
-    return found
+    probability = {row.name: pooled_probability(row) for row in rows}
+    entries = []
+    for name, minus in compared_rows(probability):
+        difference = auc_difference(pairs[name], pairs[minus])
+        p = permutation_p_value(label, person, probability[name], probability[minus])
+        low, high = round(difference.low, _DIGITS), round(difference.high, _DIGITS)
+        interval = None if math.isnan(low) else (low, high)
+        entries.append(RowDifference(name, minus, round(difference.value, _DIGITS), interval, round(p, _DIGITS)))
+    return entries
 
 
 def _rounded(scores: Mapping[str, float | None]) -> dict[str, Any]:
@@ -110,12 +140,12 @@ def _rounded(scores: Mapping[str, float | None]) -> dict[str, Any]:
 
 def _spread(values: Sequence[float]) -> float:
     """Standard deviation over the folds in which a metric is defined."""
-    known = [value for value in values if math.isfinite(value)]
-    return round(float(np.std(known, ddof=1)), _DIGITS) if len(known) > 1 else math.nan
+    defined = [value for value in values if math.isfinite(value)]
+    return round(float(np.std(defined, ddof=1)), _DIGITS) if len(defined) > 1 else math.nan
 
 
 def majority(table: LabelTable, folds: Sequence[Fold]) -> Row:
-    """What one knows without any signal: how frequent the classes are among the fold's training people."""
+    """Baseline without any signal: class frequencies among the fold's training people."""
     probability = []
     for fold in folds:
         shares = np.bincount(table.label[fold.train], minlength=len(table.classes)) / len(fold.train)
@@ -124,12 +154,12 @@ def majority(table: LabelTable, folds: Sequence[Fold]) -> Row:
 
 
 def oracle_rows(table: LabelTable, folds: Sequence[Fold]) -> list[Row]:
-    """The best that the hidden state of simulated signals allows, for each signal and for both together.
+    """Upper bounds on simulated signals: Bayes' rule given the simulator's drives, for each signal and for both.
 
-    What is simulated depends on its class through one drive a signal, drawn around a mean of the class with an equal
-    spread. For somebody who could read the drives the best guess is Bayes' rule with those means and that spread (for
-    two classes a logistic function of drive x D / variance, D the difference of the means), taken here from all of the
-    table; drives are independent given the class, so the log-likelihoods of both add up.
+    A simulated signal depends on the class through one drive, drawn around a mean of the class with equal variance.
+    Given the drives, the optimal prediction is Bayes' rule with those means and that variance (for two classes a
+    logistic function of drive x D / variance, D the difference of the means), estimated here from the whole table;
+    drives are independent given the class, so their log-likelihoods add up.
     """
     if not table.simulated_drive:
         return []
@@ -137,26 +167,27 @@ def oracle_rows(table: LabelTable, folds: Sequence[Fold]) -> list[Row]:
     prior = np.log(np.bincount(table.label, minlength=classes) / len(table.label))
     evidence = {}
     for signal, drive in table.simulated_drive.items():
-        means = np.array([drive[table.label == one].mean() for one in range(classes)])
+        means = np.array([drive[table.label == c].mean() for c in range(classes)])
         variance = float(np.mean((drive - means[table.label]) ** 2))
-        # Drives without any spread tell the class for sure.
+        # Drives without variance determine the class.
         evidence[signal] = -((drive[:, None] - means) ** 2) / (2 * max(variance, 1e-12))
-    ways: dict[str, tuple[str, ...]] = {"bound_ecg": ("ecg",), "bound_eeg": ("eeg",), "bound_fused": ("ecg", "eeg")}
+    inputs: dict[str, tuple[str, ...]] = {"bound_ecg": ("ecg",), "bound_eeg": ("eeg",), "bound_fused": ("ecg", "eeg")}
     rows = []
-    for name, signals in ways.items():
+    for name, signals in inputs.items():
         logits = prior + sum(evidence[signal] for signal in signals)
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
+        posterior = np.exp(logits - logits.max(axis=1, keepdims=True))
+        posterior /= posterior.sum(axis=1, keepdims=True)
         none = [None] * len(folds)
-        rows.append(Row(name, signals, [shares[fold.test] for fold in folds], none, none))
+        rows.append(Row(name, signals, [posterior[fold.test] for fold in folds], none, none))
     return rows
 
 
-def permuted_part(observed: float, areas: Sequence[float]) -> PermutationControl:
-    """The control in ``results.json``: p counts the observed labels as one of the permutations.
+def permutation_control(observed: float, areas: Sequence[float]) -> PermutationControl:
+    """``permuted`` in ``results.json``: AUCs with labels permuted by recording within people.
 
-    ``p_leak`` is of a one-sided t test that the permuted AUCs have a mean above 0.5: labels that mean nothing are told
-    apart only by what the same person or recording brings to both sides of a split.
+    ``p`` counts the observed labels as one of the permutations. ``p_leak`` is the p value of a one-sided t test that
+    the permuted AUCs have a mean above 0.5: permuted labels can only be predicted from a person or recording that is on
+    both sides of a split.
     """
     reached = sum(area >= observed for area in areas)
     return PermutationControl(
@@ -175,26 +206,28 @@ def _above_chance(areas: Sequence[float]) -> float:
 
 
 def predictions(rows: Sequence[Row], table: LabelTable, folds: Sequence[Fold]) -> bytes:
-    """``predictions.safetensors``: every test window once, in the table's order, with what each row says about it."""
-    tested = np.concatenate([fold.test for fold in folds])
+    """``predictions.safetensors``: every test window once, in the table's order, with each row's probabilities."""
+    tested = tested_rows(folds)
     number = np.concatenate([np.full(len(fold.test), i, dtype=np.int64) for i, fold in enumerate(folds)])
     order = np.argsort(tested, kind="stable")
-    mine = tested[order]
+    rows_in_order = tested[order]
     tensors: dict[str, npt.NDArray[Any]] = {
         "fold": number[order],
-        "person": table.person[mine],
-        "recording": table.recording[mine],
-        "label": table.label[mine],
-        "key": key_table([table.keys[i] for i in mine]),
+        "person": table.person[rows_in_order],
+        "recording": table.recording[rows_in_order],
+        "label": table.label[rows_in_order],
+        "key": key_table([table.keys[i] for i in rows_in_order]),
     }
     for row in rows:
         tensors[f"probability.{row.name}"] = np.concatenate(list(row.probability))[order].astype(np.float32)
     about = {"classes": json.dumps(list(table.classes)), "folds": json.dumps([fold.name for fold in folds])}
-    return same_bytes(save_safetensors({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata=about))
+    return canonical_bytes(
+        save_safetensors({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata=about)
+    )
 
 
-def same_bytes(data: bytes) -> bytes:
-    """A safetensors file with its header in order: the library writes metadata in the order of a random hash."""
+def canonical_bytes(data: bytes) -> bytes:
+    """Sort the header of a safetensors file: the library writes metadata in the order of a random hash."""
     length = int.from_bytes(data[:8], "little")
     text = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     header = text.encode()

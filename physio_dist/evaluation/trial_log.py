@@ -19,7 +19,7 @@ from tqdm import tqdm
 from physio_dist import storage
 from physio_dist.config import FoldEncoders, TuneConfig, refuse_another
 from physio_dist.config.task import LEAKY, SHARED_PEOPLE
-from physio_dist.data.format.index import open_set
+from physio_dist.data.format.index import ShardSet, open_set
 from physio_dist.errors import UserError
 from physio_dist.evaluation.backbones import exported_hash
 from physio_dist.evaluation.search_space import Trial
@@ -37,7 +37,12 @@ from physio_dist.stats.scores import METRICS
 
 BOARD = "tensorboard"
 # Options that do not change a sweep's results.
-MAY_DIFFER = frozenset(["run.dir", "tune.cpus", "tune.placement_timeout_s", "tune.ray_storage", "tune.feature_cache"])
+MAY_DIFFER = frozenset(
+    [
+        "run.dir", "data.cache_dir", "data.cache_gb", "tune.cpus", "tune.placement_timeout_s", "tune.ray_storage",
+        "tune.feature_cache",
+    ]
+)  # fmt: skip
 # A run in a bucket is watched from elsewhere while it grows.
 _SYNC_S = 15.0
 _REPORT_S = 10.0
@@ -81,14 +86,13 @@ def _current_facts(options: TuneConfig, folds: list[str]) -> dict[str, Any]:
     }
 
 
-def facts_of(data: str, encoders: dict[str, Any]) -> dict[str, Any]:
+def facts_of(shards: ShardSet, encoders: dict[str, Any]) -> dict[str, Any]:
     """Return ``data.json``: the inputs as the report shows them, and what must not change when a sweep continues.
 
     Args:
-        data: URL of the shard set.
+        shards: index of the shard set.
         encoders: ``Study.about``.
     """
-    shards = open_set(data)
     channels = {name: list(info.channels) for name, info in shards.signals.items()}
     index = ShardSetFacts(
         url=shards.url, fingerprint=shards.fingerprint, splits=shards.splits, people=shards.people, rate=shards.rate,

@@ -1,4 +1,4 @@
-"""What a trial trains, how configurations are selected, and what the selected ones say about the test people."""
+"""Trials of a study: their inputs, the training of one configuration, and the selection among all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,81 +15,110 @@ from physio_dist.config import TuneConfig
 from physio_dist.errors import UserError
 from physio_dist.evaluation.head_training import Heads, Job
 from physio_dist.evaluation.label_table import LabelTable
-from physio_dist.evaluation.splits import Fold, permuted
-from physio_dist.models.fusion.head import Head
+from physio_dist.evaluation.splits import Fold
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.models.fusion.reduction import Reduction, fit_reduction
-from physio_dist.runtime.seeding import seed_of
 from physio_dist.stats.scores import auc
 
-Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 SEARCHED = ("fused", "ecg", "eeg", "untrained")
-"""Rows of the table of results that are searched for: what a trial's heads are given."""
+"""Rows of the table of results whose configurations are searched."""
 
 MODALITIES = {"fused": ("ecg", "eeg"), "ecg": ("ecg",), "eeg": ("eeg",), "untrained": ("ecg", "eeg")}
+"""Inputs of each of these rows."""
 
-# Heads trained at a time in the control with permuted labels.
-_MOST_HEADS = 64
+
+class EncoderRole(NamedTuple):
+    """The encoders of a signal that a row uses: pretrained, or untrained ones as a baseline."""
+
+    signal: str
+    pretrained: bool = True
+
+
+class EncoderKey(NamedTuple):
+    """One encoder: its signal and the hash of its weights."""
+
+    signal: str
+    sha256: str
+
+
+class InputKey(NamedTuple):
+    """Pooled features of one encoder."""
+
+    signal: str
+    sha256: str
+    pooling: str
+
+    @property
+    def encoder(self) -> EncoderKey:
+        """The encoder that made them."""
+        return EncoderKey(self.signal, self.sha256)
+
+
+class ReductionKey(NamedTuple):
+    """Reduction of pooled features by the training rows of one inner split of a fold."""
+
+    inputs: InputKey
+    fold: str
+    inner: int
 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that trials need; picklable, its large arrays are plain NumPy arrays.
+    """Inputs of all trials; picklable, its large arrays are plain NumPy arrays.
 
     Attributes:
         options: of the sweep.
         table: the labelled windows.
         folds: their divisions.
-        encoders: ``ecg``, ``eeg``, ``untrained_ecg``, ``untrained_eeg`` -> hash of each fold's encoder.
-        inputs: ``<signal>/<hash>/<pooling>`` -> pooled features float32 ``[n, f]`` or ``[n, token, f]``, rows as in the
-            table.
-        handmade: hand-made features of each signal, float64 ``[n, f]``.
-        reductions: ``<key of inputs>/<fold>/<inner split>`` -> what the rows to train on say of these features.
-        about: what ``results.json`` says of the encoders.
-        notes: what a reader of the results has to know.
-        valid: of each signal bool ``[n, channel]``; a signal that is not named is there in all windows.
-        features: ``<signal>/<hash>`` -> URL of the frozen features that were pooled; not those of untrained encoders.
+        encoders: for each role the hash of each fold's encoder.
+        inputs: pooled features, float32 ``[n, f]`` or ``[n, token, f]``, rows as in the table.
+        handcrafted: handcrafted features of each signal, float64 ``[n, f]``.
+        reductions: see :func:`reductions_of`.
+        about: description of the encoders in ``results.json``.
+        notes: notes for readers of the results.
+        valid: for each signal bool ``[n, channel]``; a signal that is not a key is valid in all windows.
+        features: URLs of the frozen features of pretrained encoders.
     """
 
     options: TuneConfig
     table: LabelTable
     folds: tuple[Fold, ...]
-    encoders: dict[str, tuple[str, ...]]
-    inputs: dict[str, npt.NDArray[np.float32]]
-    handmade: dict[str, npt.NDArray[np.float64]]
-    reductions: dict[str, Reduction]
+    encoders: dict[EncoderRole, tuple[str, ...]]
+    inputs: dict[InputKey, npt.NDArray[np.float32]]
+    handcrafted: dict[str, npt.NDArray[np.float64]]
+    reductions: dict[ReductionKey, Reduction]
     about: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    valid: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
-    features: dict[str, str] = field(default_factory=dict)
+    valid: dict[str, Bools] = field(default_factory=dict)
+    features: dict[EncoderKey, str] = field(default_factory=dict)
 
-    def available(self, key: str) -> npt.NDArray[np.bool_] | None:
-        """bool ``[n, token]`` or ``[n, 1]``: which windows have what is at this key of ``inputs``; None: all."""
-        signal, _, kind = key.split("/")
-        return token_mask(self.valid.get(signal), kind)
+    def available(self, key: InputKey) -> Bools | None:
+        """Availability of inputs, bool ``[n, token]`` or ``[n, 1]``; None: available in all windows."""
+        return token_mask(self.valid.get(key.signal), key.pooling)
 
-    def keys_of(self, row: str, pooling: str, fold: int) -> dict[str, str]:
-        """The keys of what heads of a row are given in a fold, for each modality."""
-        found = {}
-        for signal in MODALITIES[row]:
-            source = f"untrained_{signal}" if row == "untrained" else signal
-            found[signal] = f"{signal}/{self.encoders[source][fold]}/{pooling}"
-        return found
+    def keys_of(self, row: str, pooling: str, fold: int) -> dict[str, InputKey]:
+        """Keys of a row's inputs in a fold, by signal."""
+        pretrained = row != "untrained"
+        return {
+            signal: InputKey(signal, self.encoders[EncoderRole(signal, pretrained)][fold], pooling)
+            for signal in MODALITIES[row]
+        }
 
 
 @dataclass
 class TrialRecord:
-    """What is known of a trial when it has ended, however it ended.
+    """History of a trial, however it ended.
 
     Attributes:
         trial: its name.
         row: one of ``SEARCHED``.
-        config: what was drawn or proposed for it (``proposals.py``).
+        config: its configuration (``search_space.py``).
         history: what :func:`train` yielded.
-        last: name of a fold -> last epoch that counts in the selection for that fold; absent: all of them.
-        seconds: how long it took.
+        last: for a fold the last epoch that its selection may choose; absent: any.
+        seconds: duration.
     """
 
     trial: str
@@ -102,13 +131,13 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the validation people of a fold chose: a configuration, and the epoch after which its training ends.
+    """Configuration and number of epochs that a fold's validation people selected.
 
     Attributes:
-        config: one of :func:`candidates`.
-        epoch: from 1.
+        config: one of the sweep's configurations.
+        epoch: from 1; training ends after it.
         val_auc: AUC on the validation people.
-        others: the next best configurations, whose heads have an equal say (``tune.ensemble_size``).
+        others: the next best configurations, whose heads join the ensemble (``tune.ensemble_size``).
     """
 
     config: dict[str, Any]
@@ -118,68 +147,80 @@ class Choice:
 
     @property
     def members(self) -> tuple[Choice, ...]:
-        """All whose heads have a say, the best first."""
+        """Members of the ensemble, the best first."""
         return (replace(self, others=()), *self.others)
 
 
-def token_mask(valid: npt.NDArray[np.bool_] | None, kind: str) -> npt.NDArray[np.bool_] | None:
-    """What is there of inputs of a kind, ``[n, token]`` or ``[n, 1]``; channels are ``valid``, ``[n, channel]``."""
-    if valid is None or kind == "channels_attention":
+def token_mask(valid: Bools | None, pooling: str) -> Bools | None:
+    """Availability of pooled features, ``[n, token]`` or ``[n, 1]``, from ``valid``, ``[n, channel]``."""
+    if valid is None or pooling == "channels_attention":
         return valid
     return np.asarray(valid.any(axis=1, keepdims=True))
 
 
-def _jobs(study: Study, row: str, config: Mapping[str, Any], fold: int, label: Ints, purpose: str = "") -> list[Job]:
-    """A fold's heads, one for each inner split."""
+def jobs_of(
+    study: Study, row: str, config: Mapping[str, Any], fold: int, label: Ints, purpose: str = ""
+) -> list[Job]:  # fmt: skip
+    """Training jobs of a fold's heads, one for each inner split.
+
+    Args:
+        study: inputs and reductions.
+        row: one of ``SEARCHED``.
+        config: of the heads.
+        fold: its number.
+        label: int64 ``[n]``, targets.
+        purpose: separates the random draws from those of other heads with the same configuration.
+    """
     keys, name = study.keys_of(row, input_kind(config), fold), study.folds[fold].name
     inputs = {signal: study.inputs[key] for signal, key in keys.items()}
-    there = {signal: known for signal, key in keys.items() if (known := study.available(key)) is not None}
-    found = []
+    available = {signal: mask for signal, key in keys.items() if (mask := study.available(key)) is not None}
+    jobs = []
     for i, (rows, _) in enumerate(study.folds[fold].inner):
-        reductions = {signal: study.reductions[f"{key}/{name}/{i}"] for signal, key in keys.items()}
-        found.append(Job(inputs, reductions, label, rows, f"{study.options.run.seed}/{row}/{name}/{i}{purpose}", there))
-    return found
+        reductions = {signal: study.reductions[ReductionKey(key, name, i)] for signal, key in keys.items()}
+        seed = f"{study.options.run.seed}/{row}/{name}/{i}{purpose}"
+        jobs.append(Job(inputs, reductions, label, rows, seed, available))
+    return jobs
 
 
 def reductions_of(
-    inputs: Mapping[str, npt.NDArray[np.float32]], encoders: Mapping[str, Sequence[str]], folds: Sequence[Fold],
-    most: int, valid: Mapping[str, npt.NDArray[np.bool_]] | None = None,
-) -> dict[str, Reduction]:  # fmt: skip
-    """What each inner split's rows to train on say of the features that its heads are given: ``Study.reductions``.
+    inputs: Mapping[InputKey, npt.NDArray[np.float32]], encoders: Mapping[EncoderRole, Sequence[str]],
+    folds: Sequence[Fold], components: int, valid: Mapping[str, Bools] | None = None,
+) -> dict[ReductionKey, Reduction]:  # fmt: skip
+    """Standardisation and principal components of the inputs, from the training rows of each inner split.
 
-    Windows in which a signal is missing (``Study.valid``), and channels that are as tokens, have no part in it.
+    Windows without a signal, and tokens of invalid channels, are left out.
 
     Raises:
-        UserError: a signal is missing in all rows of some inner split.
+        UserError: a signal is missing in all training rows of an inner split.
     """
-    found = {}
+    reductions = {}
     for key, values in inputs.items():
-        signal, sha256, kind = key.split("/")
-        there = token_mask((valid or {}).get(signal), kind)
+        mask = token_mask((valid or {}).get(key.signal), key.pooling)
+        roles = [EncoderRole(key.signal, pretrained) for pretrained in (True, False)]
         for number, fold in enumerate(folds):
-            if sha256 in (encoders[signal][number], encoders[f"untrained_{signal}"][number]):
-                for i, (rows, _) in enumerate(fold.inner):
-                    mine = values[rows]
-                    if there is not None:
-                        mine = _kept(mine, there[rows])
-                    if not len(mine):
-                        raise UserError(
-                            f"fold {fold.name}: the {signal.upper()} is missing in all windows of the people that some "
-                            "head would be trained on; use fewer folds, or a set in which more people have it"
-                        )
-                    found[f"{key}/{fold.name}/{i}"] = fit_reduction(mine.reshape(-1, mine.shape[-1]), most)
-    return found
+            if key.sha256 not in [encoders[role][number] for role in roles]:
+                continue
+            for i, (rows, _) in enumerate(fold.inner):
+                vectors = values[rows] if mask is None else _available_vectors(values[rows], mask[rows])
+                if not len(vectors):
+                    raise UserError(
+                        f"fold {fold.name}: the {key.signal.upper()} is missing in all windows of the people that some "
+                        "head would be trained on; use fewer folds, or a set in which more people have it"
+                    )
+                vectors = vectors.reshape(-1, vectors.shape[-1])
+                reductions[ReductionKey(key, fold.name, i)] = fit_reduction(vectors, components)
+    return reductions
 
 
-def _kept(values: npt.NDArray[np.float32], there: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """The vectors, ``[any, f]``, that are there."""
-    return values[there[:, 0]] if values.ndim == 2 else values[np.broadcast_to(there, values.shape[:2])]
+def _available_vectors(values: npt.NDArray[np.float32], mask: Bools) -> npt.NDArray[np.float32]:
+    """The vectors ``[any, f]`` that ``mask`` keeps of ``[n, f]`` or ``[n, token, f]``."""
+    return values[mask[:, 0]] if values.ndim == 2 else values[np.broadcast_to(mask, values.shape[:2])]
 
 
 def train(study: Study, row: str, config: dict[str, Any], only: str = "") -> Iterator[dict[str, float]]:
     """Train one configuration, the heads of all folds and inner splits at once.
 
-    A head never sees a label or a feature of its fold's test people, nor, in training, of its validation people.
+    A head sees no label or feature of its fold's test people, nor, in training, of its validation people.
 
     Args:
         study: see :func:`physio_dist.evaluation.study.prepare`.
@@ -193,179 +234,57 @@ def train(study: Study, row: str, config: dict[str, Any], only: str = "") -> Ite
     """
     label, numbers = study.table.label, [n for n, fold in enumerate(study.folds) if only in ("", fold.name)]
     folds = [study.folds[number] for number in numbers]
-    jobs = [job for number in numbers for job in _jobs(study, row, config, number, label)]
+    jobs = [job for number in numbers for job in jobs_of(study, row, config, number, label)]
     valid = [rows for fold in folds for _, rows in fold.inner]
     owner = [fold.name for fold in folds for _ in fold.inner]
     heads = Heads(jobs, len(study.table.classes), config)
     for epoch in range(1, study.options.tune.max_epochs + 1):
         heads.epoch()
-        found: dict[str, list[float]] = {fold.name: [] for fold in folds}
+        areas: dict[str, list[float]] = {fold.name: [] for fold in folds}
         for name, rows, probability in zip(owner, valid, heads.probability(valid), strict=True):
             area = auc(label[rows], probability)
             # Folds are made so that every validation part has all classes.
-            found[name].append(math.nan if area is None else area)
-        each = {name: float(np.mean(areas)) for name, areas in found.items()}
+            areas[name].append(math.nan if area is None else area)
+        mean = {name: float(np.mean(values)) for name, values in areas.items()}
         yield {
             "epoch": epoch,
-            "val_auc": float(np.mean(list(each.values()))),
-            **{f"fold_{name}": area for name, area in each.items()},
+            "val_auc": float(np.mean(list(mean.values()))),
+            **{f"fold_{name}": area for name, area in mean.items()},
         }
 
 
 def eligible_epochs(record: TrialRecord, fold: str) -> list[tuple[int, float]]:
-    """Epochs of a trial that count in the selection for a fold, and the AUC on its validation people after each."""
-    found = [(int(seen["epoch"]), float(seen.get(f"fold_{fold}", math.nan))) for seen in record.history]
-    return [(epoch, area) for epoch, area in found if not math.isnan(area) and epoch <= record.last.get(fold, epoch)]
+    """Epochs of a trial that the selection for a fold may choose, with the AUC on the validation people after each."""
+    epochs = [(int(line["epoch"]), float(line.get(f"fold_{fold}", math.nan))) for line in record.history]
+    return [(epoch, area) for epoch, area in epochs if not math.isnan(area) and epoch <= record.last.get(fold, epoch)]
 
 
 def select(study: Study, row: str, records: Sequence[TrialRecord]) -> list[Choice]:
-    """For each fold on its own the configuration and epoch with the best AUC on that fold's validation people, and the
-    next best ``tune.ensemble_size`` - 1 configurations, each at its own best epoch.
+    """Select configuration and epoch for each fold, by the AUC on that fold's validation people.
 
-    Of equals the one that trains for fewer epochs, then the first in the alphabet of configurations: never by the order
-    of ``records``.
+    The next best ``tune.ensemble_size`` - 1 configurations join, each at its own best epoch. Ties go to fewer epochs,
+    then to the alphabetical order of configurations, never to the order of ``records``.
 
     Raises:
         UserError: no trial of the row has come to the end of an epoch.
     """
     choices = []
     for fold in study.folds:
-        found = []
+        candidates = []
         for record in records:
-            if record.row != row:
-                continue
-            text = json.dumps(record.config, sort_keys=True)
-            found += [(-area, epoch, text) for epoch, area in eligible_epochs(record, fold.name)]
-        if not found:
+            if record.row == row:
+                text = json.dumps(record.config, sort_keys=True)
+                candidates += [(-area, epoch, text) for epoch, area in eligible_epochs(record, fold.name)]
+        if not candidates:
             raise UserError(f"no trial of the row {row!r} finished an epoch that counts for fold {fold.name}")
-        choices.append(best_choice(found, study.options.tune.ensemble_size))
+        choices.append(best_choice(candidates, study.options.tune.ensemble_size))
     return choices
 
 
-def best_choice(found: Sequence[tuple[float, int, str]], most: int) -> Choice:
-    """The first of (minus AUC, epoch, configuration as JSON) with the next ``most`` - 1 configurations behind it."""
-    each: dict[str, Choice] = {}
-    for area, epoch, text in sorted(found):
-        each.setdefault(text, Choice(json.loads(text), epoch, -area))
-    first, *others = list(each.values())[:most]
+def best_choice(candidates: Sequence[tuple[float, int, str]], size: int) -> Choice:
+    """The first of (minus AUC, epoch, configuration as JSON), with the next ``size`` - 1 configurations."""
+    best: dict[str, Choice] = {}
+    for area, epoch, text in sorted(candidates):
+        best.setdefault(text, Choice(json.loads(text), epoch, -area))
+    first, *others = list(best.values())[:size]
     return replace(first, others=tuple(others))
-
-
-def predict(study: Study, row: str, choices: Sequence[Choice]) -> list[Floats]:
-    """What the selected heads, trained again, say about each fold's test people.
-
-    Returns:
-        For each fold float32 ``[test row, class]``: the mean of the probabilities of its inner splits' heads, of all
-        configurations that were chosen.
-    """
-    return predict_ablated(study, row, choices, ["all"])["all"]
-
-
-def predict_ablated(
-    study: Study, row: str, choices: Sequence[Choice], wanted: Sequence[str]
-) -> dict[str, list[Floats]]:
-    """The same, and what else is asked for: ``uncalibrated`` probabilities, or a modality's name: the others withheld
-    from the very same heads."""
-    return _ensembles(study, row, choices, [study.table.label], [""], wanted)[0]
-
-
-def trained_heads(study: Study, row: str, choices: Sequence[Choice]) -> list[list[list[Head]]]:
-    """The heads behind :func:`predict`, for each fold and each of ``Choice.members`` one of each inner split.
-
-    They stand by themselves: state and ``about()`` bring them back, and given what ``models.fusion.tokens`` makes of an
-    encoder's features, with the kind that ``models.fusion_heads.input_kind`` tells, the mean of the softmax of their
-    logits is the probability that the study reports.
-    """
-    found = []
-    for number, (fold, choice) in enumerate(zip(study.folds, choices, strict=True)):
-        mine = []
-        for member in choice.members:
-            heads = _trained(study, _jobs(study, row, member.config, number, study.table.label), member)
-            if study.options.tune.calibrate:
-                heads.calibrate([rows for _, rows in fold.inner])
-            mine.append([heads.head(i) for i in range(len(fold.inner))])
-        found.append(mine)
-    return found
-
-
-def _trained(study: Study, jobs: Sequence[Job], choice: Choice) -> Heads:
-    heads = Heads(jobs, len(study.table.classes), choice.config)
-    for _ in range(choice.epoch):
-        heads.epoch()
-    return heads
-
-
-def _ensembles(
-    study: Study, row: str, choices: Sequence[Choice], labels: Sequence[Ints], purposes: Sequence[str],
-    wanted: Sequence[str] = ("all",),
-) -> list[dict[str, list[Floats]]]:  # fmt: skip
-    """The same for each of some ways to label the windows, for each fold."""
-    found: list[dict[str, list[Floats]]] = [{view: [] for view in wanted} for _ in labels]
-    for number, choice in enumerate(choices):
-        said = [_of_member(study, row, member, number, labels, purposes, wanted) for member in choice.members]
-        for i, parts in enumerate(found):
-            for view, each in parts.items():
-                mean = np.stack([one[i][view] for one in said]).mean(axis=0, dtype=np.float64)
-                each.append(mean.astype(np.float32))
-    return found
-
-
-def _of_member(
-    study: Study, row: str, choice: Choice, number: int, labels: Sequence[Ints], purposes: Sequence[str],
-    wanted: Sequence[str],
-) -> list[dict[str, Floats]]:  # fmt: skip
-    """What the heads of one configuration say in one fold, for each way to label the windows."""
-    fold, found = study.folds[number], list[dict[str, Floats]]()
-    jobs = [
-        _jobs(study, row, choice.config, number, label, purpose)
-        for label, purpose in zip(labels, purposes, strict=True)
-    ]  # fmt: skip
-    each = len(fold.inner)
-    step = max(1, _MOST_HEADS // each)
-    for start in range(0, len(jobs), step):
-        mine = jobs[start : start + step]
-        heads = _trained(study, [job for some in mine for job in some], choice)
-        tested = [fold.test] * len(heads.jobs)
-        flat = {"uncalibrated": heads.probability(tested)} if "uncalibrated" in wanted else {}
-        if study.options.tune.calibrate:
-            heads.calibrate([rows for _, rows in fold.inner] * len(mine))
-        for view in [view for view in wanted if view not in flat]:
-            flat[view] = heads.probability(tested, None if view == "all" else view)
-        for low in range(0, len(mine) * each, each):
-            means = {view: np.stack(flat[view][low : low + each]).mean(axis=0, dtype=np.float64) for view in wanted}
-            found.append({view: mean.astype(np.float32) for view, mean in means.items()})
-    return found
-
-
-def noisy(study: Study, signal: str) -> Study:
-    """The study with one signal's features replaced by noise, drawn for each window on its own."""
-    inputs = {}
-    for key, values in study.inputs.items():
-        if key.startswith(f"{signal}/"):
-            rng = np.random.Generator(np.random.Philox(key=seed_of("noise", study.options.run.seed, key)))
-            values = rng.standard_normal(values.shape, dtype=np.float32)
-        inputs[key] = values
-    # Where the signal was missing would tell of the window too.
-    valid = {name: known for name, known in study.valid.items() if name != signal}
-    most = max(study.options.search.components)
-    reductions = reductions_of(inputs, study.encoders, study.folds, most, valid)
-    return replace(study, inputs=inputs, valid=valid, reductions=reductions)
-
-
-def control(study: Study, choices: Sequence[Choice], repeats: int) -> list[float]:
-    """AUCs of the fused row's selected heads when trained and tested on labels permuted by recording within people.
-
-    A study that leaks, through a person or a recording on both sides of a fold, stays above chance here.
-
-    Returns:
-        One AUC over all test windows for each permutation in which it is defined.
-    """
-    # Labels only: the folds, and with them what every head is tested on, stay as they are.
-    labels = [permuted(study.table, seed_of("control", study.options.run.seed, i)).label for i in range(repeats)]
-    purposes = [f"/permuted/{i}" for i in range(repeats)]
-    rows = np.concatenate([fold.test for fold in study.folds])
-    areas = []
-    for label, parts in zip(labels, _ensembles(study, "fused", choices, labels, purposes), strict=True):
-        if (area := auc(label[rows], np.concatenate(parts["all"]))) is not None:
-            areas.append(area)
-    return areas

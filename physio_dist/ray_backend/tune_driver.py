@@ -16,11 +16,12 @@ import ray
 from physio_dist import config, storage
 from physio_dist.config import TuneConfig
 from physio_dist.config.loader import Parser
+from physio_dist.data.handle import ShardSetHandle, open_handle
 from physio_dist.errors import EXIT_FAULT
 from physio_dist.evaluation import study, trial_log
 from physio_dist.evaluation.search_space import STARTUP, need_optuna, plan
 from physio_dist.evaluation.serving import classifier_files
-from physio_dist.evaluation.trials import Study
+from physio_dist.evaluation.trials import SEARCHED, Study
 from physio_dist.models.cbramod import CBRAMOD
 from physio_dist.ray_backend import cluster
 from physio_dist.ray_backend.tune_trials import run_trials
@@ -60,8 +61,9 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
     if os.environ.get("RAY_ADDRESS") or options.tune.cpus > cores():
         # A missing or small cluster is soon noticed; starting one here only to refuse the input would be a waste.
         _connect(options, say)
-    prepared = study.prepare(options, options.tune.feature_cache, say)
-    facts = trial_log.facts_of(options.tune.data, prepared.about)
+    data = open_handle(options.tune.data, options.data)
+    prepared = study.prepare(options, data, options.tune.feature_cache, say)
+    facts = trial_log.facts_of(data.index, prepared.about)
     if not ray.is_initialized():
         _connect(options, say)
     lease = Lease(directory.url, lambda why: end_process(why, EXIT_FAULT), say)
@@ -69,15 +71,15 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
         # Another driver may have finished it while this one waited.
         results = trial_log.finished(directory, options)
         if results is None:
-            results = _sweep(options, directory, prepared, facts, lease, say)
+            results = _sweep(options, directory, prepared, data, facts, lease, say)
     finally:
         lease.release()
     _print_results(directory, results, say, "done")
 
 
 def _sweep(
-    options: TuneConfig, directory: RunDir, prepared: Study, facts: dict[str, Any], lease: Lease,
-    say: Callable[[str], None],
+    options: TuneConfig, directory: RunDir, prepared: Study, data: ShardSetHandle, facts: dict[str, Any],
+    lease: Lease, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything that writes to the run's directory."""
     directory.begin(lease.attempt)
@@ -88,7 +90,7 @@ def _sweep(
         storage.write_bytes(directory.file(CONFIG), config.to_yaml(options).encode())
         storage.write_json(directory.file(trial_log.DATA), facts)
         earlier = f", {len(log.ended)} of them done in an earlier attempt" if log.ended else ""
-        each = f"{len(study.SEARCHED)} rows"
+        each = f"{len(SEARCHED)} rows"
         if any(trial.fold for trial in trials):
             each += f" and, beyond the first {STARTUP}, {len(prepared.folds)} folds"
         say(f"{len(trials)} trials: {options.tune.trials} configurations for each of {each}{earlier}")
@@ -99,9 +101,11 @@ def _sweep(
         say(log.summary_line())
     finally:
         log.close()
-    outcome = study.conclude(prepared, log.records(), say)
+    outcome = study.conclude(prepared, log.records(), say, data)
     lease.check()
-    classifier_files.save_classifier(prepared, log.records(), directory.file(classifier_files.FOLDER), say)
+    classifier_files.save_classifier(
+        prepared, log.records(), outcome.fused, data.index, directory.file(classifier_files.FOLDER), say
+    )
     storage.write_bytes(directory.file(trial_log.TRIALS), log.lines())
     storage.write_bytes(directory.file(trial_log.PREDICTIONS), outcome.predictions)
     if outcome.embedding is not None:

@@ -23,7 +23,7 @@ from ray.tune.schedulers import FIFOScheduler
 from physio_dist import __version__, storage
 from physio_dist.config import TuneConfig
 from physio_dist.errors import PhysioError, UserError
-from physio_dist.evaluation import study, trial_log
+from physio_dist.evaluation import trial_log, trials
 from physio_dist.evaluation.trials import Study
 from physio_dist.ray_backend.metrics_export import MetricsExporter
 from physio_dist.ray_backend.schedulers import FoldwiseASHA
@@ -61,7 +61,7 @@ class FusionTrial(tune.Trainable):  # type: ignore[misc]
         """Start the next trial in the same actor."""
         config = {name: value for name, value in new_config.items() if name not in ("trial", "row", "fold")}
         print(f"trial {new_config['trial']}: {config}", flush=True)
-        self._epochs: Iterator[dict[str, float]] = study.train(
+        self._epochs: Iterator[dict[str, float]] = trials.train(
             self._prepared, new_config["row"], config, new_config["fold"]
         )
         return True

@@ -31,7 +31,9 @@ from physio_dist.report.sweep_data import METRICS, ROWS, HeldOut, Ints, Sweep, m
 from physio_dist.report.sweep_plots import colour_of, label_of
 from physio_dist.report.sweep_summary import CHANCE, better_single, published, reached
 from physio_dist.runs.sweep_results import BOUND, PREDICTIONS, ResultRow
-from physio_dist.stats.auc import PERMUTATIONS, compared, pooled_auc
+from physio_dist.stats.auc import pooled_auc
+from physio_dist.stats.bootstrap import compared_rows
+from physio_dist.stats.permutation import PERMUTATIONS
 
 # More classes than this share one panel, as a mean.
 MOST_PANELS = 4
@@ -331,7 +333,7 @@ def _gain_table(sweep: Sweep, held: HeldOut | None) -> Table | None:
     """What fusion adds to each other row, and what is left of it, on the same resampled people."""
     named = [row.name for row in sweep.real_rows]
     found = {} if held is None else held.differences
-    found = {pair: one for pair in compared(named) if (one := found.get(pair)) is not None}
+    found = {pair: one for pair in compared_rows(named) if (one := found.get(pair)) is not None}
     if held is None or not found:
         return None
     lines = []

@@ -29,16 +29,14 @@ from physio_dist.runs.sweep_results import (
 )
 from physio_dist.runs.typed_json import from_json, parse_json, parse_lines, printable
 from physio_dist.stats.auc import (
-    Difference,
     PairwiseComparisons,
     compare_all_pairs,
-    compared,
-    difference,
     mean_of_finite,
-    p_of_no_difference,
     positive_classes,
     ratio,
 )
+from physio_dist.stats.bootstrap import Difference, auc_difference, compared_rows
+from physio_dist.stats.permutation import permutation_p_value
 
 Ints = NDArray[np.int64]
 
@@ -305,10 +303,10 @@ def _differences(
     predictions: Predictions, pairs: dict[str, list[PairwiseComparisons]]
 ) -> dict[tuple[str, str], Difference]:
     found = {}
-    for row, minus in compared(pairs):
+    for row, minus in compared_rows(pairs):
         mine, other = predictions.probability[row], predictions.probability[minus]
-        p = p_of_no_difference(predictions.label, predictions.person, mine, other)
-        found[row, minus] = replace(difference(pairs[row], pairs[minus]), p=p)
+        p = permutation_p_value(predictions.label, predictions.person, mine, other)
+        found[row, minus] = replace(auc_difference(pairs[row], pairs[minus]), p=p)
     return found
 
 

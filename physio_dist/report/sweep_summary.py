@@ -24,7 +24,7 @@ from physio_dist.report.components import (
 from physio_dist.report.sweep_data import HeldOut, Sweep
 from physio_dist.report.sweep_plots import label_of
 from physio_dist.runs.sweep_results import ResultRow
-from physio_dist.stats.auc import Difference
+from physio_dist.stats.bootstrap import Difference
 
 CHANCE = 0.5
 # Permuted labels with a p value below this level point to a leak.

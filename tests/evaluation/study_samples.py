@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,22 +12,40 @@ import numpy as np
 from safetensors.numpy import save as save_safetensors
 
 from physio_dist import storage
-from physio_dist.config import TuneConfig
+from physio_dist.config import CacheOptions, TuneConfig
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import SPLITS, ShardInfo, ShardSet, SignalInfo, fingerprint_of, open_set
 from physio_dist.data.format.people import pseudonym
 from physio_dist.data.format.sample_table import SampleTable, key_table, publish
+from physio_dist.data.handle import ShardSetHandle, open_handle
 from physio_dist.evaluation.features import FORMAT, INDEX, KIND
 from physio_dist.evaluation.head_training import Job
 from physio_dist.evaluation.label_table import LabelTable
+from physio_dist.evaluation.results import Outcome
 from physio_dist.evaluation.splits import folds_of
-from physio_dist.evaluation.trials import Study, reductions_of
+from physio_dist.evaluation.study import conclude, prepare
+from physio_dist.evaluation.trials import EncoderRole, InputKey, Study, TrialRecord, reductions_of
 from physio_dist.models.fusion.reduction import fit_reduction
 
 CONFIG: dict[str, Any] = {
     "pooling": "mean", "components": 64, "depth": 1, "width": 8, "dropout": 0.2, "label_smoothing": 0.0, "lr": 0.01,
     "weight_decay": 0.01,
 }  # fmt: skip
+
+
+def opened(url: str) -> ShardSetHandle:
+    """A shard set, with a cache at the default place."""
+    return open_handle(url, CacheOptions())
+
+
+def prepare_study(options: TuneConfig, features_url: str, say: Callable[[str], None]) -> Study:
+    """Prepare a study of the shard set that its options name."""
+    return prepare(options, open_handle(options.tune.data, options.data), features_url, say)
+
+
+def conclude_study(study: Study, records: Sequence[TrialRecord], say: Callable[[str], None]) -> Outcome:
+    """Conclude a study, with its shard set where it has frozen features of one."""
+    return conclude(study, records, say, opened(study.options.tune.data) if study.features else None)
 
 
 def waves(n: int, channels: int = 2, length: int = 400, seed: int = 0) -> np.ndarray:
@@ -136,16 +154,16 @@ def study_of(
     made = tuple(folds_of(table, "grouped_kfold", folds, val_folds, 0))
     noise = {name: features_of(table.label, 0.0, 3, 90 + i) for i, name in enumerate(("ecg", "eeg"))}
     encoders = {
-        **{name: (f"{name}-a",) * len(made) for name in ("ecg", "eeg")},
-        **{f"untrained_{name}": (f"{name}-u",) * len(made) for name in ("ecg", "eeg")},
+        **{EncoderRole(name): (f"{name}-a",) * len(made) for name in ("ecg", "eeg")},
+        **{EncoderRole(name, False): (f"{name}-u",) * len(made) for name in ("ecg", "eeg")},
     }
     inputs = {
-        "ecg/ecg-a/mean": ecg, "eeg/eeg-a/mean": eeg,
-        "ecg/ecg-u/mean": noise["ecg"], "eeg/eeg-u/mean": noise["eeg"],
+        InputKey("ecg", "ecg-a", "mean"): ecg, InputKey("eeg", "eeg-a", "mean"): eeg,
+        InputKey("ecg", "ecg-u", "mean"): noise["ecg"], InputKey("eeg", "eeg-u", "mean"): noise["eeg"],
     }  # fmt: skip
     return Study(
         options=options, table=table, folds=made, encoders=encoders, inputs=inputs,
-        handmade={"ecg": ecg.astype(np.float64), "eeg": eeg.astype(np.float64)},
+        handcrafted={"ecg": ecg.astype(np.float64), "eeg": eeg.astype(np.float64)},
         reductions=reductions_of(inputs, encoders, made, 64),
         about={"ecg": {}, "eeg": {}},
         notes=("A note.",),

@@ -11,7 +11,7 @@ import pytest
 from physio_dist.errors import UserError
 from physio_dist.evaluation.clips import BaselinePeriod, subtract_baseline
 from physio_dist.evaluation.label_table import load_label_table, published_result
-from tests.evaluation.study_samples import paired
+from tests.evaluation.study_samples import opened, paired
 
 
 def watched(people: int = 3, clips: int = 4, **more: Any) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def test_windows_know_their_clip_and_the_rest_before(tmp_path: Path) -> None:
     facts = watched()
     del facts[0]  # The first person's first clip has no rest any more.
     paired(str(tmp_path), facts)
-    table = load_label_table(str(tmp_path), "dreamer", "valence", clip="clip", baseline=True)
+    table = load_label_table(opened(str(tmp_path)), "dreamer", "valence", clip="clip", baseline=True)
     assert table.clip is not None and table.baseline is not None
     assert table.classes == ("low", "high") and len(table.label) == 3 * 4 * 2 - 2
     of_clip = [facts[i]["labels"]["clip"] for i in table.sample]
@@ -43,7 +43,7 @@ def test_windows_know_their_clip_and_the_rest_before(tmp_path: Path) -> None:
     notes = " ".join(table.notes)
     assert "tune.neutral=low" in notes and "2 windows without a rest are left out" in notes
     assert "11 of 35 windows do not have the label" in notes
-    plain = load_label_table(str(tmp_path), "dreamer", "valence")
+    plain = load_label_table(opened(str(tmp_path)), "dreamer", "valence")
     assert plain.clip is None and plain.baseline is None and len(plain.label) == 24
 
 
@@ -104,7 +104,7 @@ def test_what_has_no_clips_or_ratings_is_told(case: str, tmp_path: Path) -> None
     facts, asked, words = BAD[case]
     paired(str(tmp_path), facts)
     with pytest.raises(UserError) as caught:
-        load_label_table(str(tmp_path), "dreamer", "valence", **asked)
+        load_label_table(opened(str(tmp_path)), "dreamer", "valence", **asked)
     for word in words:
         assert word in str(caught.value)
 
@@ -112,11 +112,11 @@ def test_what_has_no_clips_or_ratings_is_told(case: str, tmp_path: Path) -> None
 def test_good_and_bad_counters(tmp_path: Path) -> None:
     kinds = ["good", "bad", "good"]
     paired(str(tmp_path / "a"), [{"person": str(i), "labels": {"counter": kind}} for i, kind in enumerate(kinds)])
-    table = load_label_table(str(tmp_path / "a"), "eegmat", "counter")
+    table = load_label_table(opened(str(tmp_path / "a")), "eegmat", "counter")
     assert table.classes == ("bad", "good") and table.label.tolist() == [1, 0, 1]
     paired(str(tmp_path / "b"), [{"person": str(i), "labels": {"counter": i}} for i in range(3)])
     with pytest.raises(UserError, match="also has 0, 1, 2; it must be bad or good"):
-        load_label_table(str(tmp_path / "b"), "eegmat", "counter")
+        load_label_table(opened(str(tmp_path / "b")), "eegmat", "counter")
 
 
 def test_the_papers_figures_stand_beside_its_labels_only() -> None:

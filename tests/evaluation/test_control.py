@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from physio_dist.config.task import PROTOCOLS
+from physio_dist.evaluation.controls import permuted_label_aucs
 from physio_dist.evaluation.handcrafted import paired_features
 from physio_dist.evaluation.label_table import LabelTable, load_label_table
-from physio_dist.evaluation.results import permuted_part
+from physio_dist.evaluation.results import permutation_control
 from physio_dist.evaluation.splits import folds_of
-from physio_dist.evaluation.study import Study
-from physio_dist.evaluation.trials import Choice, control
-from tests.evaluation.study_samples import CONFIG, changed, study_of, table_of
+from physio_dist.evaluation.trials import Choice, Study
+from tests.evaluation.study_samples import CONFIG, changed, opened, study_of, table_of
 
 pytestmark = pytest.mark.integration
 
@@ -30,8 +30,8 @@ def permuted_under(study: Study, protocol: str, folds: int) -> tuple[float, floa
     names = {name: (hashes[0],) * len(made) for name, hashes in study.encoders.items()}
     study = changed(study, folds=made, encoders=names)
     config = {**CONFIG, "width": 64, "dropout": 0.0, "lr": 0.02}
-    areas = control(study, [Choice(config, 12, 0.5)] * len(made), REPEATS)
-    part = permuted_part(0.7, areas)
+    areas = permuted_label_aucs(study, [Choice(config, 12, 0.5)] * len(made), REPEATS)
+    part = permutation_control(0.7, areas)
     assert part.n == REPEATS and part.mean == pytest.approx(np.mean(areas), abs=1e-5)
     return part.mean, part.p_leak
 
@@ -65,8 +65,8 @@ def test_on_real_people(
     """36 people at rest and calculating, hand-made features."""
     done = cli("shard", "edf", data_dir / "eegmat", "--out", tmp_path / "set", "signals=ecg,eeg", "leads=ECG")
     assert done.returncode == 0, done.stderr
-    table = load_label_table(str(tmp_path / "set"), "eegmat", None)
-    measured = paired_features(str(tmp_path / "set"), lambda _: None)
+    table = load_label_table(opened(str(tmp_path / "set")), "eegmat", None)
+    measured = paired_features(opened(str(tmp_path / "set")), lambda _: None)
     ecg, eeg = (np.nan_to_num(measured[name][table.sample]).astype(np.float32) for name in ("ecg", "eeg"))
     study = study_of(table, ecg, eeg)
     whole, leak = permuted_under(study, "grouped_kfold", 4)

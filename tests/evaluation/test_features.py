@@ -25,6 +25,7 @@ from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, preset
 from physio_dist.models.export import load_encoder, save_encoder
 from tests.conftest import S3, Web
 from tests.data.conftest import build, flip, signal_of
+from tests.evaluation.study_samples import opened
 
 LENGTH = 600
 PATCHES = 3
@@ -62,7 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(backbone: Backbone, shards: ShardSet, out: str) -> list[str]:
     said: list[str] = []
-    embed(backbone, shards.url, out, said.append)
+    embed(backbone, opened(shards.url), out, said.append)
     return said
 
 
@@ -366,7 +367,7 @@ def test_shards_and_encoder_may_lie_on_a_web_server(
     there = open_backbone(f"{web.url}/encoder", "ecg")
     assert there.sha256 == backbone.sha256
     said: list[str] = []
-    embed(there, f"{web.url}/set/index.json", str(tmp_path / "out"), said.append)
+    embed(there, opened(f"{web.url}/set/index.json"), str(tmp_path / "out"), said.append)
     np.testing.assert_allclose(open_features(str(tmp_path / "out")).values, by_hand(encoder, range(12)), atol=2e-5)
 
 
@@ -401,7 +402,7 @@ def test_embedding_checks_the_fit_before_it_writes(backbone: Backbone, tmp_path:
         made(backbone, short, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"holds no index\.json"):
-        embed(backbone, str(tmp_path / "none"), str(tmp_path / "out"), print)
+        embed(backbone, opened(str(tmp_path / "none")), str(tmp_path / "out"), print)
 
 
 def test_kept_features_survive_a_cache_that_cannot_be_written(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from physio_dist.config import TuneConfig
-from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, prepare, train
-from tests.evaluation.study_samples import CONFIG, publish_set, waves
+from physio_dist.evaluation.trials import SEARCHED, Study, TrialRecord, train
+from tests.evaluation.study_samples import CONFIG, conclude_study, prepare_study, publish_set, waves
 from tests.evaluation.test_study import export, quiet
 
 pytestmark = pytest.mark.integration
@@ -40,12 +40,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     options.tune.folds, options.tune.val_folds, options.tune.max_epochs = FOLDS, 2, 1
     options.tune.finetune, options.tune.finetune_lr = True, 1e-3
     options.search.pooling = ["mean"]
-    return prepare(options, str(folder / "features"), quiet)
+    return prepare_study(options, str(folder / "features"), quiet)
 
 
 def concluded(study: Study) -> tuple[dict[str, object], bytes]:
     records = [TrialRecord(row, row, CONFIG, list(train(study, row, CONFIG))) for row in SEARCHED]
-    outcome = conclude(study, records, quiet)
+    outcome = conclude_study(study, records, quiet)
     return next(row for row in outcome.results["rows"] if row["name"] == "finetuned"), outcome.predictions
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from physio_dist import config
-from physio_dist.data.format.index import open_set
+from physio_dist.data.format.index import ShardSet, open_set
 from physio_dist.data.format.people import split_of
 from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.fold_resplits import FoldsConfig, fold_split, open_folds, write_fold_resplits
 from tests.conftest import S3
-from tests.evaluation.study_samples import facts_of, paired
+from tests.evaluation.study_samples import facts_of, opened, paired
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -37,13 +37,18 @@ def options(data: str, *more: str) -> FoldsConfig:
     return config.load(FoldsConfig, None, words)
 
 
+def write(options: FoldsConfig, out: str) -> tuple[list[ShardSet], int]:
+    return write_fold_resplits(options, opened(options.tune.data), out)
+
+
 @pytest.mark.parametrize("more", [(), ("tune.protocol=loso",), ("split.val=0", "run.seed=6")])
 def test_the_resplits_are_the_folds_of_the_sweep(data: str, tmp_path: Path, more: tuple[str, ...]) -> None:
     given = options(data, *more)
-    resplits, written = write_fold_resplits(given, str(tmp_path / "resplits"))
-    shards, table, folds = open_folds(given)
+    resplits, written = write(given, str(tmp_path / "resplits"))
+    handle = opened(data)
+    table, folds = open_folds(given, handle)
     assert written == len(resplits) == len(folds) == (11 if given.tune.protocol == "loso" else 4)
-    whole = read_sample_table(shards)
+    whole = handle.sample_table
     tested = []
     for resplit, fold in zip(resplits, folds, strict=True):
         assert resplit.url == f"{tmp_path}/resplits/{fold.name}" and resplit.made_by["view"]["fold"] == fold.name
@@ -62,19 +67,19 @@ def test_the_resplits_are_the_folds_of_the_sweep(data: str, tmp_path: Path, more
 
 
 def test_the_same_options_give_the_same_bytes_and_others_are_refused(data: str, tmp_path: Path) -> None:
-    first, _ = write_fold_resplits(options(data), str(tmp_path / "a"))
+    first, _ = write(options(data), str(tmp_path / "a"))
     bytes_of = {path.relative_to(tmp_path / "a"): path.read_bytes() for path in (tmp_path / "a").rglob("*.*")}
     assert len(bytes_of) == 8
-    write_fold_resplits(options(data), str(tmp_path / "b"))
+    write(options(data), str(tmp_path / "b"))
     assert {path.relative_to(tmp_path / "b"): path.read_bytes() for path in (tmp_path / "b").rglob("*.*")} == bytes_of
-    assert write_fold_resplits(options(data), str(tmp_path / "a")) == (first, 0)
+    assert write(options(data), str(tmp_path / "a")) == (first, 0)
     for more in ("run.seed=6", "split.val=0.5"):
         with pytest.raises(UserError, match=r"a resplit made from other data or options; choose another --out"):
-            write_fold_resplits(options(data, more), str(tmp_path / "a"))
+            write(options(data, more), str(tmp_path / "a"))
     with pytest.raises(UserError, match=r"holds something else than these 3 resplits: 3; choose another --out"):
-        write_fold_resplits(options(data, "tune.folds=3"), str(tmp_path / "a"))
+        write(options(data, "tune.folds=3"), str(tmp_path / "a"))
     # A sweep over a resplit is of the same people, and so are its folds.
-    again, _ = write_fold_resplits(options(first[2].url), str(tmp_path / "c"))
+    again, _ = write(options(first[2].url), str(tmp_path / "c"))
     assert [one.fingerprint for one in again] == [one.fingerprint for one in first]
 
 
@@ -93,7 +98,7 @@ def test_what_no_resplits_can_be_made_of_is_told_and_nothing_is_written(
     data: str, tmp_path: Path, more: str, told: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        write_fold_resplits(options(data, more), str(tmp_path / "resplits"))
+        write(options(data, more), str(tmp_path / "resplits"))
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "resplits").exists()
 

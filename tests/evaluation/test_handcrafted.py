@@ -25,7 +25,7 @@ from physio_dist.evaluation.logistic import fit_logistic
 from physio_dist.evaluation.splits import folds_of
 from physio_dist.signals.readers import reader
 from physio_dist.stats.scores import score
-from tests.evaluation.study_samples import facts_of, publish_set, waves
+from tests.evaluation.study_samples import facts_of, opened, publish_set, waves
 
 
 def beats(intervals_ms: np.ndarray, rate: float = 200.0, length: int = 2000, height: float = 900.0) -> np.ndarray:
@@ -102,7 +102,7 @@ def test_every_window_of_a_set_in_order_with_what_is_invalid_unknown(tmp_path: P
     signals = {"ecg": (ecg, ("I", "II"), 1.0), "eeg": (eeg, ("C3", "C4"), 0.5)}
     publish_set(str(tmp_path), facts, signals, valid=valid)
     said: list[str] = []
-    found = paired_features(str(tmp_path), said.append)
+    found = paired_features(opened(str(tmp_path)), said.append)
     assert found["ecg"].shape == (12, 4) and found["eeg"].shape == (12, 10) and len(said) == 1
     good = np.arange(12) != 4
     np.testing.assert_allclose(found["ecg"][good, 0], 60_000 / periods[good], rtol=0.02)
@@ -119,7 +119,7 @@ def test_paired_features_without_lead_ii_use_clearest_lead(tmp_path: Path) -> No
         ecg[window, lead] = beats(np.full(14, period))
     eeg = np.random.default_rng(0).integers(-300, 300, (2, 1, 2000)).astype(np.int16)
     publish_set(str(tmp_path), facts, {"ecg": (ecg, ("V1", "V2", "V3"), 1.0), "eeg": (eeg, ("Cz",), 1.0)})
-    found = paired_features(str(tmp_path), lambda _: None)["ecg"]
+    found = paired_features(opened(str(tmp_path)), lambda _: None)["ecg"]
     np.testing.assert_allclose(found[:, 0], [80.0, 60_000 / 900], rtol=0.01)
 
 
@@ -131,7 +131,7 @@ def test_paired_features_use_valid_lead_ii_even_if_another_is_clearer(tmp_path: 
     eeg = np.random.default_rng(0).integers(-300, 300, (2, 1, 2000)).astype(np.int16)
     valid = {"ecg": np.array([[True, True], [True, False]]), "eeg": np.ones((2, 1), bool)}
     publish_set(str(tmp_path), facts, {"ecg": (ecg, ("V1", "II"), 1.0), "eeg": (eeg, ("Cz",), 1.0)}, valid=valid)
-    found = paired_features(str(tmp_path), lambda _: None)["ecg"]
+    found = paired_features(opened(str(tmp_path)), lambda _: None)["ecg"]
     np.testing.assert_allclose(found[:, 0], [80.0, 60.0], rtol=0.01)
 
 
@@ -178,7 +178,7 @@ def test_window_features_have_one_row_per_window_in_storage_order(
     facts = [{"person": f"p{i}", "record": f"r{i}"} for i in range(7)]
     shards = publish_set(str(tmp_path), facts, {signal: (values, names, 0.5)}, valid={signal: valid})
     said: list[str] = []
-    found = window_features(shards, signal, said.append)
+    found = window_features(opened(shards.url), signal, said.append)
     per = len(INDICES) if signal == "ecg" else 5
     assert said and found.shape == (7, 2 * per + 2 + (len(HEART) if signal == "ecg" else 0))
     assert np.array_equal(found[:, 2 * per : 2 * per + 2], valid)
@@ -194,8 +194,10 @@ def test_fit_logistic_on_real_recordings_reaches_known_auc(
     """Heart rate and band powers of 36 people at rest and calculating: 0.77 pooled over folds of whole people."""
     done = cli("shard", "edf", data_dir / "eegmat", "--out", tmp_path / "set", "signals=ecg,eeg", "leads=ECG")
     assert done.returncode == 0, done.stderr
-    table = load_label_table(str(tmp_path / "set"), "eegmat", None)
-    measured = {name: x[table.sample] for name, x in paired_features(str(tmp_path / "set"), lambda _: None).items()}
+    table = load_label_table(opened(str(tmp_path / "set")), "eegmat", None)
+    measured = {
+        name: x[table.sample] for name, x in paired_features(opened(str(tmp_path / "set")), lambda _: None).items()
+    }
     assert np.isnan(measured["ecg"]).any(axis=1).mean() < 0.02
     # Whoever calculates has a faster heart: 34 of the 36, says the data's description.
     rate, faster = measured["ecg"][:, 0], 0

@@ -46,8 +46,8 @@ def test_together_as_alone(more: dict[str, Any]) -> None:
 
 def test_standardised_in_every_step_as_standardised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     once = trained(jobs(), VALID)
-    monkeypatch.setattr(module, "_MOST_READY", 0)
-    monkeypatch.setattr(module, "_MOST_VALUES", 300)  # a few rows at a time
+    monkeypatch.setattr(module, "_MAX_REDUCED_VALUES", 0)
+    monkeypatch.setattr(module, "_MAX_VALUES", 300)  # a few rows at a time
     for a, b in zip(once, trained(jobs(), VALID), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

@@ -13,7 +13,7 @@ from physio_dist.data.format.index import open_set
 from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
 from physio_dist.evaluation.label_table import load_label_table, require_paired
-from tests.evaluation.study_samples import facts_of, paired, publish_set, waves
+from tests.evaluation.study_samples import facts_of, opened, paired, publish_set, waves
 
 
 def labelled(values: list[Any], name: str = "x") -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def labelled(values: list[Any], name: str = "x") -> list[dict[str, Any]]:
 def test_eegmat_has_rest_before_arithmetic_and_numbers_recordings(tmp_path: Path) -> None:
     facts = facts_of(people=2, recordings=2, windows=3)
     paired(str(tmp_path), facts, split=[0] * 6 + [2] * 6)
-    table = load_label_table(str(tmp_path), "eegmat", None)
+    table = load_label_table(opened(str(tmp_path)), "eegmat", None)
     assert table.classes == ("rest", "arithmetic")
     assert table.label.tolist() == [0, 0, 0, 1, 1, 1] * 2
     assert table.recording.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -39,7 +39,7 @@ def test_eegmat_has_rest_before_arithmetic_and_numbers_recordings(tmp_path: Path
 
 def test_windows_without_the_label_are_left_out(tmp_path: Path) -> None:
     paired(str(tmp_path), labelled(["b", None, "a", None, "b", "a", "a"]))
-    table = load_label_table(str(tmp_path), "labels", "x")
+    table = load_label_table(opened(str(tmp_path)), "labels", "x")
     assert table.sample.tolist() == [0, 2, 4, 5, 6]
     assert table.keys == ["k-0000", "k-0002", "k-0004", "k-0005", "k-0006"]
     assert table.classes == ("a", "b") and table.label.tolist() == [1, 0, 1, 0, 0]
@@ -49,9 +49,9 @@ def test_windows_without_the_label_are_left_out(tmp_path: Path) -> None:
 
 def test_whole_numbers_and_truth_values_are_classes(tmp_path: Path) -> None:
     paired(str(tmp_path / "n"), labelled([10, 2, 10, 2, 2, 9]))
-    assert load_label_table(str(tmp_path / "n"), "labels", "x").classes == ("2", "9", "10")
+    assert load_label_table(opened(str(tmp_path / "n")), "labels", "x").classes == ("2", "9", "10")
     paired(str(tmp_path / "b"), labelled([True, False]))
-    assert load_label_table(str(tmp_path / "b"), "labels", "x").classes == ("false", "true")
+    assert load_label_table(opened(str(tmp_path / "b")), "labels", "x").classes == ("false", "true")
 
 
 def test_recordings_of_two_sources_are_two(tmp_path: Path) -> None:
@@ -60,12 +60,12 @@ def test_recordings_of_two_sources_are_two(tmp_path: Path) -> None:
         for i, source in enumerate(["one", "two", "one", "two"])
     ]
     paired(str(tmp_path), facts)
-    assert load_label_table(str(tmp_path), "labels", "x").recording.tolist() == [0, 1, 0, 1]
+    assert load_label_table(opened(str(tmp_path)), "labels", "x").recording.tolist() == [0, 1, 0, 1]
 
 
 def test_a_window_that_tells_no_recording_is_one_of_its_own(tmp_path: Path) -> None:
     paired(str(tmp_path), [{"person": "p", "labels": {"x": i % 2}} for i in range(4)])
-    assert len(set(load_label_table(str(tmp_path), "labels", "x").recording.tolist())) == 4
+    assert len(set(load_label_table(opened(str(tmp_path)), "labels", "x").recording.tolist())) == 4
 
 
 def test_hidden_drives_come_from_simulated_sets_only(tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_hidden_drives_come_from_simulated_sets_only(tmp_path: Path) -> None:
         for i in range(4)
     ]
     paired(str(tmp_path / "real"), facts)
-    assert load_label_table(str(tmp_path / "real"), "labels", "arousal").simulated_drive == {}
+    assert load_label_table(opened(str(tmp_path / "real")), "labels", "arousal").simulated_drive == {}
     paired(str(tmp_path / "made"), facts, simulated=True)
-    made = load_label_table(str(tmp_path / "made"), "labels", "arousal")
+    made = load_label_table(opened(str(tmp_path / "made")), "labels", "arousal")
     assert made.simulated
     # They bound what can be known of the state, and of nothing else.
-    assert load_label_table(str(tmp_path / "made"), "labels", "x").simulated_drive == {}
+    assert load_label_table(opened(str(tmp_path / "made")), "labels", "x").simulated_drive == {}
     assert made.simulated_drive["ecg"].tolist() == [0.0, 0.5, 1.0, 1.5] and made.simulated_drive["eeg"].tolist() == [
         0,
         -1,
@@ -129,7 +129,7 @@ def test_what_cannot_be_a_table_is_told_in_one_sentence(case: str, tmp_path: Pat
     make, task, label, words = BAD[case]
     make(str(tmp_path))
     with pytest.raises(UserError) as caught:
-        load_label_table(str(tmp_path), task, label)
+        load_label_table(opened(str(tmp_path)), task, label)
     for word in words:
         assert word in str(caught.value)
 
@@ -144,4 +144,4 @@ def test_require_paired_refuses_a_set_without_eeg(tmp_path: Path) -> None:
 
 def test_twenty_values_are_still_classes(tmp_path: Path) -> None:
     paired(str(tmp_path), labelled(list(range(20))))
-    assert len(load_label_table(str(tmp_path), "labels", "x").classes) == 20
+    assert len(load_label_table(opened(str(tmp_path)), "labels", "x").classes) == 20

@@ -19,13 +19,23 @@ from physio_dist.errors import UserError
 from physio_dist.evaluation.features import open_features
 from physio_dist.evaluation.handcrafted import paired_features
 from physio_dist.evaluation.label_table import load_label_table
-from physio_dist.evaluation.results import oracle_rows, permuted_part
-from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, prepare, train
+from physio_dist.evaluation.results import oracle_rows, permutation_control
+from physio_dist.evaluation.trials import SEARCHED, EncoderRole, InputKey, Study, TrialRecord, train
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder, preset
 from physio_dist.models.export import save_encoder
 from physio_dist.models.fusion.pooling import pool
 from physio_dist.stats.scores import METRICS, auc, score
-from tests.evaluation.study_samples import CONFIG, facts_of, features_of, paired, study_of, table_of
+from tests.evaluation.study_samples import (
+    CONFIG,
+    conclude_study,
+    facts_of,
+    features_of,
+    opened,
+    paired,
+    prepare_study,
+    study_of,
+    table_of,
+)
 
 TABLE = table_of(people=9, recordings=2, windows=5)
 
@@ -60,7 +70,7 @@ def records(study: Study) -> list[TrialRecord]:
 
 def test_results_are_what_the_contract_says(study: Study, records: list[TrialRecord]) -> None:
     said: list[str] = []
-    outcome = conclude(study, records, said.append)
+    outcome = conclude_study(study, records, said.append)
     results = json.loads(json.dumps(outcome.results, allow_nan=False))
     assert said
     top = {name: results[name] for name in ("task", "protocol", "label", "classes", "simulated", "windows", "people")}
@@ -94,7 +104,7 @@ def test_results_are_what_the_contract_says(study: Study, records: list[TrialRec
 
 
 def test_predictions_give_the_same_figures(study: Study, records: list[TrialRecord]) -> None:
-    outcome = conclude(study, records, quiet)
+    outcome = conclude_study(study, records, quiet)
     tensors = load_tensors(outcome.predictions)
     length = int.from_bytes(outcome.predictions[:8], "little")
     about = json.loads(outcome.predictions[8 : 8 + length])["__metadata__"]
@@ -116,12 +126,12 @@ def test_predictions_give_the_same_figures(study: Study, records: list[TrialReco
 
 
 def test_the_same_bytes_whatever_the_order_of_trials(study: Study, records: list[TrialRecord]) -> None:
-    first = conclude(study, records, quiet)
+    first = conclude_study(study, records, quiet)
     shuffled = [TrialRecord(f"other-{i}", r.row, r.config, r.history) for i, r in enumerate(records)]
     random.Random(1).shuffle(shuffled)
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - threads if threads in (1, 2) else 1)
-    again = conclude(study, shuffled, quiet)
+    again = conclude_study(study, shuffled, quiet)
     torch.set_num_threads(threads)
     assert json.dumps(again.results) == json.dumps(first.results)
     assert again.predictions == first.predictions
@@ -132,7 +142,7 @@ def test_test_people_decide_nothing(study: Study, records: list[TrialRecord]) ->
     label = TABLE.label.copy()
     label[study.folds[0].test] = 1 - label[study.folds[0].test]
     turned = Study(**{**vars(study), "table": type(TABLE)(**{**vars(TABLE), "label": label})})
-    before, after = (conclude(one, records, quiet).results["rows"] for one in (study, turned))
+    before, after = (conclude_study(one, records, quiet).results["rows"] for one in (study, turned))
     for a, b in zip(before, after, strict=True):
         assert (a["per_fold"][0]["config"], a["per_fold"][0]["epoch"]) == (
             b["per_fold"][0]["config"], b["per_fold"][0]["epoch"],
@@ -146,7 +156,7 @@ def test_a_fold_with_one_class_has_no_auc_and_the_file_stays_json() -> None:
     table = type(TABLE)(**{**vars(TABLE), "label": label})
     made = study_of(table, features_of(label, 1.0, 3, 1), features_of(label, 1.0, 3, 2), folds=9)
     history = [{"epoch": 1, "val_auc": 0.6, **{f"fold_{i}": 0.6 for i in range(9)}}]
-    results = conclude(made, [TrialRecord(row, row, CONFIG, history) for row in SEARCHED], quiet).results
+    results = conclude_study(made, [TrialRecord(row, row, CONFIG, history) for row in SEARCHED], quiet).results
     json.dumps(results, allow_nan=False)
     lonely = [i for i, fold in enumerate(made.folds) if table.person[fold.test][0] == TABLE.person.min()]
     for row in results["rows"]:
@@ -161,7 +171,7 @@ def test_one_fold_has_no_spread() -> None:
     base = study_of(TABLE, features_of(TABLE.label, 1.0, 3, 1), features_of(TABLE.label, 1.0, 3, 2))
     only = Study(**{**vars(base), "folds": base.folds[:1]})
     history = [{"epoch": 1, "val_auc": 0.6, "fold_0": 0.6}]
-    results = conclude(only, [TrialRecord(row, row, CONFIG, history) for row in SEARCHED], quiet).results
+    results = conclude_study(only, [TrialRecord(row, row, CONFIG, history) for row in SEARCHED], quiet).results
     assert results["windows"] == len(base.folds[0].test) and results["people"] == 3
     assert all(set(row["spread"].values()) == {None} for row in results["rows"])
 
@@ -198,10 +208,10 @@ def test_bounds_know_how_frequent_the_classes_are() -> None:
 
 
 def test_p_counts_the_observed_labels_among_the_permutations() -> None:
-    part = permuted_part(0.7, [0.5, 0.7, 0.6, 0.8])
+    part = permutation_control(0.7, [0.5, 0.7, 0.6, 0.8])
     assert (part.n, part.auc, part.p, part.mean) == (4, [0.5, 0.7, 0.6, 0.8], 0.6, 0.65)
-    assert permuted_part(0.9, [0.5] * 19).p == 0.05
-    assert math.isnan(permuted_part(math.nan, [0.5]).p) and math.isnan(permuted_part(0.5, []).p)
+    assert permutation_control(0.9, [0.5] * 19).p == 0.05
+    assert math.isnan(permutation_control(math.nan, [0.5]).p) and math.isnan(permutation_control(0.5, []).p)
 
 
 def export(url: str, signal: str, seed: int = 0, people: list[str] | None = None, **more: Any) -> str:
@@ -223,7 +233,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     valid = np.ones((24, 2), dtype=bool)
     valid[3, 1] = False
     paired(str(folder / "set"), facts, valid={"ecg": valid})
-    table = load_label_table(str(folder / "set"), "eegmat", None)
+    table = load_label_table(opened(str(folder / "set")), "eegmat", None)
     known = [f"{person:016x}" for person in np.unique(table.person)[:2].tolist()]
     export(str(folder / "ecg"), "ecg", 1)
     export(str(folder / "eeg"), "eeg", 2, people=[], simulated=True)
@@ -251,34 +261,36 @@ def set_encoders(options: TuneConfig, **encoders: Any) -> None:
 
 def test_a_study_is_prepared_from_a_set_and_encoders(made: Path) -> None:
     said: list[str] = []
-    study = prepare(options_of(made), str(made / "features"), said.append)
+    study = prepare_study(options_of(made), str(made / "features"), said.append)
     folders = storage.names(str(made / "features"))
     assert len(folders) == 4 and [name[:4] for name in sorted(folders)] == ["ecg-", "ecg-", "eeg-", "eeg-"]
     assert len(study.table.label) == 23 and len(study.folds) == 3
-    assert set(study.encoders) == {"ecg", "eeg", "untrained_ecg", "untrained_eeg"}
+    assert set(study.encoders) == {EncoderRole(s, pretrained) for s in ("ecg", "eeg") for pretrained in (True, False)}
     assert len({shas[0] for shas in study.encoders.values()}) == 4
     assert all(len(shas) == 3 and len(set(shas)) == 1 for shas in study.encoders.values())
     assert len(study.inputs) == 16
     rows = study.table.sample
-    for name, x in study.inputs.items():
-        signal, sha, kind = name.split("/")
+    for (signal, sha, kind), x in study.inputs.items():
         (folder,) = [one for one in folders if one.startswith(f"{signal}-{sha[:16]}-")]
         features = open_features(str(made / "features" / folder))
         assert x.dtype == np.float32
         wanted = pool(features.values[rows], features.valid[rows], kind).numpy()
         np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
-    measured = paired_features(str(made / "set"), quiet)
-    assert study.handmade["eeg"].shape == (23, 10) and study.handmade["ecg"].shape == (23, 4)
-    assert all(np.array_equal(study.handmade[name], x[rows], equal_nan=True) for name, x in measured.items())
+    measured = paired_features(opened(str(made / "set")), quiet)
+    assert study.handcrafted["eeg"].shape == (23, 10) and study.handcrafted["ecg"].shape == (23, 4)
+    assert all(np.array_equal(study.handcrafted[name], x[rows], equal_nan=True) for name, x in measured.items())
     notes = " ".join(study.notes)
     assert "1 of 24 windows do not have the label" in notes and "ECG encoder has no list" in notes
     assert "EEG encoder has no list" not in notes and "EEG encoder was pretrained on simulated" in notes
     assert "grouped_kfold" in notes and "SIMULATED" not in notes
     assert study.about["ecg"]["people"] is None and study.about["eeg"]["people"] == 0
-    assert study.about["eeg"]["sha256"] == study.encoders["eeg"][0] and study.about["eeg"]["simulated"] is True
+    assert (
+        study.about["eeg"]["sha256"] == study.encoders[EncoderRole("eeg")][0]
+        and study.about["eeg"]["simulated"] is True
+    )
     # Again: nothing is computed, all is the same.
     stamps = {path: path.stat().st_mtime_ns for path in (made / "features").rglob("*.safetensors")}
-    again = prepare(options_of(made), str(made / "features"), quiet)
+    again = prepare_study(options_of(made), str(made / "features"), quiet)
     assert {path: path.stat().st_mtime_ns for path in (made / "features").rglob("*.safetensors")} == stamps
     assert all(np.array_equal(again.inputs[name], x) for name, x in study.inputs.items())
     for row in SEARCHED:
@@ -295,15 +307,15 @@ def test_windows_without_a_modality_are_part_of_a_study(tmp_path: Path, made: Pa
     options = options_of(made, data=str(tmp_path / "set"))
     options.search.head, options.search.pooling = ["concat", "cross_attention"], ["mean_std", "channels_attention"]
     options.search.modality_dropout = [0.5]
-    study = prepare(options, str(tmp_path / "features"), quiet)
+    study = prepare_study(options, str(tmp_path / "features"), quiet)
     assert list(study.valid) == ["eeg"] and np.array_equal(study.valid["eeg"], valid)
-    kinds = {key.split("/")[2]: x.shape[1:] for key, x in study.inputs.items() if key.startswith("eeg")}
+    kinds = {key.pooling: x.shape[1:] for key, x in study.inputs.items() if key.signal == "eeg"}
     assert kinds == {"mean_std": (160,), "channels_attention": (2, 80), "attention": (2, 80)}
     assert any("The EEG is missing in 3 of 24 windows" in note for note in study.notes)
     assert all(np.isfinite(x).all() for x in study.inputs.values())
     config = {**CONFIG, "modality_dropout": 0.5, "head": "cross_attention", "pooling": "mean_std"}
     records = [TrialRecord(row, row, config, list(train(study, row, config))) for row in SEARCHED]
-    outcome = conclude(study, records, quiet)
+    outcome = conclude_study(study, records, quiet)
     assert [row["name"] for row in outcome.results["rows"]][5:] == ["fused", "fused_ecg_only", "fused_eeg_only"]
     tensors = load_tensors(outcome.predictions)
     assert all(np.isfinite(values).all() for name, values in tensors.items() if name.startswith("probability"))
@@ -313,7 +325,7 @@ def test_a_modality_that_is_missing_in_all_windows_is_told(tmp_path: Path, made:
     facts = facts_of(people=6, recordings=2, windows=2)
     paired(str(tmp_path / "set"), facts, valid={"ecg": np.zeros((24, 2), dtype=bool)})
     with pytest.raises(UserError, match=r"the ECG is missing in all 24 labelled windows"):
-        prepare(options_of(made, data=str(tmp_path / "set")), str(tmp_path / "features"), quiet)
+        prepare_study(options_of(made, data=str(tmp_path / "set")), str(tmp_path / "features"), quiet)
     assert not storage.names(str(tmp_path / "features"))
 
 
@@ -321,32 +333,32 @@ def test_a_folder_a_fold(made: Path) -> None:
     given = {0: str(made / "eeg"), "1": str(made / "eeg2"), 2: str(made / "eeg")}
     options = options_of(made, eeg=given)
     options.search.pooling = ["mean"]
-    study = prepare(options, str(made / "features"), quiet)
-    eeg = study.encoders["eeg"]
-    assert eeg[0] == eeg[2] != eeg[1] and len(set(study.encoders["untrained_eeg"])) == 1
+    study = prepare_study(options, str(made / "features"), quiet)
+    eeg = study.encoders[EncoderRole("eeg")]
+    assert eeg[0] == eeg[2] != eeg[1] and len(set(study.encoders[EncoderRole("eeg", False)])) == 1
     assert len(study.inputs) == 5
     by_fold = study.about["eeg"]["by_fold"]
     assert [by_fold[name]["url"][-4:] for name in "012"] == ["/eeg", "eeg2", "/eeg"]
     assert [by_fold[name]["people"] for name in "012"] == [0, 1, 0]
-    assert study.keys_of("eeg", "mean", 1) == {"eeg": f"eeg/{eeg[1]}/mean"}
+    assert study.keys_of("eeg", "mean", 1) == {"eeg": InputKey("eeg", eeg[1], "mean")}
     for name, of in given.items():
         (made / f"fold-{name}").symlink_to(of)
     set_encoders(options, eeg=str(made / "fold-{fold}"))
-    assert prepare(options, str(made / "features"), quiet).encoders == study.encoders
+    assert prepare_study(options, str(made / "features"), quiet).encoders == study.encoders
     set_encoders(options, eeg=str(made / "flod-{fold}"))
     with pytest.raises(UserError, match=r"/flod-0"):
-        prepare(options, str(made / "features"), quiet)
+        prepare_study(options, str(made / "features"), quiet)
 
 
 def test_an_encoder_that_knows_test_people_is_refused_in_their_fold_only(made: Path) -> None:
     with pytest.raises(UserError, match=r"pretrained on [12] of the 2 test people of fold"):
-        prepare(options_of(made, ecg=str(made / "knows")), str(made / "features"), quiet)
-    study = prepare(options_of(made), str(made / "features"), quiet)
+        prepare_study(options_of(made, ecg=str(made / "knows")), str(made / "features"), quiet)
+    study = prepare_study(options_of(made), str(made / "features"), quiet)
     known = {int(one, 16) for one in storage.read_json(str(made / "knows" / "people.json"))}
     knows = {fold.name: bool(known & set(study.table.person[fold.test].tolist())) for fold in study.folds}
     assert True in knows.values() and False in knows.values()
     clean = {name: str(made / ("ecg" if knows[name] else "knows")) for name in knows}
-    assert prepare(options_of(made, ecg=clean), str(made / "features"), quiet)
+    assert prepare_study(options_of(made, ecg=clean), str(made / "features"), quiet)
 
 
 def test_dreamers_windows_lose_the_rest_before_their_clip(made: Path, tmp_path: Path) -> None:
@@ -363,30 +375,30 @@ def test_dreamers_windows_lose_the_rest_before_their_clip(made: Path, tmp_path: 
     set_encoders(options, ecg=str(made / "ecg"), eeg=str(made / "eeg"))
     options.search.pooling = ["mean"]
     said: list[str] = []
-    as_they_are = prepare(options, str(tmp_path / "features"), said.append)
+    as_they_are = prepare_study(options, str(tmp_path / "features"), said.append)
     assert any(line.startswith("LEAKY SPLIT") for line in said)
     options.tune.baseline = "subtract"
-    study = prepare(options, str(tmp_path / "features"), quiet)
+    study = prepare_study(options, str(tmp_path / "features"), quiet)
     assert [study.table.keys[i] for i in range(3)] == [as_they_are.table.keys[i] for i in range(3)]
     rest = study.table.baseline
     assert rest is not None
     assert len(study.table.label) == 48 - sum(one["labels"].get("arousal") == 3 for one in facts) < 48
     for key, x in study.inputs.items():
-        signal, sha, _ = key.split("/")
+        signal, sha, _ = key
         (folder,) = [f for f in storage.names(str(tmp_path / "features")) if f.startswith(f"{signal}-{sha[:16]}-")]
         features = open_features(str(tmp_path / "features" / folder))
         own = [rest.sample[rest.period == before][0] for before in rest.before]
         still = pool(features.values[own], features.valid[own], "mean").numpy()
         np.testing.assert_allclose(x, as_they_are.inputs[key] - still, rtol=1e-4, atol=1e-5)
     records = [TrialRecord(row, row, {**CONFIG, "depth": 0}, list(train(study, row, CONFIG))) for row in SEARCHED]
-    results = conclude(study, records, quiet).results
+    results = conclude_study(study, records, quiet).results
     assert results["leaky"] is True and results["published"]["value"] == 0.8479
     notes = " ".join(results["notes"])
     for words in ("LEAKY SPLIT", "tune.neutral=drop: arousal is high above 3", "tune.baseline=subtract"):
         assert words in notes
     options.tune.protocol, options.tune.clip = "clip_disjoint", "film"
     with pytest.raises(UserError, match=r"tune\.clip=film"):
-        prepare(options, str(tmp_path / "features"), quiet)
+        prepare_study(options, str(tmp_path / "features"), quiet)
 
 
 def test_labels_that_are_constant_over_people_cannot_be_permuted(made: Path, tmp_path: Path) -> None:
@@ -395,13 +407,13 @@ def test_labels_that_are_constant_over_people_cannot_be_permuted(made: Path, tmp
     options = options_of(tmp_path, task="labels", label="x", permutations=3, ecg=str(made / "ecg"))
     set_encoders(options, eeg=str(made / "eeg"))
     with pytest.raises(UserError, match="nobody has recordings of two classes"):
-        prepare(options, str(tmp_path / "features"), quiet)
+        prepare_study(options, str(tmp_path / "features"), quiet)
 
 
 def test_an_encoder_of_other_corpora_is_noted(made: Path, tmp_path: Path) -> None:
     for name, sources in (("same", ["built", "more"]), ("other", ["elsewhere"])):
         url = export(str(tmp_path / name), "ecg", people=["00000000000000ff"], sources=sources)
-        notes = prepare(options_of(made, ecg=url), str(made / "features"), quiet).notes
+        notes = prepare_study(options_of(made, ecg=url), str(made / "features"), quiet).notes
         told = [note for note in notes if "people are compared by corpus and id" in note]
         assert len(told) == (name == "other")
     assert "pretrained on elsewhere, this set is built" in told[0]
@@ -426,6 +438,6 @@ def test_what_does_not_go_together_is_told(made: Path, tmp_path: Path) -> None:
         ({"protocol": "holdout"}, ["test split"]),
     ):
         with pytest.raises(UserError) as caught:
-            prepare(options_of(made, **more), str(tmp_path / "features"), quiet)
+            prepare_study(options_of(made, **more), str(tmp_path / "features"), quiet)
         assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not storage.names(str(tmp_path / "features"))

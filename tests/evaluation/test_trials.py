@@ -12,11 +12,22 @@ import pytest
 
 from physio_dist.config import TuneConfig
 from physio_dist.errors import UserError
+from physio_dist.evaluation.controls import permuted_label_aucs
 from physio_dist.evaluation.head_training import Heads
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.search_space import sample_configs
 from physio_dist.evaluation.splits import Fold
-from physio_dist.evaluation.trials import SEARCHED, Choice, Study, TrialRecord, control, predict, select, train
+from physio_dist.evaluation.trained_heads import train_selected
+from physio_dist.evaluation.trials import (
+    SEARCHED,
+    Choice,
+    EncoderRole,
+    InputKey,
+    Study,
+    TrialRecord,
+    select,
+    train,
+)
 from physio_dist.stats.scores import auc
 from tests.evaluation.study_samples import CONFIG, changed, features_of, job_of, study_of, table_of, with_label
 
@@ -52,7 +63,10 @@ def test_a_fold_is_the_mean_auc_of_heads_trained_one_by_one() -> None:
     seen = list(train(study, "fused", CONFIG))[-1]
     areas = []
     for i, (rows, valid) in enumerate(study.folds[1].inner):
-        inputs = {"ecg": study.inputs["ecg/ecg-a/mean"], "eeg": study.inputs["eeg/eeg-a/mean"]}
+        inputs = {
+            "ecg": study.inputs[InputKey("ecg", "ecg-a", "mean")],
+            "eeg": study.inputs[InputKey("eeg", "eeg-a", "mean")],
+        }
         heads = Heads([job_of(inputs, TABLE.label, rows, f"0/fused/1/{i}")], 2, CONFIG)
         for _ in range(6):
             heads.epoch()
@@ -69,7 +83,9 @@ def test_rows_are_given_what_they_are_called_after() -> None:
     fused, ecg, eeg, untrained = (best(study, row) for row in ("fused", "ecg", "eeg", "untrained"))
     assert fused > eeg > ecg > untrained + 0.1 and abs(untrained - 0.5) < 0.15
     # Whatever is in the other modality has no part in a single one.
-    spoilt = {name: x if name.startswith("ecg/ecg-a") else np.full_like(x, np.nan) for name, x in study.inputs.items()}
+    spoilt = {
+        name: x if name.encoder == ("ecg", "ecg-a") else np.full_like(x, np.nan) for name, x in study.inputs.items()
+    }
     assert list(train(replace(study, inputs=spoilt), "ecg", CONFIG)) == list(train(study, "ecg", CONFIG))
 
 
@@ -78,8 +94,8 @@ def test_encoders_of_folds_are_kept_apart() -> None:
     noise = features_of(TABLE.label, 0.0, 3, 77)
     mixed = changed(
         study,
-        encoders={**study.encoders, "eeg": ("eeg-a", "eeg-b", "eeg-a")},
-        inputs={**study.inputs, "eeg/eeg-b/mean": noise},
+        encoders={**study.encoders, EncoderRole("eeg"): ("eeg-a", "eeg-b", "eeg-a")},
+        inputs={**study.inputs, InputKey("eeg", "eeg-b", "mean"): noise},
     )
     before, after = (list(train(one, "eeg", CONFIG))[-1] for one in (study, mixed))
     assert before["fold_0"] == pytest.approx(after["fold_0"], abs=1e-3)
@@ -115,7 +131,8 @@ def test_a_head_reads_nothing_of_its_validation_people() -> None:
     label[valid] = 1 - label[valid]
     other = with_label(changed(only, inputs=spoilt), label)
     choice = [Choice(CONFIG, 4, 0.5)]
-    assert np.array_equal(predict(only, "fused", choice)[0], predict(other, "fused", choice)[0])
+    clean, changed_ = (train_selected(each, "fused", choice).probability[0] for each in (only, other))
+    assert np.array_equal(clean, changed_)
 
 
 def record(row: str, areas: dict[str, list[float]], trial: str = "t", **more: Any) -> TrialRecord:
@@ -175,8 +192,8 @@ def test_an_ensemble_is_the_best_configurations_each_at_its_best_epoch() -> None
 
 def test_the_configurations_of_an_ensemble_have_an_equal_say() -> None:
     study, other = known(), Choice({**CONFIG, "width": 16, "lr": 0.003, "depth": 2}, 5, 0.4)
-    alone = [predict(study, "fused", [Choice(CONFIG, 2, 0.5)] * 3), predict(study, "fused", [other] * 3)]
-    both = predict(study, "fused", [Choice(CONFIG, 2, 0.5, (other,))] * 3)
+    alone = [train_selected(study, "fused", [each] * 3).probability for each in (Choice(CONFIG, 2, 0.5), other)]
+    both = train_selected(study, "fused", [Choice(CONFIG, 2, 0.5, (other,))] * 3).probability
     for first, second, mean in zip(*alone, both, strict=True):
         assert np.abs(first - second).max() > 0.01
         np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-6)
@@ -193,11 +210,14 @@ def test_a_prediction_is_the_mean_of_the_inner_heads_at_the_selected_epoch() -> 
     study = known()
     other = {**CONFIG, "width": 16, "lr": 0.003}
     choices = [Choice(CONFIG, 2, 0.5), Choice(other, 5, 0.5), Choice(CONFIG, 3, 0.5)]
-    found = predict(study, "fused", choices)
+    found = train_selected(study, "fused", choices).probability
     for number, (fold, choice) in enumerate(zip(study.folds, choices, strict=True)):
         each = []
         for i, (rows, _) in enumerate(fold.inner):
-            inputs = {"ecg": study.inputs["ecg/ecg-a/mean"], "eeg": study.inputs["eeg/eeg-a/mean"]}
+            inputs = {
+                "ecg": study.inputs[InputKey("ecg", "ecg-a", "mean")],
+                "eeg": study.inputs[InputKey("eeg", "eeg-a", "mean")],
+            }
             job = job_of(inputs, TABLE.label, rows, f"0/fused/{number}/{i}")
             heads = Heads([job], 2, choice.config)
             for _ in range(choice.epoch):
@@ -224,7 +244,7 @@ def test_the_person_alone_says_nothing_about_permuted_labels() -> None:
     number = np.searchsorted(np.unique(table.person), table.person)
     one_hot = np.eye(12, dtype=np.float32)[number]
     study = study_of(table, one_hot, one_hot, folds=4)
-    areas = control(study, [Choice(CONFIG, 6, 0.5)] * 4, 16)
+    areas = permuted_label_aucs(study, [Choice(CONFIG, 6, 0.5)] * 4, 16)
     assert len(areas) == 16 and len(set(areas)) > 8
     assert 0.38 < np.mean(areas) < 0.58
 
@@ -238,17 +258,17 @@ def test_the_control_finds_a_leak() -> None:
     inner = tuple((np.sort(np.r_[parts[2], parts[i]]), parts[4 - i]) for i in (1, 3))
     leaky = Fold("0", parts[0], inner)
     study = changed(study, folds=(leaky,))
-    areas = control(study, [Choice({**CONFIG, "dropout": 0.0, "lr": 0.03}, 30, 0.5)], 5)
+    areas = permuted_label_aucs(study, [Choice({**CONFIG, "dropout": 0.0, "lr": 0.03}, 30, 0.5)], 5)
     assert min(areas) > 0.85
     # In folds of whole people the same features know nothing.
     whole = study_of(TABLE, one_hot, one_hot)
-    assert np.mean(control(whole, [Choice({**CONFIG, "dropout": 0.0, "lr": 0.03}, 30, 0.5)] * 3, 8)) < 0.6
+    assert np.mean(permuted_label_aucs(whole, [Choice({**CONFIG, "dropout": 0.0, "lr": 0.03}, 30, 0.5)] * 3, 8)) < 0.6
 
 
 def test_the_control_does_not_depend_on_how_many_there_are() -> None:
     study, choices = known(), [Choice(CONFIG, 3, 0.5)] * 3
-    many = control(study, choices, 40)
-    np.testing.assert_allclose(control(study, choices, 3), many[:3], atol=2e-3)
+    many = permuted_label_aucs(study, choices, 40)
+    np.testing.assert_allclose(permuted_label_aucs(study, choices, 3), many[:3], atol=2e-3)
     assert abs(np.mean(many) - 0.5) < 0.12 and len(many) == 40
 
 

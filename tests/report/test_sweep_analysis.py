@@ -19,7 +19,7 @@ from physio_dist.runs.sweep_results import EmbeddingSummary, NeighbourShares, Oc
 from physio_dist.runs.typed_json import from_json
 from physio_dist.signals.montage import EEG_19, ELECTRODES
 from physio_dist.signals.simulators.eeg import POSITIONS
-from physio_dist.stats.auc import p_of_no_difference
+from physio_dist.stats.permutation import permutation_p_value
 from tests.report.report_samples import Page, reader, texts
 from tests.report.sweep_samples import (
     occlusion_of,
@@ -100,7 +100,7 @@ def test_gain_table_and_summary_have_paired_p_values(tmp_path):
         ("fused_eeg_only", "eeg", "Fused, EEG shown minus EEG alone"),
     ):  # fmt: skip
         one, other = (tensors[f"probability.{name}"].astype(np.float64) for name in (row, minus))
-        p = p_of_no_difference(tensors["label"], tensors["person"], one, other)
+        p = permutation_p_value(tensors["label"], tensors["person"], one, other)
         shown = f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
         assert re.search(rf"{re.escape(called)} \S+ \S+ to \S+ {re.escape(shown)} \d+ of 12", page.text), called
     assert re.search(r"Fused minus hand-made features: \S+, 95 % interval \S+ to \S+, p = [\d.e-]+", page.text)

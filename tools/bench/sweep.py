@@ -27,13 +27,14 @@ from common import BenchError, finish, interleave, last_line, rounded, say, tabl
 from physio_dist.config import TuneConfig
 from physio_dist.config import loader as configuration
 from physio_dist.data.format.index import open_set
+from physio_dist.data.handle import open_handle
 from physio_dist.evaluation import study
 from physio_dist.evaluation.backbones import open_backbone
 from physio_dist.evaluation.features import embed, open_features
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.search_space import sample_configs
 from physio_dist.evaluation.splits import folds_of
-from physio_dist.evaluation.trials import MODALITIES, SEARCHED, Study, reductions_of
+from physio_dist.evaluation.trials import MODALITIES, SEARCHED, EncoderRole, InputKey, Study, reductions_of, train
 from physio_dist.models.encoders.criss_cross import PRESETS, CrissCrossEncoder, preset
 from physio_dist.models.export import save_encoder
 from physio_dist.models.fusion.pooling import pool
@@ -100,7 +101,8 @@ class Sweeps:
         self._words = words
         self._options = configuration.load(TuneConfig, CONFIG, [*words, "run.name=peer"])
         say("computes features once")
-        self.study = study.prepare(self._options, self._features, lambda text: None)
+        handle = open_handle(self._options.tune.data, self._options.data)
+        self.study = study.prepare(self._options, handle, self._features, lambda text: None)
 
     def ours(self) -> float:
         """Trials a minute of the whole command: Ray's start, all folds and the table at the end included."""
@@ -114,14 +116,16 @@ class Sweeps:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=self._folder) as features:
             inputs = {}
+            handle = open_handle(self._options.tune.data, self._options.data)
             for signal in MODALITIES[row]:
                 backbone, where = open_backbone(self._encoders[signal], signal), f"{features}/{signal}"
-                embed(backbone, self._options.tune.data, where, lambda text: None)
+                embed(backbone, handle, where, lambda text: None)
                 found = open_features(where)
                 pooled = pool(found.values, found.valid, config["pooling"]).numpy()
-                inputs[f"{signal}/{backbone.sha256}/{config['pooling']}"] = pooled[self.study.table.sample]
+                key = InputKey(signal, backbone.sha256, config["pooling"])
+                inputs[key] = pooled[self.study.table.sample]
             reductions = reductions_of(inputs, self.study.encoders, self.study.folds, config["components"])
-            for _ in study.train(replace(self.study, inputs=inputs, reductions=reductions), row, config):
+            for _ in train(replace(self.study, inputs=inputs, reductions=reductions), row, config):
                 pass
         return 60 / (time.perf_counter() - began)
 
@@ -137,9 +141,9 @@ def synthetic(given: argparse.Namespace, gigabytes: float) -> Study:
         TuneConfig, CONFIG,
         ["tune.data=none", "tune.encoders.ecg=none", "tune.encoders.eeg=none", "tune.max_epochs=2"])  # fmt: skip
     folds = tuple(folds_of(those, "grouped_kfold", 2, 2, 0))
-    names = [name for signal in SIGNALS for name in (signal, f"untrained_{signal}")]
-    encoders: dict[str, tuple[str, ...]] = dict.fromkeys(names, ("x", "x"))
-    inputs = {f"{s}/x/mean": rng.standard_normal((windows, _FEATURES), dtype=np.float32) for s in SIGNALS}
+    roles = [EncoderRole(signal, pretrained) for signal in SIGNALS for pretrained in (True, False)]
+    encoders: dict[EncoderRole, tuple[str, ...]] = dict.fromkeys(roles, ("x", "x"))
+    inputs = {InputKey(s, "x", "mean"): rng.standard_normal((windows, _FEATURES), dtype=np.float32) for s in SIGNALS}
     return Study(made, those, folds, encoders, inputs, {}, reductions_of(inputs, encoders, folds, 32))
 
 
@@ -153,7 +157,7 @@ def private_bytes(given: argparse.Namespace, gigabytes: float) -> float:
     class Worker:
         def most(self, of_all: Study) -> float:
             process, seen = psutil.Process(), []
-            for _ in study.train(of_all, "fused", config):
+            for _ in train(of_all, "fused", config):
                 seen.append(process.memory_full_info().uss)
             return float(max(seen))
 

@@ -21,8 +21,8 @@ from physio_dist.evaluation.features import open_features
 from physio_dist.evaluation.head_training import one_thread
 from physio_dist.evaluation.label_table import SIGNALS
 from physio_dist.evaluation.pooling import pool_features
-from physio_dist.evaluation.results import same_bytes
-from physio_dist.evaluation.trials import Study
+from physio_dist.evaluation.results import canonical_bytes
+from physio_dist.evaluation.trials import EncoderKey, EncoderRole, Study
 from physio_dist.models.fusion.reduction import fit_reduction
 from physio_dist.runs.sweep_results import EmbeddingSummary, NeighbourShares
 from physio_dist.runtime.seeding import permutation
@@ -48,13 +48,13 @@ def embedding(study: Study) -> tuple[EmbeddingSummary, bytes]:
     some = np.sort(permutation(len(table.label), "embedding", study.options.run.seed)[:_MOST_WINDOWS])
     tensors: dict[str, npt.NDArray[Any]] = {}
     for signal in SIGNALS:
-        where = study.features[f"{signal}/{study.encoders[signal][0]}"]
+        url = study.features[EncoderKey(signal, study.encoders[EncoderRole(signal)][0])]
         there = study.valid.get(signal)
         rows = some if there is None else some[there[some].any(axis=1)]
         if len(rows) <= 3:
             continue
         rest = None if table.baseline is None else table.baseline.select(rows)
-        features = open_features(where)
+        features = open_features(url)
         values = pool_features(features, table.sample[rows], "channels_mean_std", rest)
         values = _filled(values, features.valid[table.sample[rows]])
         with one_thread(), threadpool_limits(1):
@@ -68,7 +68,7 @@ def embedding(study: Study) -> tuple[EmbeddingSummary, bytes]:
         tensors |= {f"{signal}.place": place.astype(np.float32), f"{signal}.person": person, f"{signal}.label": label}
     header = {"classes": json.dumps(list(table.classes))}
     file = save_safetensors({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata=header)
-    return EmbeddingSummary(_NEIGHBOURS, **shares), same_bytes(file)
+    return EmbeddingSummary(_NEIGHBOURS, **shares), canonical_bytes(file)
 
 
 def _filled(values: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:

@@ -1,6 +1,7 @@
-"""The classifier that a sweep leaves behind, as a folder: heads of every fold and one ensemble for everybody, the
-encoders they stand on, and how raw signals become windows. Tensors and JSON; ``config.json``, written last, names all
-files with their hashes: without it there is no classifier.
+"""Folder of a sweep's classifier: heads of every fold and one ensemble trained on everybody, with their encoders.
+
+It also holds how raw signals become windows. Tensors and JSON; ``config.json``, written last, names all files with
+their hashes: without it there is no classifier.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ import safetensors.torch
 from physio_dist import __version__, storage
 from physio_dist.config.task import LEAKY
 from physio_dist.data.convert.channels import spec_behind
-from physio_dist.data.format.index import open_set
+from physio_dist.data.format.index import ShardSet
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.backbones import files_of, open_backbone
 from physio_dist.evaluation.label_table import SIGNALS, label_name
 from physio_dist.evaluation.splits import Fold, inner_splits
+from physio_dist.evaluation.trained_heads import TrainedHeads, train_selected
 from physio_dist.evaluation.trials import (
     Choice,
+    EncoderRole,
     Study,
     TrialRecord,
     best_choice,
     reductions_of,
-    select,
     train,
-    trained_heads,
 )
 from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import input_kind
@@ -39,11 +40,11 @@ from physio_dist.signals.windows import WindowSpec
 
 KIND = "physio-dist-classifier"
 FORMATS = (1, 2)
-"""Of format 2 are those that versions which know format 1 only would read wrongly: ensembles with heads of several
-configurations, and those that subtract the rest before a recording."""
+"""Format 2 marks classifiers that readers of format 1 would misread: ensembles with heads of several configurations,
+and those that subtract a baseline period."""
 CONFIG = "config.json"
 FOLDER = "classifier"
-"""Where it lies in a sweep's directory."""
+"""Its folder in a sweep's directory."""
 EVERYBODY = "everybody"
 _ROW = "fused"
 _RULES = {
@@ -64,20 +65,24 @@ _REST = {
 }
 
 
-def save_classifier(study: Study, records: Sequence[TrialRecord], url: str, say: Callable[[str], None]) -> None:
+def save_classifier(
+    study: Study, records: Sequence[TrialRecord], fused: TrainedHeads, shards: ShardSet, url: str,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
     """Write the classifier of a finished study.
 
     Args:
-        study: what the trials were given.
+        study: the inputs of the trials.
         records: of all trials.
-        url: of the folder; what is there is replaced.
-        say: told where it is, or why raw recordings cannot be classified and there is none.
+        fused: the trained heads of the fused row.
+        shards: index of the study's shard set.
+        url: of the folder; its content is replaced.
+        say: receives its location, or why raw recordings cannot be classified and there is none.
 
     Raises:
         DataError: an encoder is not the one any more that the study was made with.
     """
     storage.remove(url, recursive=True)
-    shards = open_set(study.options.tune.data)
     window = spec_behind(shards)
     if window is None:
         say("no classifier is kept: the shard set does not tell how raw recordings become its windows")
@@ -85,16 +90,13 @@ def save_classifier(study: Study, records: Sequence[TrialRecord], url: str, say:
     say("keeping the fused heads of all folds, and training one ensemble on everybody")
     encoders, files = _encoders(study)
     ensembles: dict[str, dict[str, Any]] = {}
-    choices = select(study, _ROW, records)
-    for number, (fold, choice, heads) in enumerate(
-        zip(study.folds, choices, trained_heads(study, _ROW, choices), strict=True)
-    ):
-        of = {signal: folders[number] for signal, folders in encoders.items()}
-        ensembles[fold.name] = _ensemble(fold.name, choice, heads, of, files)
+    for number, (fold, choice, heads) in enumerate(zip(study.folds, fused.choices, fused.heads, strict=True)):
+        folders = {signal: of_folds[number] for signal, of_folds in encoders.items()}
+        ensembles[fold.name] = _ensemble(fold.name, choice, heads, folders, files)
     try:
-        choice, everybodys = _of_everybody(study, records, choices)
-        of = {signal: folders[0] for signal, folders in encoders.items()}
-        ensembles[EVERYBODY] = _ensemble(EVERYBODY, choice, everybodys, of, files)
+        everybody = _train_on_everybody(study, records, fused.choices)
+        folders = {signal: of_folds[0] for signal, of_folds in encoders.items()}
+        ensembles[EVERYBODY] = _ensemble(EVERYBODY, everybody.choices[0], everybody.heads[0], folders, files)
         ensembles[EVERYBODY]["rule"] = _RULES[study.options.tune.search] + _RULE
     except UserError as error:
         say(f"the classifier has no ensemble for everybody: {error}")
@@ -102,7 +104,7 @@ def save_classifier(study: Study, records: Sequence[TrialRecord], url: str, say:
     subtracts = tune.baseline != "none"
     about: dict[str, Any] = {
         "kind": KIND,
-        "format": FORMATS[subtracts or any(one["others"] for one in ensembles.values())],
+        "format": FORMATS[subtracts or any(ensemble["others"] for ensemble in ensembles.values())],
         "physio_dist": __version__,
         "task": tune.task,
         "label": label_name(tune.task, tune.label),
@@ -112,7 +114,7 @@ def save_classifier(study: Study, records: Sequence[TrialRecord], url: str, say:
         "simulated": study.table.simulated,
         "data": {"fingerprint": shards.fingerprint, "sources": list(shards.sources)},
         "window": asdict(window),
-        # Which windows of the rest are averaged and subtracted: those that the shard set has.
+        # Windows of the baseline period that are averaged and subtracted: those that the shard set has.
         **({"rest": "fit" if shards.made_by["options"].get("unusable") == "drop" else "all"} if subtracts else {}),
         "ensembles": ensembles,
     }
@@ -125,84 +127,82 @@ def save_classifier(study: Study, records: Sequence[TrialRecord], url: str, say:
 
 
 def hash_of(about: Mapping[str, Any]) -> str:
-    """The hash of ``config.json`` that stands in it, of everything else there."""
+    """Hash of everything else in ``config.json``, which it holds under ``sha256``."""
     content = {name: value for name, value in about.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def best_of_all(records: Sequence[TrialRecord], most: int = 1) -> Choice:
-    """What the validation people of all folds together choose for the fused row, and the next ``most`` - 1 behind it.
+def best_over_folds(records: Sequence[TrialRecord], size: int = 1) -> Choice:
+    """Select a configuration of the fused row by the mean AUC over all folds, and the next ``size`` - 1 ones.
 
     Raises:
         UserError: the AUC is defined nowhere.
     """
-    found = [
+    candidates = [
         (-float(line["val_auc"]), int(line["epoch"]), json.dumps(record.config, sort_keys=True))
         for record in records if record.row == _ROW
         for line in record.history if math.isfinite(line["val_auc"])
     ]  # fmt: skip
-    if not found:
+    if not candidates:
         raise UserError(f"no trial of the row {_ROW!r} has a mean AUC over all folds")
-    return best_choice(found, most)
+    return best_choice(candidates, size)
 
 
-def _of_everybody(
-    study: Study, records: Sequence[TrialRecord], choices: Sequence[Choice]
-) -> tuple[Choice, list[list[Head]]]:  # fmt: skip
-    """A choice, and heads trained as those of a fold are, with nobody left out for a test.
+def _train_on_everybody(study: Study, records: Sequence[TrialRecord], choices: Sequence[Choice]) -> TrainedHeads:
+    """Select a configuration and train its heads as those of a fold without test people.
 
     Raises:
         UserError: the AUC is defined nowhere.
     """
     options, rows = study.options, np.arange(len(study.table.label))
     turns = inner_splits(study.table, rows, options.tune.val_folds, f"{options.run.seed}/inner/{EVERYBODY}")
-    # Too few people to take turns: one head of all of them.
+    # With too few people to take turns, one head is trained on all of them.
     fold = Fold(EVERYBODY, rows[:0], turns or ((rows, rows),))
-    # What Optuna proposed was tried in one fold only and has no mean over folds.
-    again, several = options.tune.search == "optuna", options.tune.ensemble_size
-    chosen = choices if again else [best_of_all(records, several)]
-    members = [member for choice in chosen for member in choice.members]
+    # Configurations that Optuna proposed were tried in one fold only and have no mean over folds.
+    again, size = options.tune.search == "optuna", options.tune.ensemble_size
+    candidates = choices if again else [best_over_folds(records, size)]
+    members = [member for choice in candidates for member in choice.members]
     kinds = dict.fromkeys(input_kind(member.config) for member in members)
     inputs = {key: study.inputs[key] for kind in kinds for key in study.keys_of(_ROW, kind, 0).values()}
-    encoders = {name: hashes[:1] for name, hashes in study.encoders.items()}
-    most = max(options.search.components)
-    reductions = reductions_of(inputs, encoders, [fold], most, study.valid)
+    encoders = {role: hashes[:1] for role, hashes in study.encoders.items()}
+    reductions = reductions_of(inputs, encoders, [fold], max(options.search.components), study.valid)
     everybody = replace(study, folds=(fold,), inputs=inputs, encoders=encoders, reductions=reductions)
     if again:
-        tried = {json.dumps(member.config, sort_keys=True): member.config for member in members}
-        records = [TrialRecord(text, _ROW, one, list(train(everybody, _ROW, one))) for text, one in tried.items()]
-    choice = best_of_all(records, several)
-    return choice, trained_heads(everybody, _ROW, [choice])[0]
+        configs = {json.dumps(member.config, sort_keys=True): member.config for member in members}
+        records = [
+            TrialRecord(text, _ROW, config, list(train(everybody, _ROW, config))) for text, config in configs.items()
+        ]
+    return train_selected(everybody, _ROW, [best_over_folds(records, size)])
 
 
 def _ensemble(
     name: str, choice: Choice, heads: Sequence[Sequence[Head]], encoders: Mapping[str, str], files: dict[str, bytes]
 ) -> dict[str, Any]:
-    """What ``config.json`` says of some heads, those of each of ``Choice.members``; their tensors go to ``files``."""
+    """An ensemble in ``config.json``, from the heads of each of ``Choice.members``; their tensors go to ``files``."""
     file = f"heads-{name}.safetensors"
-    every = [head for mine in heads for head in mine]
+    flat = [head for of_member in heads for head in of_member]
     files[file] = safetensors.torch.save(
-        {f"{i}.{key}": value.contiguous() for i, head in enumerate(every) for key, value in head.state_dict().items()}
+        {f"{i}.{key}": value.contiguous() for i, head in enumerate(flat) for key, value in head.state_dict().items()}
     )
     first, *others = [
         {
-            "heads": len(mine),
-            "head": mine[0].to_dict(),
+            "heads": len(of_member),
+            "head": of_member[0].to_dict(),
             "config": member.config,
             "epoch": member.epoch,
             "val_auc": round(member.val_auc, 6),
         }
-        for member, mine in zip(choice.members, heads, strict=True)
+        for member, of_member in zip(choice.members, heads, strict=True)
     ]
     return {"file": file, **first, "others": others, "encoders": dict(encoders)}
 
 
 def _encoders(study: Study) -> tuple[dict[str, list[str]], dict[str, bytes]]:
-    """Of each signal the folder of every fold's encoder, and the files of all of them, each encoder once."""
+    """Folders of each signal's encoders, one for each fold, and the files of all encoders."""
     folders: dict[str, list[str]] = {}
     files: dict[str, bytes] = {}
     for signal in SIGNALS:
-        hashes = study.encoders[signal]
+        hashes = study.encoders[EncoderRole(signal)]
         urls = study.options.tune.encoders[signal].urls([fold.name for fold in study.folds])
         several = len(set(hashes)) > 1
         folders[signal] = [f"{signal}-{sha256[:12]}" if several else signal for sha256 in hashes]
@@ -217,7 +217,7 @@ def _encoders(study: Study) -> tuple[dict[str, list[str]], dict[str, bytes]]:
 
 
 def needed(window: WindowSpec) -> str:
-    """The channels that a recording has to have, in words."""
+    """Channels that a recording has to have, in words."""
     each = [f"{name.upper()} {' '.join(window.channels_of(name))}" for name in window.signals]
     return "; ".join(each)
 
@@ -228,7 +228,7 @@ def _card(about: Mapping[str, Any], window: WindowSpec) -> str:
         warnings.append("**Trained on SIMULATED signals.** It shows that the system works and says nothing of people.")
     if about["leaky"]:
         warnings.append("**LEAKY SPLIT.** Its figures hold for nobody but the people it was trained on.")
-    told = "".join(f"\n> {line}\n" for line in warnings)
+    banner = "".join(f"\n> {line}\n" for line in warnings)
     bands = "; ".join(
         f"{name.upper()} {band[0]:g} to {band[1]:g} Hz"
         for name, band in (("ecg", window.band), ("eeg", window.eeg_band)) if name in window.signals
@@ -239,7 +239,7 @@ def _card(about: Mapping[str, Any], window: WindowSpec) -> str:
     if first:
         everybody += f" Folds have encoders of their own; it stands on those of fold {folds[0]}: {', '.join(first)}."
     return f"""# Fusion classifier: {about["label"]}
-{told}
+{banner}
 | | |
 |---|---|
 | Tells apart | {", ".join(about["classes"])} (`{about["task"]}`) |

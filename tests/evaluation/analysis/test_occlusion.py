@@ -13,15 +13,26 @@ import pytest
 import torch
 from safetensors.numpy import load as load_tensors
 
+from physio_dist.data.format.index import open_set
 from physio_dist.evaluation.analysis import embedding, occlusion
 from physio_dist.evaluation.clips import BaselinePeriod
 from physio_dist.evaluation.label_table import load_label_table
 from physio_dist.evaluation.pooling import pool_features
-from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, train
-from physio_dist.evaluation.trials import Choice, trained_heads
+from physio_dist.evaluation.trained_heads import train_selected
+from physio_dist.evaluation.trials import SEARCHED, Choice, EncoderKey, InputKey, Study, TrialRecord, train
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.models.fusion.pooling import make_tokens
-from tests.evaluation.study_samples import CONFIG, changed, facts_of, publish_set, study_of, waves, write_features
+from tests.evaluation.study_samples import (
+    CONFIG,
+    changed,
+    conclude_study,
+    facts_of,
+    opened,
+    publish_set,
+    study_of,
+    waves,
+    write_features,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -44,7 +55,7 @@ def made(folder: Path, configs: list[dict[str, Any]], strength: float = 3.0, peo
     waveforms = {"ecg": (waves(n), ("I", "II"), 1.0), "eeg": (waves(n, 4), EEG, 0.1)}
     url = str(folder / "set")
     shards = publish_set(url, facts, waveforms, valid=valid)
-    table = load_label_table(url, "eegmat", None)
+    table = load_label_table(opened(url), "eegmat", None)
     values = {name: rng.standard_normal((n, flags.shape[1], 3, 5)) for name, flags in valid.items()}
     for name, x in values.items():
         x += rng.standard_normal((1, x.shape[1], 1, 5))
@@ -53,10 +64,10 @@ def made(folder: Path, configs: list[dict[str, Any]], strength: float = 3.0, peo
     kinds = {input_kind(config) for config in configs}
     inputs, features = {}, {}
     for name, x in values.items():
-        features[f"{name}/{name}-a"] = write_features(str(folder / name), x, valid[name], table.keys, name)
+        features[EncoderKey(name, f"{name}-a")] = write_features(str(folder / name), x, valid[name], table.keys, name)
         for kind in kinds:
             own = make_tokens(x.astype(np.float32), valid[name], kind)[0].numpy()
-            inputs |= {f"{name}/{name}-a/{kind}": own, f"{name}/{name}-u/{kind}": rng.permutation(own)}
+            inputs |= {InputKey(name, f"{name}-a", kind): own, InputKey(name, f"{name}-u", kind): rng.permutation(own)}
     blank = np.zeros((n, 1), np.float32)
     study = study_of(table, blank, blank, epochs=12)
     study.options.tune.data, study.options.tune.task = shards.url, "eegmat"
@@ -81,8 +92,8 @@ def test_the_electrode_and_the_patch_that_carry_the_label_come_out_on_top(
     config = {**CONFIG, "pooling": pooling, "head": head, "dropout": 0.0, "depth": 0, "lr": 0.03}
     study = made(tmp_path, [config], 12.0)
     choices = [Choice(config, 12, 0.9)] * len(study.folds)
-    heads = trained_heads(study, "fused", choices)
-    found = occlusion.occlusion(study, choices, heads)
+    trained = train_selected(study, "fused", choices)
+    found = occlusion.occlusion(study, trained, open_set(study.options.tune.data))
     assert (found.windows, found.people) == (108, 9)
     assert [(one.signal, one.channel) for one in found.channels] == [
         ("ecg", "I"), ("ecg", "II"), *(("eeg", name) for name in EEG)
@@ -105,7 +116,7 @@ def test_withheld_as_it_is_defined(tmp_path: Path) -> None:
     """Against features that are changed and pooled anew."""
     study = made(tmp_path, [{"pooling": kind} for kind in ("mean", "channels_mean_std", "attention")])
     rows, others = np.arange(20), np.arange(20, 100)
-    one = occlusion._Opened(study, "eeg/eeg-a", np.arange(108))
+    one = occlusion._OpenedFeatures(study, EncoderKey("eeg", "eeg-a"), np.arange(108))
     values, valid = np.array(one.features.values), one.features.valid
     mean = np.stack([values[others, c].mean(axis=1)[valid[others, c]].mean(axis=0) for c in range(4)])
     np.testing.assert_allclose(one.means(others, "mean"), mean, rtol=1e-4)
@@ -114,17 +125,17 @@ def test_withheld_as_it_is_defined(tmp_path: Path) -> None:
         other[:, channel] = np.where(valid[:, channel, None, None], mean[channel], 0)
         for kind in ("mean", "attention"):
             wanted = make_tokens(other[rows], valid[rows], kind)[0].numpy()
-            given = study.inputs[f"eeg/eeg-a/{kind}"][rows]
+            given = study.inputs[InputKey("eeg", "eeg-a", kind)][rows]
             found = one.without_channel(given, rows, kind, one.means(others, kind), channel)
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
-        given = study.inputs["eeg/eeg-a/channels_mean_std"][rows]
+        given = study.inputs[InputKey("eeg", "eeg-a", "channels_mean_std")][rows]
         means = one.means(others, "channels_mean_std")
         found = one.without_channel(given, rows, "channels_mean_std", means, channel).reshape(20, 4, 10)
         there = valid[rows, channel]
         np.testing.assert_allclose(found[there, channel], np.broadcast_to(means[channel], (there.sum(), 10)))
         assert not found[~there, channel].any()
         assert np.array_equal(np.delete(found, channel, 1), np.delete(given.reshape(20, 4, 10), channel, 1))
-    given = study.inputs["eeg/eeg-a/channels_mean_std"][rows]
+    given = study.inputs[InputKey("eeg", "eeg-a", "channels_mean_std")][rows]
     for patch, found in enumerate(one.without_patches(given, rows, "channels_mean_std")):
         wanted = make_tokens(np.delete(values[rows], patch, 2), valid[rows], "channels_mean_std")[0].numpy()
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
@@ -136,7 +147,7 @@ def test_the_rest_before_a_clip_stays_subtracted(tmp_path: Path) -> None:
     table = study.table
     some = np.arange(0, 100, 2)
     study = replace(study, table=replace(table, baseline=rest, sample=table.sample[:100], keys=table.keys[:100]))
-    one = occlusion._Opened(study, "ecg/ecg-a", some)
+    one = occlusion._OpenedFeatures(study, EncoderKey("ecg", "ecg-a"), some)
     there = one.valid(some).all(axis=1)
     mine = rest.select(some)
     wanted = pool_features(one.features, some, "mean", mine)
@@ -156,7 +167,7 @@ def test_a_study_tells_it_and_the_same_again(tmp_path: Path, monkeypatch: pytest
         TrialRecord(f"{row}-{i}", row, config, list(train(study, row, config)))
         for row in SEARCHED for i, config in enumerate(configs)
     ]  # fmt: skip
-    first = conclude(study, records, quiet)
+    first = conclude_study(study, records, quiet)
     results = json.loads(json.dumps(first.results, allow_nan=False))
     fused = next(row for row in results["rows"] if row["name"] == "fused")
     assert results["occlusion"]["auc"] == pytest.approx(fused["auc"], abs=1e-4)
@@ -174,12 +185,12 @@ def test_a_study_tells_it_and_the_same_again(tmp_path: Path, monkeypatch: pytest
     assert results["embedding"]["ecg"]["windows"] == 100 and results["embedding"]["ecg"]["people"] == 9
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - threads if threads in (1, 2) else 1)
-    again = conclude(study, records, quiet)
+    again = conclude_study(study, records, quiet)
     torch.set_num_threads(threads)
     assert json.dumps(again.results) == json.dumps(first.results) and again.embedding == first.embedding
-    monkeypatch.setattr(occlusion, "_MOST_WINDOWS", 60)
+    monkeypatch.setattr(occlusion, "_MAX_WINDOWS", 60)
     monkeypatch.setattr(embedding, "_MOST_WINDOWS", 50)
-    fewer = conclude(study, records, quiet)
+    fewer = conclude_study(study, records, quiet)
     assert fewer.results["occlusion"]["windows"] == 60 and fewer.results["embedding"]["eeg"]["windows"] == 50
 
 

@@ -25,16 +25,17 @@ from scipy.signal import resample_poly
 from physio_dist import config, storage
 from physio_dist.config import TuneConfig, parse_encoders
 from physio_dist.data.convert import converter
+from physio_dist.data.format.index import open_set
 from physio_dist.data.format.sample_table import key_table
 from physio_dist.errors import DataError, UserError
 from physio_dist.evaluation.serving import classifier_files
 from physio_dist.evaluation.serving.classifier import FusionClassifier
-from physio_dist.evaluation.study import Study, TrialRecord, prepare, train
-from physio_dist.evaluation.trials import predict_ablated, select
+from physio_dist.evaluation.trained_heads import train_selected
+from physio_dist.evaluation.trials import Study, TrialRecord, select, train
 from physio_dist.signals.montage import EEG_19
 from physio_dist.signals.readers import read_file, reader
 from tests.conftest import S3
-from tests.evaluation.study_samples import CONFIG, paired
+from tests.evaluation.study_samples import CONFIG, paired, prepare_study
 from tests.evaluation.test_study import export, facts_of, quiet
 
 pytestmark = pytest.mark.integration
@@ -96,7 +97,7 @@ def prepared(folder: Path, data: str, eeg: str = "", **more: Any) -> Study:
     options.search.head, options.search.modality_dropout = ["concat", "gated", "cross_attention"], [0.0, 0.3]
     for name, value in more.items():
         setattr(options.tune, name, value)
-    return prepare(options, str(folder / "features"), quiet)
+    return prepare_study(options, str(folder / "features"), quiet)
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +119,20 @@ def records_of(study: Study, config: dict[str, Any]) -> list[TrialRecord]:
 
 def heard(study: Study, records: list[TrialRecord]) -> Tensors:
     """What ``predictions.safetensors`` has of the fused row, without the other rows."""
-    found = predict_ablated(study, "fused", select(study, "fused", records), ["all", "ecg", "eeg"])
+    heads = train_selected(study, "fused", select(study, "fused", records), ("ecg", "eeg"))
     rows = np.concatenate([fold.test for fold in study.folds])
     order = np.argsort(rows, kind="stable")
-    names = {"all": "fused", "ecg": "fused_ecg_only", "eeg": "fused_eeg_only"}
+    rows_of = {"fused": heads.probability} | {f"fused_{name}_only": parts for name, parts in heads.ablated.items()}
     return {
         "key": key_table([study.table.keys[i] for i in rows[order]]),
         "fold": np.repeat(np.arange(len(study.folds)), [len(fold.test) for fold in study.folds])[order],
-        **{f"probability.{names[view]}": np.concatenate(parts)[order] for view, parts in found.items()},
+        **{f"probability.{row}": np.concatenate(parts)[order] for row, parts in rows_of.items()},
     }
+
+
+def save(study: Study, records: list[TrialRecord], url: str, say: Callable[[str], None]) -> None:
+    fused = train_selected(study, "fused", select(study, "fused", records))
+    classifier_files.save_classifier(study, records, fused, open_set(study.options.tune.data), url, say)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +141,7 @@ def made(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
     found = {}
     for name, chosen in HEADS.items():
         folder, records = tmp_path_factory.mktemp(name), records_of(study, chosen)
-        classifier_files.save_classifier(study, records, str(folder / "classifier"), quiet)
+        save(study, records, str(folder / "classifier"), quiet)
         found[name] = (folder, heard(study, records))
     return found
 
@@ -179,7 +185,7 @@ def test_an_ensemble_of_configurations_is_kept_whole(study: Study, raw: Path, tm
     several = replace(study, options=deepcopy(study.options))
     several.options.tune.ensemble_size = 3
     records = [TrialRecord(name, "fused", how, list(train(study, "fused", how))) for name, how in HEADS.items()]
-    classifier_files.save_classifier(several, records, str(tmp_path / "classifier"), quiet)
+    save(several, records, str(tmp_path / "classifier"), quiet)
     tensors = heard(several, records)
     assert same_as_tested(tmp_path, tensors, lambda record: raw / f"{record}.edf") == len(study.table.label)
     assert np.abs(tensors["probability.fused"] - heard(study, records)["probability.fused"]).max() > 0.01
@@ -206,7 +212,7 @@ def test_so_it_is_on_real_recordings(data_dir: Path, tmp_path: Path) -> None:
     study = prepared(tmp_path, convert(tmp_path / "raw", tmp_path / "set", "leads=ECG"), protocol="loso")
     records = records_of(study, HEADS["crossed"])
     tensors = heard(study, records)
-    classifier_files.save_classifier(study, records, str(tmp_path / "run"), quiet)
+    save(study, records, str(tmp_path / "run"), quiet)
     seen = same_as_tested(tmp_path / "run", tensors, lambda record: tmp_path / "raw" / f"{record}.edf")
     assert seen == len(study.table.label) > 60
 
@@ -217,10 +223,10 @@ def test_everybodys_heads_are_chosen_by_all_folds_and_trained_on_all(study: Stud
         return TrialRecord(f"{row}-{lr}", row, {**CONFIG, "lr": lr}, history)
 
     records = [record("fused", 0.1, 0.6, 0.7), record("fused", 0.2, 0.5, float("nan"), 0.7), record("ecg", 0.3, 0.9)]
-    choice = classifier_files.best_of_all(records)
+    choice = classifier_files.best_over_folds(records)
     assert (choice.config["lr"], choice.epoch, choice.val_auc) == (0.1, 2, 0.7)
     with pytest.raises(UserError, match="no trial of the row 'fused'"):
-        classifier_files.best_of_all(records[2:])
+        classifier_files.best_over_folds(records[2:])
     about = json.loads((run / "classifier" / "config.json").read_text())
     assert list(about["ensembles"]) == ["0", "1", "2", "everybody"]
     everybody = about["ensembles"]["everybody"]
@@ -251,7 +257,7 @@ def test_a_folder_of_tensors_json_and_a_card(run: Path) -> None:
 def test_a_leaky_split_is_told_in_use_too(cli: Cli, study: Study, run: Path, raw: Path, tmp_path: Path) -> None:
     leaky = replace(study, options=deepcopy(study.options))
     leaky.options.tune.protocol = "leaky_window"
-    classifier_files.save_classifier(leaky, records_of(leaky, HEADS["plain"]), str(tmp_path / "classifier"), quiet)
+    save(leaky, records_of(leaky, HEADS["plain"]), str(tmp_path / "classifier"), quiet)
     assert "LEAKY SPLIT" in (tmp_path / "classifier" / "README.md").read_text()
     done = cli("predict", tmp_path, raw / "r00.edf")
     assert done.returncode == 0 and "r00.edf: LEAKY SPLIT: the sweep's figures" in done.stderr
@@ -433,7 +439,7 @@ def test_a_bucket_holds_one_too(study: Study, raw: Path, s3_here: S3) -> None:
     url = storage.join(s3_here.bucket, "run", "classifier")
     storage.write_bytes(storage.join(url, "stale.safetensors"), b"of an earlier attempt")
     said: list[str] = []
-    classifier_files.save_classifier(study, records, url, said.append)
+    save(study, records, url, said.append)
     assert "stale.safetensors" not in storage.names(url) and url in said[-1]
     found = FusionClassifier.load(storage.join(s3_here.bucket, "run"), 2).predict_recording(
         read_file(str(raw / "r00.edf"))
@@ -446,7 +452,7 @@ def test_a_checkpoint_becomes_an_export(raw: Path, study: Study, tmp_path: Path,
     data = study.options.tune.data
     other = prepared(tmp_path, data, eeg=str(data_dir / "cbramod-reference" / "two_layers.pth"))
     records = records_of(other, HEADS["plain"])
-    classifier_files.save_classifier(other, records, str(tmp_path / "run" / "classifier"), quiet)
+    save(other, records, str(tmp_path / "run" / "classifier"), quiet)
     tensors = heard(other, records)
     assert (tmp_path / "run" / "classifier" / "eeg" / "encoder.safetensors").is_file()
     assert same_as_tested(tmp_path / "run", tensors, lambda record: raw / f"{record}.edf") == len(other.table.label)
@@ -457,8 +463,6 @@ def test_what_cannot_be_told_from_raw_files_keeps_no_classifier(study: Study, tm
     torch.manual_seed(0)
     other = prepared(tmp_path, str(tmp_path / "set"))
     said: list[str] = []
-    classifier_files.save_classifier(
-        other, records_of(other, HEADS["plain"]), str(tmp_path / "classifier"), said.append
-    )
+    save(other, records_of(other, HEADS["plain"]), str(tmp_path / "classifier"), said.append)
     assert said == ["no classifier is kept: the shard set does not tell how raw recordings become its windows"]
     assert not (tmp_path / "classifier").exists()

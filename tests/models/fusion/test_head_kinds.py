@@ -15,12 +15,23 @@ from torch.nn.functional import cross_entropy
 
 from physio_dist.config.search import HEADS
 from physio_dist.errors import UserError
+from physio_dist.evaluation.controls import permuted_label_aucs, with_noise
 from physio_dist.evaluation.head_training import Heads, Job
-from physio_dist.evaluation.study import SEARCHED, Study, TrialRecord, conclude, train
-from physio_dist.evaluation.trials import Choice, control, noisy, predict, predict_ablated, reductions_of, trained_heads
+from physio_dist.evaluation.trained_heads import train_selected
+from physio_dist.evaluation.trials import (
+    SEARCHED,
+    Choice,
+    EncoderRole,
+    InputKey,
+    ReductionKey,
+    Study,
+    TrialRecord,
+    reductions_of,
+    train,
+)
 from physio_dist.models.fusion.heads import build_head, input_kind
-from physio_dist.stats.scores import auc, calibration_error, temperature_of
-from tests.evaluation.study_samples import CONFIG, changed, features_of, job_of, study_of, table_of
+from physio_dist.stats.scores import auc, calibration_error, fit_temperature
+from tests.evaluation.study_samples import CONFIG, changed, conclude_study, features_of, job_of, study_of, table_of
 
 N = 90
 RNG = np.random.default_rng(3)
@@ -52,7 +63,7 @@ def test_together_as_alone(kind: str, inputs: dict[str, np.ndarray]) -> None:
     """With dropout of both sorts, missing modalities and unequal numbers of rows."""
     how = config(kind, dropout=0.3, modality_dropout=0.5, class_weight="balanced", depth=2)
     ranges = (np.arange(0, 80), np.arange(25, 88, 2))
-    jobs = [job_of(inputs, LABEL, mine, f"0/{i}", there=SHOWN) for i, mine in enumerate(ranges)]
+    jobs = [job_of(inputs, LABEL, mine, f"0/{i}", available=SHOWN) for i, mine in enumerate(ranges)]
     valid = [np.arange(0, 60), np.arange(45, 90)]
     together = trained(jobs, how).probability(valid)
     for i, job in enumerate(jobs):
@@ -66,7 +77,7 @@ def test_it_is_plain_adamw_on_cross_entropy(kind: str, weight: str) -> None:
     """Steps on all rows, done again with torch alone; a late head is a head for each modality."""
     mine = np.r_[np.flatnonzero(LABEL == 0)[:35], np.flatnonzero(LABEL == 1)[:12]]
     how = config(kind, weight_decay=0.3, class_weight=weight)
-    job = job_of(TOKENS, LABEL, mine, "x", there=SHOWN)
+    job = job_of(TOKENS, LABEL, mine, "x", available=SHOWN)
     heads = Heads([job], 2, how)
     model = heads.head(0)
     decayed = [p for p in model.parameters() if p.ndim == 2]
@@ -98,7 +109,7 @@ def test_it_is_plain_adamw_on_cross_entropy(kind: str, weight: str) -> None:
 
 def test_a_late_head_is_its_modalities_heads() -> None:
     how, rows = config("late"), np.arange(70)
-    late = trained([job_of(VECTORS, LABEL, rows, "x", there=SHOWN)], how)
+    late = trained([job_of(VECTORS, LABEL, rows, "x", available=SHOWN)], how)
     everything = np.arange(N)
     both, ecg, eeg = (late.probability([everything], only)[0] for only in (None, "ecg", "eeg"))
     whole = SHOWN["ecg"][:, 0] & SHOWN["eeg"][:, 0]
@@ -117,12 +128,12 @@ def test_windows_and_modalities_that_are_missing_teach_nothing(kind: str) -> Non
     label[50:53] = 1 - label[50:53]
 
     def said(inputs: dict[str, np.ndarray], label: np.ndarray) -> np.ndarray:
-        encoders = {f"{more}{name}": ("a",) for name in inputs for more in ("", "untrained_")}
+        encoders = {EncoderRole(name, pretrained): ("a",) for name in inputs for pretrained in (True, False)}
         fold = study_of(table_of(), *(np.zeros((144, 1), np.float32),) * 2).folds[0]
         fold = replace(fold, inner=((rows, np.arange(80, 90)),))
-        keyed = {f"{name}/a/mean": x for name, x in inputs.items()}
+        keyed = {InputKey(name, "a", "mean"): x for name, x in inputs.items()}
         found = reductions_of(keyed, encoders, [fold], 64, SHOWN)
-        reductions = {name: found[f"{name}/a/mean/{fold.name}/0"] for name in inputs}
+        reductions = {name: found[ReductionKey(InputKey(name, "a", "mean"), fold.name, 0)] for name in inputs}
         return trained([Job(inputs, reductions, label, rows, "x", SHOWN)], how).probability([np.arange(N)])[0]
 
     found = said(VECTORS, LABEL)
@@ -133,11 +144,11 @@ def test_windows_and_modalities_that_are_missing_teach_nothing(kind: str) -> Non
 
 
 def test_modality_dropout_shows_one_alone_as_often_as_asked() -> None:
-    job = job_of(TOKENS, LABEL, np.arange(80), "x", there=SHOWN)
+    job = job_of(TOKENS, LABEL, np.arange(80), "x", available=SHOWN)
     heads = Heads([job] * 2, 2, config("gated", modality_dropout=0.4))
     rows = [np.tile(np.arange(60, 90), 100), np.arange(0, 60)]
     _, before = heads._gather(rows)
-    after = heads._withhold(rows, before)
+    after = heads._drop_modalities(rows, before)
     assert not (after & ~before).any()
     ecg, eeg = (heads._shape.present(after)[0, :, i] for i in (0, 1))
     assert (ecg | eeg).all()
@@ -152,7 +163,7 @@ def test_modality_dropout_shows_one_alone_as_often_as_asked() -> None:
 
 def test_a_head_that_is_kept_says_what_it_said() -> None:
     rows = np.arange(60)
-    jobs = [job_of(TOKENS, LABEL, rows, "x", there=SHOWN), job_of(TOKENS, LABEL, rows[::2], "y")]
+    jobs = [job_of(TOKENS, LABEL, rows, "x", available=SHOWN), job_of(TOKENS, LABEL, rows[::2], "y")]
     heads = trained(jobs, config("gated"))
     heads.calibrate([np.arange(60, 90)] * 2)
     kept = heads.head(1)
@@ -171,12 +182,12 @@ def test_a_temperature_undoes_what_made_logits_too_bold() -> None:
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     label = (shares.cumsum(1) < rng.random((20_000, 1))).sum(1)
     for factor in (0.3, 1.0, 4.0):
-        assert temperature_of(label, factor * logits) == pytest.approx(factor, rel=0.05)
+        assert fit_temperature(label, factor * logits) == pytest.approx(factor, rel=0.05)
     bold = np.exp(4 * logits) / np.exp(4 * logits).sum(1, keepdims=True)
     assert calibration_error(label, shares) < 0.02 < 0.1 < calibration_error(label, bold)  # type: ignore[operator]
-    assert temperature_of(label[:0], logits[:0]) == 1.0
+    assert fit_temperature(label[:0], logits[:0]) == 1.0
     # All right, and so the bolder the better, but not without end.
-    assert 0.05 <= temperature_of(np.zeros(3, dtype=np.int64), np.array([[9.0, 0.0]] * 3)) < 0.5
+    assert 0.05 <= fit_temperature(np.zeros(3, dtype=np.int64), np.array([[9.0, 0.0]] * 3)) < 0.5
 
 
 def test_the_calibration_error_by_hand() -> None:
@@ -198,7 +209,7 @@ def simulated(kind: str, strengths: tuple[float, float] = (1.5, 1.5), **search: 
     if kind == "cross_attention":
         rng = np.random.default_rng(9)
         inputs = {
-            key.replace("/mean", "/attention"):
+            key._replace(pooling="attention"):
                 (x[:, None, :] + 0.3 * rng.standard_normal((len(x), 4, x.shape[1]))).astype(np.float32)
             for key, x in study.inputs.items()
         }  # fmt: skip
@@ -219,30 +230,31 @@ def area(study: Study, parts: Sequence[np.ndarray]) -> float:
 def test_with_one_modality_the_fused_head_is_about_what_a_single_one_is(kind: str) -> None:
     study, how = simulated(kind)
     choices = [Choice({**how, "modality_dropout": 0.5}, 12, 0.5)] * 3
-    found = predict_ablated(study, "fused", choices, ["all", "ecg", "eeg"])
-    both = area(study, found["all"])
+    fused = train_selected(study, "fused", choices, ("ecg", "eeg"))
+    both = area(study, fused.probability)
     for signal in ("ecg", "eeg"):
-        single = area(study, predict(study, signal, choices))
+        single = area(study, train_selected(study, signal, choices).probability)
         assert both > single + 0.03 and both > 0.9
-        assert area(study, found[signal]) == pytest.approx(single, abs=0.05)
+        assert area(study, fused.ablated[signal]) == pytest.approx(single, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_noise_in_place_of_a_modality_gains_nothing(kind: str) -> None:
     study, how = simulated(kind)
     choices = [Choice(how, 12, 0.5)] * 3
-    single = area(study, predict(study, "eeg", choices))
-    other = noisy(study, "ecg")
-    assert area(study, predict(other, "fused", choices)) < single + 0.02 < area(study, predict(study, "fused", choices))
-    key = next(key for key in study.inputs if key.startswith("ecg/ecg-a"))
+    single = area(study, train_selected(study, "eeg", choices).probability)
+    other = with_noise(study, "ecg")
+    noise, fused = (area(study, train_selected(each, "fused", choices).probability) for each in (other, study))
+    assert noise < single + 0.02 < fused
+    key = next(key for key in study.inputs if key.encoder == ("ecg", "ecg-a"))
     assert abs(np.corrcoef(other.inputs[key].reshape(len(TABLE.label), -1)[:, 0], TABLE.label)[0, 1]) < 0.2
-    assert all(other.inputs[key] is x for key, x in study.inputs.items() if key.startswith("eeg"))
+    assert all(other.inputs[key] is x for key, x in study.inputs.items() if key.signal == "eeg")
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_permuted_labels_are_at_chance(kind: str) -> None:
     study, how = simulated(kind)
-    areas = control(study, [Choice({**how, "modality_dropout": 0.3}, 6, 0.5)] * 3, 10)
+    areas = permuted_label_aucs(study, [Choice({**how, "modality_dropout": 0.3}, 6, 0.5)] * 3, 10)
     assert len(set(areas)) == 10 and 0.4 < np.mean(areas) < 0.6
 
 
@@ -260,7 +272,7 @@ def test_rows_of_missing_modalities_noise_and_calibration() -> None:
         TrialRecord(f"{row}-{i}", row, one, list(train(study, row, one)))
         for row in SEARCHED for i, one in enumerate(configs)
     ]  # fmt: skip
-    found = conclude(study, records, lambda _: None)
+    found = conclude_study(study, records, lambda _: None)
     rows = {row["name"]: row for row in found.results["rows"]}
     assert list(rows)[5:] == ["fused", "fused_ecg_only", "fused_eeg_only", "noise_ecg", "noise_eeg"]
     assert [rows[name]["modalities"] for name in list(rows)[6:]] == [["ecg"], ["eeg"], ["eeg"], ["ecg"]]
@@ -277,7 +289,7 @@ def test_rows_of_missing_modalities_noise_and_calibration() -> None:
         np.testing.assert_allclose(
             tensors["probability.fused"][mine], tensors["probability.fused_eeg_only"][mine], atol=1e-6
         )
-    again = conclude(study, records[::-1], lambda _: None)
+    again = conclude_study(study, records[::-1], lambda _: None)
     assert json.dumps(again.results) == json.dumps(found.results) and again.predictions == found.predictions
 
 
@@ -286,14 +298,17 @@ def test_temperatures_come_from_validation_people_and_move_no_window_past_anothe
     study.options.tune.calibrate = True
     choices = [Choice({**how, "lr": 0.05}, 12, 0.5)]
     study = replace(study, folds=(replace(study.folds[0], inner=study.folds[0].inner[:1]),))
-    found = predict_ablated(study, "fused", choices, ["all", "uncalibrated"])
-    odds = {view: np.log(parts[0][:, 1] / parts[0][:, 0]).astype(np.float64) for view, parts in found.items()}
-    ratio = odds["uncalibrated"] / odds["all"]
+    heads = train_selected(study, "fused", choices)
+    assert heads.uncalibrated is not None
+    before, after = (
+        np.log(p[:, 1] / p[:, 0]).astype(np.float64) for p in (heads.uncalibrated[0], heads.probability[0])
+    )
+    ratio = before / after
     assert np.ptp(ratio) < 1e-2 and abs(ratio[0] - 1) > 0.02
     label = TABLE.label.copy()
     label[study.folds[0].test] = 1 - label[study.folds[0].test]
     other = replace(study, table=replace(TABLE, label=label))
-    assert np.array_equal(predict_ablated(other, "fused", choices, ["all"])["all"][0], found["all"][0])
+    assert np.array_equal(train_selected(other, "fused", choices).probability[0], heads.probability[0])
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -301,8 +316,9 @@ def test_heads_that_are_kept_give_the_probabilities_of_the_study(kind: str) -> N
     study, how = simulated(kind)
     study.options.tune.calibrate = True
     choices = [Choice(how, 3, 0.5)] * 3
-    wanted = predict(study, "fused", choices)
-    for number, (fold, (heads,)) in enumerate(zip(study.folds, trained_heads(study, "fused", choices), strict=True)):
+    trained_once = train_selected(study, "fused", choices)
+    wanted = trained_once.probability
+    for number, (fold, (heads,)) in enumerate(zip(study.folds, trained_once.heads, strict=True)):
         keys = study.keys_of("fused", input_kind({**how, "pooling": "mean"}), number)
         x = {signal: torch.from_numpy(study.inputs[key][fold.test]) for signal, key in keys.items()}
         with torch.no_grad():

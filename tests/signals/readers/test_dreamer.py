@@ -18,6 +18,7 @@ from physio_dist.evaluation.label_table import load_label_table
 from physio_dist.signals.readers import reader
 from physio_dist.signals.recording import RecordError
 from physio_dist.signals.windows import WindowSpec, windows_of
+from tests.evaluation.study_samples import opened
 from tests.signals.readers.dreamer_samples import ELECTRODES, WRITERS, people_of, write_v5, write_v73
 
 People = list[dict[str, Any]]
@@ -190,7 +191,7 @@ def test_a_whole_file_becomes_a_set_of_windows_with_ratings(
     assert sum("-c07-baseline-" in key for key in keys) == 23 and not any("s07" in key for key in keys)
     arousal = np.stack([one["ScoreArousal"].ravel() for one in people])
     for neutral, high in (("high", arousal >= 3), ("low", arousal > 3), ("drop", arousal > 3)):
-        table = load_label_table(made.url, "dreamer", "arousal", neutral=neutral, clip="clip")
+        table = load_label_table(opened(made.url), "dreamer", "arousal", neutral=neutral, clip="clip")
         assert table.classes == ("low", "high") and table.clip is not None and len(set(table.clip.tolist())) == 18
         assert len(table.label) == (int((arousal != 3).sum()) if neutral == "drop" else 414)
         assert int(table.label.sum()) == int(high.sum())

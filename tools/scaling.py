@@ -31,8 +31,8 @@ GLOO = 0.47e9
 
 def grown(preset: str, windows: int, **more: float) -> list[Load]:
     """A load for each of ``WORLDS``, with so many windows a rank."""
-    one = Load(preset, windows, windows)
-    return [replace(one, global_batch=windows * world, **more) for world in WORLDS]
+    load = Load(preset, windows, windows)
+    return [replace(load, global_batch=windows * world, **more) for world in WORLDS]
 
 
 def fixed(preset: str, batch: int, **more: float) -> list[Load]:
@@ -99,7 +99,7 @@ def exchanged() -> str:
         load = Load(preset)
         sent = [scaling_model.exchange_bytes(replace(load, stage=stage), 1024, 2) / 1e6 for stage in range(4)]
         rows.append([
-            preset, f"{load.parameters / 1e6:.1f}", f"{load.window_flops / 1e9:.2f}", *(f"{megabytes:,.1f}" for megabytes in sent),
+            preset, f"{load.parameters / 1e6:.1f}", f"{load.window_flops / 1e9:.2f}", *(f"{mb:,.1f}" for mb in sent),
             f"{scaling_model.checkpoint_bytes(load) / 1e6:,.0f}",
             f"{scaling_model.windows_to_saturate(load, Machines()):,}",
         ])  # fmt: skip

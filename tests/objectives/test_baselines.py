@@ -19,7 +19,7 @@ def waves(n: int = 6, channels: int = 4, time: int = 400, seed: int = 0) -> torc
 
 
 @pytest.mark.parametrize("context", [0, 2])
-def test_it_is_least_squares_from_the_visible_channels(context: int) -> None:
+def test_lead_ridge_is_least_squares_on_visible_channels(context: int) -> None:
     train, test = waves(), waves(seed=1)
     ridge = fit_lead_ridge([train[:4], train[4:]], context, penalty=1e-12)
     visible = torch.tensor([True, False, True, False])[None, :, None].expand(6, 4, 2)
@@ -37,7 +37,7 @@ def test_it_is_least_squares_from_the_visible_channels(context: int) -> None:
     assert np.array_equal(found[:, [0, 2]], test.numpy()[:, [0, 2]])
 
 
-def test_what_is_hidden_has_no_part_and_each_patch_uses_what_it_has() -> None:
+def test_lead_ridge_ignores_hidden_content_and_uses_visible_leads_of_each_patch() -> None:
     ridge = fit_lead_ridge([waves()])
     x = waves(2, seed=2).view(2, 4, 2, 200)
     visible = torch.ones(2, 4, 2, dtype=torch.bool)
@@ -52,7 +52,7 @@ def test_what_is_hidden_has_no_part_and_each_patch_uses_what_it_has() -> None:
     torch.testing.assert_close(found[1, :, 1, 0], waves().mean(dim=(0, 2)), atol=0.02, rtol=0)
 
 
-def test_dependent_leads_do_not_upset_it() -> None:
+def test_lead_ridge_accepts_linearly_dependent_leads() -> None:
     x = waves()
     x[:, 3] = x[:, 0] - x[:, 1]
     ridge = fit_lead_ridge([x])
@@ -63,6 +63,6 @@ def test_dependent_leads_do_not_upset_it() -> None:
     assert float((found[:, 2] - truth).square().mean()) < 0.5 * float(truth.var())
 
 
-def test_it_needs_windows() -> None:
+def test_fit_lead_ridge_raises_without_windows() -> None:
     with pytest.raises(ValueError, match="no windows"):
         fit_lead_ridge([torch.zeros(0, 4, 400)])

@@ -50,7 +50,9 @@ def draw(config: MaskConfig, groups: list[list[int]], patches: int, count: int, 
 
 @settings(max_examples=120, deadline=None)
 @given(st.sampled_from(sorted(LAYOUTS)), st.integers(1, 31), RATIOS, RATIOS, st.integers(0, 2**63))
-def test_rules_hold_for_every_mask(layout: str, patches: int, intra: float, inter: float, seed: int) -> None:
+def test_sample_masks_follows_rules_for_any_options(
+    layout: str, patches: int, intra: float, inter: float, seed: int
+) -> None:
     groups = LAYOUTS[layout]
     channels = sum(map(len, groups))
     in_time, by_lead = intra > 0 and patches > 1, inter > 0 and channels > 1
@@ -80,7 +82,7 @@ def test_rules_hold_for_every_mask(layout: str, patches: int, intra: float, inte
                 assert (shown.sum(1) == wanted).all()
 
 
-def test_no_hidden_limb_patch_is_arithmetic_of_visible_leads() -> None:
+def test_sample_masks_hides_no_limb_lead_computable_from_visible_ones() -> None:
     mask = draw(MaskConfig(0.5, 0.5), TWELVE, 10, 300)
     patterns = np.unique(mask.hidden.transpose(0, 2, 1).reshape(-1, 12), axis=0)
     assert len(patterns) > 100
@@ -115,7 +117,7 @@ def no_hidden_limb_patch_is_arithmetic(mask: DualMask, matrix: np.ndarray) -> No
 
 @settings(max_examples=80, deadline=None)
 @given(OPTIONS, st.permutations(range(12)), st.integers(2, 12), st.integers(0, 2**63))
-def test_no_option_makes_a_hidden_limb_patch_arithmetic(
+def test_sample_masks_options_make_no_limb_lead_computable(
     config: MaskConfig, order: list[int], patches: int, seed: int
 ) -> None:
     names = [NAMES[i] for i in order]
@@ -128,7 +130,7 @@ def test_no_option_makes_a_hidden_limb_patch_arithmetic(
     assert not (mask.hidden & ~shown).any() and not (mask.intra & mask.inter).any()
 
 
-def test_alternating_samples_have_one_part_each() -> None:
+def test_alternating_mode_has_one_part_per_sample() -> None:
     mask = draw(MaskConfig(0.5, 0.5, mode="alternating"), TWELVE, 10, 4000)
     in_time, by_lead = mask.intra.any((1, 2)), mask.inter.any((1, 2))
     assert (in_time ^ by_lead).all()
@@ -145,7 +147,7 @@ def test_alternating_samples_have_one_part_each() -> None:
     ("span", "ratio", "patches", "spans"),
     [(2.0, 0.5, 20, 5.0), (4.0, 0.5, 20, 2.5), (3.0, 0.3, 20, 2.0), (40.0, 0.5, 20, 1.0), (2.0, 0.8, 20, 4.0)],
 )
-def test_spans_have_the_mean_length_that_was_asked_for(span: float, ratio: float, patches: int, spans: float) -> None:
+def test_span_option_sets_mean_span_length(span: float, ratio: float, patches: int, spans: float) -> None:
     mask = draw(MaskConfig(ratio, 0.0, span=span), TWELVE, patches, 3000)
     assert (mask.intra.sum(2) == round(ratio * patches)).all()
     beginnings = (mask.intra & ~np.roll(mask.intra, 1, axis=2)).sum(2)
@@ -154,7 +156,7 @@ def test_spans_have_the_mean_length_that_was_asked_for(span: float, ratio: float
     assert np.ptp(mask.intra.mean((0, 1))) < 0.03, "every patch is hidden equally often"
 
 
-def test_scattered_patches_are_those_of_the_scattered_half() -> None:
+def test_span_0_scatters_patches_as_default_does_in_half_of_samples() -> None:
     scattered = draw(MaskConfig(0.5, 0.3, span=0.0), TWELVE, 10, 500)
     usual = draw(MaskConfig(0.5, 0.3), TWELVE, 10, 500)
     same = (scattered.hidden == usual.hidden).all((1, 2))
@@ -162,7 +164,7 @@ def test_scattered_patches_are_those_of_the_scattered_half() -> None:
     assert np.array_equal(scattered.hidden, draw(MaskConfig(0.5, 0.3, span=1.0), TWELVE, 10, 500).hidden)
 
 
-def test_leads_are_dropped_in_the_layouts_shares_and_the_rest_is_masked_as_ever() -> None:
+def test_lead_dropout_follows_layout_shares_and_masks_remaining_leads() -> None:
     config = MaskConfig(0.5, 0.3, lead_dropout=0.6, layouts=lead_layouts(NAMES))
     mask, usual = draw(config, TWELVE, 10, 6000), draw(MaskConfig(0.5, 0.3), TWELVE, 10, 6000)
     counts = mask.shown.sum(1)
@@ -175,7 +177,7 @@ def test_leads_are_dropped_in_the_layouts_shares_and_the_rest_is_masked_as_ever(
     assert not mask.inter[counts == 1].any() and (mask.intra[counts == 1].sum((1, 2)) == 5).all()
 
 
-def test_a_sample_without_a_valid_lead_among_those_to_be_shown_is_shown_whole() -> None:
+def test_lead_dropout_keeps_all_leads_if_no_kept_lead_is_valid() -> None:
     config = MaskConfig(0.5, 0.3, lead_dropout=1.0, layouts=lead_layouts(NAMES))
     valid = np.ones((200, 12), dtype=bool)
     valid[:, :2] = False
@@ -197,13 +199,13 @@ def test_a_sample_without_a_valid_lead_among_those_to_be_shown_is_shown_whole() 
         ({"lead_dropout": 0.5, "intra_ratio": 0.0}, "a lead alone can only be hidden in time"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(words: dict[str, Any], told: str) -> None:
+def test_mask_options_raise_on_invalid_values(words: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         MaskConfig(**{"intra_ratio": 0.5, "inter_ratio": 0.3, **words})
 
 
 @pytest.mark.parametrize(("names", "patches"), [(["I"], 10), (["Fz", "Cz"], 10), (NAMES, 1)])
-def test_lead_dropping_needs_leads_and_seconds(names: Sequence[str], patches: int) -> None:
+def test_lead_dropout_raises_without_several_leads_and_patches(names: Sequence[str], patches: int) -> None:
     config = MaskConfig(0.5, 0.3, lead_dropout=0.5, layouts=lead_layouts(names))
     with pytest.raises(UserError, match=r"mask\.lead_dropout=0\.5: windows of"):
         draw(config, mask_groups(names), patches, 4)
@@ -211,14 +213,14 @@ def test_lead_dropping_needs_leads_and_seconds(names: Sequence[str], patches: in
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.integers(0, 2**40))
-def test_a_mask_depends_on_its_position_alone(others: list[int], position: int) -> None:
+def test_mask_depends_on_position_only(others: list[int], position: int) -> None:
     alone = sample_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 3, "train", np.array([position]))
     batch = sample_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 3, "train", np.array([*others, position]))
     assert np.array_equal(alone.intra[0], batch.intra[-1])
     assert np.array_equal(alone.inter[0], batch.inter[-1])
 
 
-def test_seed_and_purpose_and_position_each_change_the_masks() -> None:
+def test_masks_differ_by_seed_purpose_and_position() -> None:
     def hidden(seed: int, purpose: str, first: int) -> bytes:
         positions = np.arange(first, first + 50)
         return sample_masks(MaskConfig(0.5, 0.5), TWELVE, 10, seed, purpose, positions).hidden.tobytes()
@@ -226,14 +228,14 @@ def test_seed_and_purpose_and_position_each_change_the_masks() -> None:
     assert len({hidden(1, "train", 0), hidden(2, "train", 0), hidden(1, "val", 0), hidden(1, "train", 50)}) == 4
 
 
-def test_masks_stay_the_same_for_ever() -> None:
+def test_masks_are_reproducible_across_releases() -> None:
     # Frozen: a change here breaks the resumption of every run under way.
     mask = sample_masks(MaskConfig(0.5, 0.5), TWELVE, 10, 1234, "train", np.array([0, 1, 10**12]))
     words = [int("".join(map(str, row.astype(int).ravel())), 2) for row in mask.hidden]
     assert [f"{word:030x}" for word in words] == FROZEN
 
 
-def test_shares_are_those_that_the_docstring_states() -> None:
+def test_hidden_shares_match_docstring() -> None:
     mask = draw(MaskConfig(0.5, 0.5), TWELVE, 10, 60_000)
     # By hand: of seven groups none is hidden in 1 of 128 samples and all in 1 of 256 (no lead kept), so a
     # group's probability is 1/2 + 1/896 - 1/1792; a limb lead is the kept one in a sixth of half of it.
@@ -251,7 +253,7 @@ def test_shares_are_those_that_the_docstring_states() -> None:
     assert (kept == 1).mean() == pytest.approx(0.25, abs=0.01)
 
 
-def test_half_of_the_samples_hide_one_span_and_groups_hide_their_own() -> None:
+def test_default_span_hides_one_span_in_half_of_samples() -> None:
     mask = draw(MaskConfig(0.5, 0.0), TWELVE, 10, 4000)
     # Around the end of the window a span has exactly one beginning.
     beginnings = (mask.intra & ~np.roll(mask.intra, 1, axis=2)).sum(2)
@@ -264,13 +266,13 @@ def test_half_of_the_samples_hide_one_span_and_groups_hide_their_own() -> None:
 
 
 @pytest.mark.parametrize("ratios", [(0.0, 0.0), (1.0, 0.5), (0.5, 1.0), (-0.1, 0.5), (float("nan"), 0.5)])
-def test_ratios_that_hide_nothing_or_everything_are_refused(ratios: tuple[float, float]) -> None:
+def test_mask_options_raise_on_ratios_hiding_nothing_or_everything(ratios: tuple[float, float]) -> None:
     with pytest.raises(UserError, match="mask"):
         MaskConfig(*ratios)
 
 
 @pytest.mark.parametrize("groups", [[], [[0], [0]], [[1]], [[0, 2]]])
-def test_groups_have_to_be_a_partition(groups: list[list[int]]) -> None:
+def test_sample_masks_raises_if_groups_are_no_partition(groups: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="partition"):
         draw(MaskConfig(0.5, 0.5), groups, 10, 2)
 
@@ -284,7 +286,7 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("use_valid", [False, True])
-def test_loss_is_the_mean_over_hidden_and_valid_samples(use_valid: bool) -> None:
+def test_loss_is_mean_over_hidden_valid_samples(use_valid: bool) -> None:
     predicted, target, intra, inter, valid = problem()
     terms = dual_mask_loss(predicted, target, intra, inter, valid if use_valid else None)
     for i in range(5):
@@ -295,7 +297,7 @@ def test_loss_is_the_mean_over_hidden_and_valid_samples(use_valid: bool) -> None
     assert terms.has_intra.tolist() == terms.has_inter.tolist() == [1.0] * 5
 
 
-def test_relative_loss_is_by_the_lead_s_own_mean_square() -> None:
+def test_relative_loss_divides_by_mean_square_of_lead() -> None:
     predicted, target, intra, inter, valid = problem()
     # Leads of very different size, and one that is silent.
     size = torch.logspace(-1, 2, 12)[:, None, None]
@@ -315,7 +317,7 @@ def test_relative_loss_is_by_the_lead_s_own_mean_square() -> None:
     torch.testing.assert_close(loud.loss, quiet.loss, rtol=1e-3, atol=0)
 
 
-def test_a_term_that_is_absent_counts_zero() -> None:
+def test_loss_term_without_patches_is_zero() -> None:
     predicted, target, intra, inter, valid = problem()
     intra[0], inter[1], valid[2] = False, False, False
     terms = dual_mask_loss(predicted, target, intra, inter, valid)
@@ -326,7 +328,7 @@ def test_a_term_that_is_absent_counts_zero() -> None:
     torch.testing.assert_close(terms.loss[1], terms.intra[1])
 
 
-def test_targets_out_of_play_may_be_anything() -> None:
+def test_loss_ignores_visible_and_invalid_targets() -> None:
     predicted, target, intra, inter, valid = problem()
     used = (intra | inter) & valid
     wild = torch.where(used[..., None], target, torch.nan)
@@ -346,13 +348,13 @@ def test_loss_of_bf16_predictions_is_fp32() -> None:
     assert torch.equal(terms.loss, dual_mask_loss(rounded.float(), target, intra, inter, valid).loss)
 
 
-def test_zero_predicts_zero() -> None:
+def test_predict_zero_returns_zeros() -> None:
     assert not predict_zero(torch.randn(1, 2, 3, 200)).any()
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 8), st.integers(0, 10**6))
-def test_interpolation_is_numpys(channels: int, patches: int, seed: int) -> None:
+def test_predict_interpolation_matches_numpy_interp(channels: int, patches: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, channels, patches, 200, generator=generator, dtype=torch.float64)
     hidden = torch.rand(2, channels, patches, generator=generator) < 0.5
@@ -370,7 +372,7 @@ def test_interpolation_is_numpys(channels: int, patches: int, seed: int) -> None
             np.testing.assert_allclose(result[sample, lead], line, rtol=0, atol=1e-12)
 
 
-def test_interpolation_needs_no_valid() -> None:
+def test_predict_interpolation_without_valid() -> None:
     ramp = torch.arange(1000.0).view(1, 1, 5, 200)
     hidden = torch.tensor([[[False, True, True, False, True]]])
     result = predict_interpolation(ramp, hidden)

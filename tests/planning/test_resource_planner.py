@@ -44,7 +44,7 @@ def remote(make_set: Make, s3_here: S3) -> ShardSet:
     return make_set(s3_here.bucket, sizes=(20,) * 20, length=400, every=1000)
 
 
-def test_a_plan_adds_up(remote: ShardSet) -> None:
+def test_plan_figures_are_consistent(remote: ShardSet) -> None:
     told = plan(options(remote.url), Cluster(2, 2, samples_per_s=400.0))
     fed, room = told["feed"], told["memory"]
     assert (told["world"], told["step_s"], told["hours"]) == (4, 8 / 400, pytest.approx(800 / 400 / 3600))
@@ -64,7 +64,7 @@ def test_a_plan_adds_up(remote: ShardSet) -> None:
     json.dumps(told)
 
 
-def test_activations_grow_with_windows_and_layers_and_shrink_with_precision(make_set: Make, tmp_path: Path) -> None:
+def test_saved_bytes_grow_with_layers_and_shrink_with_precision(make_set: Make, tmp_path: Path) -> None:
     given = options(make_set(str(tmp_path / "set")).url, precision="fp32")
     tiny = preset("tiny")
     one = saved_bytes(given, tiny, (12, 2000))
@@ -91,7 +91,7 @@ def test_activations_grow_with_windows_and_layers_and_shrink_with_precision(make
         ({}, Cluster(1, 8), "speed: a GPU is busier with starting operations"),
     ],
 )  # fmt: skip
-def test_what_cannot_hold_is_warned_of(
+def test_plan_warns_about_each_limit(
     remote: ShardSet, change: dict[str, float], cluster: Cluster, told: str | None
 ) -> None:
     given = options(remote.url, **{k: v for k, v in change.items() if k != "cache_gb"})
@@ -105,7 +105,7 @@ def test_what_cannot_hold_is_warned_of(
         assert [line for line in warnings if re.search(told, line)], lines
 
 
-def test_refusals_are_those_of_the_run(make_set: Make, tmp_path: Path) -> None:
+def test_plan_raises_on_invalid_options(make_set: Make, tmp_path: Path) -> None:
     url = make_set(str(tmp_path / "set")).url
     for given, cluster, told in (
         (options(url, global_batch=4), Cluster(5, 1), "5 ranks cannot share a global batch of 4"),
@@ -118,7 +118,7 @@ def test_refusals_are_those_of_the_run(make_set: Make, tmp_path: Path) -> None:
             plan(given, cluster)
 
 
-def test_the_command_prints_lines_or_one_json_object(make_set: Make, tmp_path: Path, cli: Cli) -> None:
+def test_plan_command_prints_lines_or_json(make_set: Make, tmp_path: Path, cli: Cli) -> None:
     url = make_set(str(tmp_path / "set"), length=400).url
     config = tmp_path / "c.yaml"
     config.write_text(f"data: {{index: {url}}}\nmodel: {{preset: tiny}}\ntrain: {{global_batch: 4}}\n")

@@ -34,7 +34,7 @@ def tool() -> ModuleType:
     return module
 
 
-def test_one_rank_by_hand() -> None:
+def test_step_of_one_rank_matches_direct_computation() -> None:
     load = Load("base", 600, 256, save_every=100, fetched=1.0)
     assert (load.parameters, load.window_flops, load.window_bytes) == (PARAMETERS, 3_585_168_000, 48_000)
     one = step(load, 1, ROUND)
@@ -52,7 +52,7 @@ def test_one_rank_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("stage", "weights", "collectives"), [(0, 2, 2), (1, 3, 3), (2, 7, 5), (3, 9, 109)])
-def test_the_exchange_of_16_ranks_by_hand(stage: int, weights: int, collectives: int) -> None:
+def test_exchange_of_16_ranks_matches_direct_computation(stage: int, weights: int, collectives: int) -> None:
     """In three passes, over two nodes: a ring's bytes, and two latencies for each doubling and collective."""
     load = Load("base", 16 * 3 * 256, 256, stage)
     sent = weights * 15 / 16 * 4 * PARAMETERS
@@ -60,12 +60,12 @@ def test_the_exchange_of_16_ranks_by_hand(stage: int, weights: int, collectives:
     assert step(load, 16, ROUND).exchange == pytest.approx(sent / 10e9 + collectives * 2 * 4 * 1e-3)
 
 
-def test_within_a_node_the_links_inside_count() -> None:
+def test_exchange_within_node_uses_inner_bandwidth() -> None:
     load = Load("base", 8 * 256, 256, 0)
     assert step(load, 8, ROUND).exchange == pytest.approx(2 * 7 / 8 * 4 * PARAMETERS / 100e9 + 2 * 2 * 3 * 1e-3)
 
 
-def test_a_checkpoint_that_is_not_through_is_waited_for() -> None:
+def test_checkpoint_s_includes_waiting_for_previous_upload() -> None:
     load = Load("base", 256, 256, 0, save_every=10)
     # 59 MB take 0.59 s at 100 MB/s, ten steps of 10 ms take 0.1 s.
     assert scaling_model.checkpoint_s(load, 1, 0.01, ROUND) == pytest.approx((0.05908560 + 0.5908560 - 0.1) / 10)
@@ -74,7 +74,7 @@ def test_a_checkpoint_that_is_not_through_is_waited_for() -> None:
 
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("preset", ["tiny", "base", "xl"])
-def test_what_rises_and_what_falls(preset: str, stage: int) -> None:
+def test_step_is_monotonic_in_world_and_rates(preset: str, stage: int) -> None:
     grown = [step(Load(preset, 64 * world, 64, stage), world, Machines()) for world in WORLDS]
     fixed = [step(Load(preset, 4096, 64, stage), world, Machines()) for world in WORLDS]
     for few, more in itertools.pairwise(grown):
@@ -91,7 +91,7 @@ def test_what_rises_and_what_falls(preset: str, stage: int) -> None:
         assert step(replace(load, fetched=0.0), 64, slower).total <= step(load, 64, slower).total
 
 
-def test_each_part_can_be_the_limit() -> None:
+def test_limit_names_each_bottleneck() -> None:
     full = Load("base", 1024, 1024)
     assert step(full, 1, replace(Machines(), operation_s=0.0, feed=1e12, disk=1e12)).limit == "arithmetic"
     assert step(replace(full, micro_batch=32), 1, Machines()).limit == "launches"
@@ -103,19 +103,19 @@ def test_each_part_can_be_the_limit() -> None:
         step(full, 2000, Machines())
 
 
-def test_the_windows_that_fill_a_gpu() -> None:
+def test_windows_to_saturate_matches_step() -> None:
     enough = scaling_model.windows_to_saturate(Load("base"), Machines())
     for windows, limit in ((enough - 1, "launches"), (enough, "arithmetic")):
         one = step(Load("base", windows, windows), 1, replace(Machines(), feed=1e12, disk=1e12))
         assert one.limit == limit
 
 
-def test_the_guide_holds_what_the_tool_prints(tool: ModuleType) -> None:
+def test_docs_contain_tables_of_scaling_tool(tool: ModuleType) -> None:
     guide = (ROOT / "docs" / "scaling.md").read_text()
     for table in tool.tables():
         assert table in guide
 
 
-def test_the_figure_is_drawn(tool: ModuleType, tmp_path: Path) -> None:
+def test_figure_writes_png(tool: ModuleType, tmp_path: Path) -> None:
     tool.figure(tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")

@@ -21,7 +21,7 @@ def whole(order_: Mixture, sizes: np.ndarray, nodes: int, gpus: int, cache: floa
 
 
 @pytest.mark.parametrize("batch", [1024, 4096])
-def test_a_thousand_ranks_fetch_ten_thousand_shards_about_once(batch: int) -> None:
+def test_thousand_ranks_fetch_ten_thousand_shards_about_once(batch: int) -> None:
     sizes = np.full(10_000, SHARD)
     run = mixture([np.full(10_000, 1000)], [1.0], ["set"], batch, 0)
     nodes = whole(run, sizes, 128, 8, 50e9, epochs=2)
@@ -31,7 +31,7 @@ def test_a_thousand_ranks_fetch_ten_thousand_shards_about_once(batch: int) -> No
     assert sum(node.singles for node in nodes) == 0
 
 
-def test_with_room_each_shard_is_fetched_once_in_the_run() -> None:
+def test_large_cache_fetches_each_shard_once_per_run() -> None:
     sizes = np.arange(40, 80) * 1000
     run = mixture([np.full(40, 50)], [1.0], ["set"], 16, 0)
     (node,) = whole(run, sizes, 1, 2, 1e9, epochs=3)
@@ -39,7 +39,7 @@ def test_with_room_each_shard_is_fetched_once_in_the_run() -> None:
     assert (node.shards, node.singles) == (40, 0)
 
 
-def test_nodes_fetch_their_share_and_in_later_epochs_what_they_have_not_got() -> None:
+def test_nodes_fetch_missing_shards_in_later_epochs() -> None:
     sizes = np.full(64, SHARD)
     run = mixture([np.full(64, 1000)], [1.0], ["set"], 128, 0)
     nodes = whole(run, sizes, 2, 4, 1e12, epochs=12)
@@ -51,7 +51,7 @@ def test_nodes_fetch_their_share_and_in_later_epochs_what_they_have_not_got() ->
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=3, max_size=40), st.integers(1, 12), st.data())
-def test_what_is_fetched_is_what_the_order_visits(counts: list[int], batch: int, data: st.DataObject) -> None:
+def test_traffic_matches_shards_visited_by_order(counts: list[int], batch: int, data: st.DataObject) -> None:
     batch = min(batch, sum(counts))
     world = data.draw(st.integers(1, batch), "world")
     rank = data.draw(st.integers(0, world - 1), "rank")
@@ -73,7 +73,7 @@ def test_what_is_fetched_is_what_the_order_visits(counts: list[int], batch: int,
         assert told.epochs[0] <= sizes[touched].sum() + sum(spared)
 
 
-def test_a_cache_too_small_makes_it_read_samples_singly_and_says_what_would_do() -> None:
+def test_small_cache_reads_single_samples_and_reports_needed_size() -> None:
     sizes = np.full(100, SHARD)
     run = mixture([np.full(100, 1000)], [1.0], ["set"], 128, 0)
     (node,) = whole(run, sizes, 1, 8, 20 * SHARD)
@@ -85,7 +85,7 @@ def test_a_cache_too_small_makes_it_read_samples_singly_and_says_what_would_do()
     assert roomy.epochs == (int(sizes.sum()),)
 
 
-def test_what_is_needed_last_is_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_evicts_shard_needed_last(monkeypatch: pytest.MonkeyPatch) -> None:
     # One lane in blocks of two shards; a cache of half the set keeps what comes first in the next epoch.
     monkeypatch.setattr(order, "WINDOW", 20)
     sizes = np.full(20, 1000)

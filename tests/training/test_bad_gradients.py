@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 SCRIPT = Path(__file__).with_name("ranks_of_bad_gradients.py")
 
 
-def test_no_stage_and_no_precision_lets_a_bad_gradient_through(tmp_path: Path) -> None:
+def test_nonfinite_gradient_of_one_rank_changes_no_weights_at_any_stage_and_precision(tmp_path: Path) -> None:
     torchrun = Path(sys.executable).with_name("torchrun")
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
     done = subprocess.run(

@@ -19,7 +19,7 @@ from physio_dist.training.batch import learning_rate, prepare_batch, seed_dropou
 
 
 @given(st.integers(1, 3000), st.integers(1, 64), st.integers(1, 256))
-def test_every_rank_fits_its_slice_into_its_passes(batch: int, world: int, most: int) -> None:
+def test_split_share_covers_slice_of_every_rank(batch: int, world: int, most: int) -> None:
     world = min(world, batch)
     micro, passes = split_share(batch, world, most)
     widest = max(rank_slice(batch, r, world)[1] - rank_slice(batch, r, world)[0] for r in range(world))
@@ -27,7 +27,7 @@ def test_every_rank_fits_its_slice_into_its_passes(batch: int, world: int, most:
     assert widest <= micro * passes < widest + passes + 1
 
 
-def test_the_schedule_warms_up_and_ends_at_its_minimum() -> None:
+def test_learning_rate_warms_up_and_ends_at_minimum() -> None:
     train = TrainOptions(steps=100, warmup_steps=10, lr=1e-3, min_lr=1e-5)
     rates = [learning_rate(step, train) for step in range(1, 101)]
     assert rates[0] == pytest.approx(1e-4)
@@ -47,7 +47,7 @@ def batch_of(signal: np.ndarray, valid: np.ndarray, scale: float) -> Batch:
     )
 
 
-def test_int16_becomes_patches_in_units_of_100_uv_on_the_device() -> None:
+def test_to_device_converts_int16_to_patches_in_100_uv() -> None:
     signal = np.arange(2 * 3 * 400, dtype=np.int16).reshape(2, 3, 400)
     valid = np.ones((2, 3), dtype=bool)
     prepared = prepare_batch(batch_of(signal, valid, 0.5), MaskConfig(0.5, 0.3), [[0], [1], [2]], 0, "train")
@@ -64,7 +64,7 @@ def test_int16_becomes_patches_in_units_of_100_uv_on_the_device() -> None:
     assert micro.valid[0].tolist() == [[True, True], [True, True], [False, False]]
 
 
-def test_dropped_leads_are_not_valid_and_nothing_of_them_is_asked() -> None:
+def test_prepare_batch_marks_dropped_leads_invalid() -> None:
     signal, valid = np.ones((64, 3, 2000), np.int16), np.ones((64, 3), dtype=bool)
     valid[:, 2] = False
     mask = MaskConfig(0.5, 0.3, lead_dropout=0.5, layouts=(((0,), (1,), (2,)),))
@@ -77,7 +77,7 @@ def test_dropped_leads_are_not_valid_and_nothing_of_them_is_asked() -> None:
     assert not prepared.inter[alone].any()
 
 
-def test_masks_depend_on_the_position_and_not_on_the_batch() -> None:
+def test_prepare_batch_masks_depend_on_position_only() -> None:
     signal, valid = np.zeros((6, 3, 2000), np.int16), np.ones((6, 3), dtype=bool)
     whole = prepare_batch(batch_of(signal, valid, 1), MaskConfig(0.5, 0.3), [[0], [1], [2]], 5, "train")
     part = batch_of(signal[:2], valid[:2], 1)
@@ -89,7 +89,7 @@ def test_masks_depend_on_the_position_and_not_on_the_batch() -> None:
     assert not torch.equal(drawn.intra, other.intra)
 
 
-def test_dropout_draws_by_seed_step_micro_step_and_rank() -> None:
+def test_seed_dropout_depends_on_seed_step_micro_step_and_rank() -> None:
     def draw(*numbers: int) -> list[float]:
         seed_dropout(*numbers)
         values: list[float] = torch.rand(4).tolist()

@@ -29,21 +29,21 @@ def draft(run: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[
     return checkpoint.write(str(run), progress(step), files)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_read_returns_what_write_stored(tmp_path: Path) -> None:
     found = checkpoint.read(str(write(tmp_path, 7)))
     assert found.progress == progress(7)
     assert torch.equal(found.model["weight"], torch.full((3, 2), 7.0))
     assert torch.equal(found.optimizer["exp_avg/weight"], torch.full((3, 2), -7.0))
 
 
-def test_the_manifest_comes_last(tmp_path: Path) -> None:
+def test_write_leaves_manifest_to_commit(tmp_path: Path) -> None:
     draft(tmp_path, 7, {}, {})
     found = {file.name for file in (tmp_path / "checkpoints" / "step-00000007").iterdir()}
     assert found == {"model.safetensors", "optimizer.safetensors", "state.json"}
     assert checkpoint.newest(str(tmp_path), pytest.fail) is None
 
 
-def test_a_moving_average_is_there_where_it_was_written(tmp_path: Path) -> None:
+def test_read_returns_ema_only_if_written(tmp_path: Path) -> None:
     assert checkpoint.read(str(write(tmp_path, 3))).ema is None
     tensors = {name: {"weight": torch.ones(1)} for name in (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.EMA)}
     folder = checkpoint.commit(checkpoint.write(str(tmp_path), progress(4), tensors))
@@ -51,7 +51,7 @@ def test_a_moving_average_is_there_where_it_was_written(tmp_path: Path) -> None:
     assert found is not None and torch.equal(found["weight"], torch.ones(1))
 
 
-def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
+def test_read_accepts_format_1(tmp_path: Path) -> None:
     """It has no state of the judge of steps."""
     folder = write(tmp_path, 7)
     manifest, state = folder / "manifest.json", folder / "state.json"
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
     assert found is not None and found.progress == progress(7)
 
 
-def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+def test_newest_ignores_folder_without_manifest(tmp_path: Path) -> None:
     write(tmp_path, 5)
     newer = write(tmp_path, 9)
     (newer / "manifest.json").unlink()
@@ -77,7 +77,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
+def test_newest_falls_back_on_damaged_checkpoint(tmp_path: Path, name: str, damage: str) -> None:
     write(tmp_path, 5)
     victim = write(tmp_path, 9) / name
     data = bytearray(victim.read_bytes())
@@ -91,21 +91,21 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, d
     assert len(warnings) == 1 and name in warnings[0] and "step-00000009" in warnings[0]
 
 
-def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+def test_newest_raises_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     (write(tmp_path, 5) / "model.safetensors").write_bytes(b"")
     with pytest.raises(DataError, match=r"model\.safetensors"):
         checkpoint.newest(str(tmp_path), lambda _: None)
     assert checkpoint.newest(str(tmp_path / "other"), pytest.fail) is None
 
 
-def test_a_later_format_is_refused(tmp_path: Path) -> None:
+def test_read_raises_on_later_format(tmp_path: Path) -> None:
     manifest = write(tmp_path, 5) / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     with pytest.raises(UserError, match="99"):
         checkpoint.newest(str(tmp_path), lambda _: None)
 
 
-def test_pruning_keeps_the_newest_and_drops_half_written_ones_before_it(tmp_path: Path) -> None:
+def test_prune_keeps_newest_and_deletes_uncommitted_before_it(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 6):
         write(tmp_path, step)
     (write(tmp_path, 5) / "manifest.json").unlink()
@@ -115,15 +115,13 @@ def test_pruning_keeps_the_newest_and_drops_half_written_ones_before_it(tmp_path
     assert checkpoint.steps(str(tmp_path)) == [6, 4]
 
 
-def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
+def test_write_replaces_checkpoint_of_same_step(tmp_path: Path) -> None:
     folder = write(tmp_path, 5)
     checkpoint.commit(draft(tmp_path, 5, {"weight": torch.zeros(1)}, {}))
     assert checkpoint.read(str(folder)).model["weight"].shape == (1,)
 
 
-def test_a_checkpoint_pruned_while_it_is_read_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_newest_ignores_checkpoint_pruned_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 5)
     read_bytes = checkpoint.storage.read_bytes
 

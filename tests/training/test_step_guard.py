@@ -23,14 +23,14 @@ def calm(judge: StepGuard, steps: int = WINDOW, level: float = 1.0) -> list[Step
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_no_number_is_broken(precision: str) -> None:
+def test_guard_returns_nonfinite_on_nan_and_infinity(precision: str) -> None:
     assert judge(precision=precision)(NAN, 1.0) is StepAction.NONFINITE
     assert judge(precision=precision)(math.inf, 1.0) is StepAction.NONFINITE
     assert judge(precision=precision)(1.0, NAN) is StepAction.NONFINITE
     assert judge(precision=precision).scale == 1.0
 
 
-def test_a_spike_is_one_against_the_runs_own_median() -> None:
+def test_guard_detects_spike_against_median() -> None:
     for loss, norm in ((50.0, 1.0), (1.0, 50.0)):
         told, left_out = judge(spike_factor=10.0), judge(spike_factor=10.0, skip_spikes=True)
         assert set(calm(told) + calm(left_out)) == {StepAction.APPLY}
@@ -42,7 +42,7 @@ def test_a_spike_is_one_against_the_runs_own_median() -> None:
     assert off(1e9, 1e9) is StepAction.APPLY
 
 
-def test_a_norm_that_clipping_leaves_alone_is_no_spike() -> None:
+def test_guard_ignores_norm_below_max_grad_norm() -> None:
     clipped, free = judge(spike_factor=10.0, max_grad_norm=1.0), judge(spike_factor=10.0, max_grad_norm=2.0)
     for one in (clipped, free):
         for _ in range(WINDOW):
@@ -51,7 +51,7 @@ def test_a_norm_that_clipping_leaves_alone_is_no_spike() -> None:
     assert free(1.0, 1.5) is StepAction.APPLY
 
 
-def test_the_first_steps_are_no_spikes_and_a_level_that_stays_is_none() -> None:
+def test_guard_ignores_first_steps_and_lasting_change() -> None:
     assert judge(spike_factor=2.0)(1e6, 1e6) is StepAction.APPLY
     risen = judge(spike_factor=2.0, skip_spikes=True)
     calm(risen)
@@ -61,7 +61,7 @@ def test_the_first_steps_are_no_spikes_and_a_level_that_stays_is_none() -> None:
     assert verdicts.count(StepAction.SKIP) <= WINDOW // 2 + 1
 
 
-def test_the_scale_of_fp16_halves_at_an_overflow_and_grows_again() -> None:
+def test_guard_halves_fp16_scale_on_overflow_and_doubles_it_again() -> None:
     half = judge(precision="fp16")
     assert half.scale == FIRST_SCALE
     assert half(1.0, NAN) is StepAction.OVERFLOW
@@ -78,7 +78,7 @@ def test_the_scale_of_fp16_halves_at_an_overflow_and_grows_again() -> None:
 
 
 @pytest.mark.parametrize("steps", [5, 30, 300])
-def test_a_judge_goes_on_from_its_state_as_if_never_stopped(steps: int) -> None:
+def test_guard_resumed_from_state_decides_as_uninterrupted(steps: int) -> None:
     options: dict[str, Any] = {"precision": "fp16", "spike_factor": 1.5, "skip_spikes": True}
 
     def step(which: StepGuard, i: int) -> StepAction:

@@ -44,19 +44,19 @@ def coin(*shape: int, p: float = 0.5, seed: int = 2) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < p
 
 
-def test_base_has_the_published_size() -> None:
+def test_base_preset_has_published_size() -> None:
     # The 4,924,000 of the reference counts its fixed mask patch of 200.
     assert count_parameters(PRESETS["base"]) + 200 == 4_924_000
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_parameters_are_counted_as_they_are(name: str) -> None:
+def test_count_parameters_matches_model(name: str) -> None:
     with torch.device("meta"):
         model = MaskedModel(PRESETS[name])
     assert sum(p.numel() for p in model.parameters()) == count_parameters(PRESETS[name])
 
 
-def test_preset_sets_dropout_and_names_the_nearest() -> None:
+def test_preset_sets_dropout_and_suggests_nearest_name() -> None:
     assert preset("tiny", 0.25) == EncoderConfig(d=80, layers=4, heads=4, ffn=320, dropout=0.25)
     with pytest.raises(UserError, match="'large'"):
         preset("larg", 0.1)
@@ -73,14 +73,14 @@ def test_preset_sets_dropout_and_names_the_nearest() -> None:
         ({"patch": 100}, "patch"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(changes: dict[str, float], word: str) -> None:
+def test_encoder_config_raises_on_inconsistent_numbers(changes: dict[str, float], word: str) -> None:
     fields = {**PRESETS["tiny"].to_dict(), **changes}
     with pytest.raises(UserError, match=word):
         EncoderConfig(**fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 12, 10), (1, 21, 3), (2, 1, 30), (1, 2, 8)])
-def test_any_number_of_channels_and_patches(shape: tuple[int, int, int]) -> None:
+def test_encoder_accepts_any_number_of_channels_and_patches(shape: tuple[int, int, int]) -> None:
     model = make().eval()
     assert model.encoder(signal(*shape)).shape == (*shape, 80)
     assert model(signal(*shape), coin(*shape)).shape == (*shape, 200)
@@ -88,7 +88,7 @@ def test_any_number_of_channels_and_patches(shape: tuple[int, int, int]) -> None
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.integers(0, 10**6))
-def test_invalid_content_changes_no_bit(batch: int, channels: int, patches: int, seed: int) -> None:
+def test_encoder_ignores_invalid_content_bit_for_bit(batch: int, channels: int, patches: int, seed: int) -> None:
     model = make().train()
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, channels, patches)
@@ -109,7 +109,7 @@ def test_invalid_content_changes_no_bit(batch: int, channels: int, patches: int,
         assert a is not None and b is not None and bool(a.isfinite().all()) and torch.equal(a, b)
 
 
-def test_invalid_channels_and_patches_are_as_if_absent() -> None:
+def test_invalid_channels_and_patches_equal_absent_ones() -> None:
     # Norm statistics, position and attention all have to leave them out for this to hold.
     model = make().double().eval()
     x, hidden = signal(2, 5, 6).double(), coin(2, 5, 6, p=0.3)
@@ -121,14 +121,14 @@ def test_invalid_channels_and_patches_are_as_if_absent() -> None:
 
 
 @pytest.mark.parametrize("hide", [False, True])
-def test_all_valid_is_as_no_valid_at_all(hide: bool) -> None:
+def test_all_valid_equals_no_valid(hide: bool) -> None:
     model = make().eval()
     x, hidden = signal(2, 12, 10), coin(2, 12, 10) if hide else None
     with_valid = model.encoder(x, hidden, torch.ones(2, 12, 10, dtype=torch.bool))
     torch.testing.assert_close(with_valid, model.encoder(x, hidden), rtol=0, atol=2e-5)
 
 
-def test_samples_do_not_see_each_other() -> None:
+def test_samples_are_independent() -> None:
     model = make().double().eval()
     x, valid = signal(3, 4, 5).double(), coin(3, 4, 5, p=0.7)
     together = model.encoder(x, None, valid)
@@ -137,7 +137,7 @@ def test_samples_do_not_see_each_other() -> None:
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-12)
 
 
-def test_hidden_content_is_never_seen() -> None:
+def test_encoder_ignores_hidden_content() -> None:
     model = make().eval()
     x, hidden = signal(2, 4, 5), coin(2, 4, 5)
     other = torch.where(hidden[..., None], torch.full_like(x, float("nan")), x)
@@ -145,7 +145,7 @@ def test_hidden_content_is_never_seen() -> None:
     assert not torch.equal(model(x, hidden), model(x))
 
 
-def test_a_visible_patch_reaches_all_patches_of_its_lead_and_all_leads_at_its_time() -> None:
+def test_layer_attends_over_lead_and_time_axes() -> None:
     model = make(EncoderConfig(d=80, layers=1, heads=4, ffn=160, dropout=0.0)).double().eval()
     # Far enough apart that the position's 19 x 7 neighbourhood cannot carry anything; norms are shared by
     # all patches, so they are taken out of the game.
@@ -164,7 +164,7 @@ def test_a_visible_patch_reaches_all_patches_of_its_lead_and_all_leads_at_its_ti
 
 
 @pytest.mark.parametrize("use_valid", [False, True])
-def test_autocast_stays_near_fp32_and_keeps_the_stream_wide(use_valid: bool) -> None:
+def test_autocast_stays_near_fp32_with_fp32_residual_stream(use_valid: bool) -> None:
     model = make(preset("tiny", 0.0)).eval()
     x, hidden = signal(2, 12, 10), coin(2, 12, 10)
     valid = coin(2, 12, 10, p=0.8) if use_valid else None
@@ -176,7 +176,7 @@ def test_autocast_stays_near_fp32_and_keeps_the_stream_wide(use_valid: bool) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_module_cast_whole_stays_near_fp32(dtype: torch.dtype) -> None:
+def test_cast_module_stays_near_fp32(dtype: torch.dtype) -> None:
     # What DeepSpeed's bf16 and fp16 modes do to a module.
     model = make(preset("tiny", 0.0)).eval()
     x, hidden, valid = signal(2, 12, 10), coin(2, 12, 10), coin(2, 12, 10, p=0.8)
@@ -188,7 +188,7 @@ def test_a_module_cast_whole_stays_near_fp32(dtype: torch.dtype) -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-def test_norm_statistics_survive_autocast_with_a_large_offset() -> None:
+def test_norm_statistics_are_fp32_under_autocast() -> None:
     norm = PatchNorm(5, 10)
     x = 300.0 + signal(2, 10, 6)
     valid = torch.ones(2, 6, dtype=torch.bool)
@@ -206,7 +206,7 @@ def gradients(model: nn.Module, call: Callable[[], Tensor]) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_checkpointed_activations_give_the_same_bits_with_dropout() -> None:
+def test_activation_checkpointing_is_bit_equal_with_dropout() -> None:
     config = EncoderConfig(d=80, layers=2, heads=4, ffn=160, dropout=0.3)
     x, hidden, valid = signal(2, 4, 5), coin(2, 4, 5), coin(2, 4, 5, p=0.8)
     plain, spared = make(config), make(config, checkpoint_activations=True)
@@ -224,7 +224,7 @@ def test_checkpointed_activations_give_the_same_bits_with_dropout() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_dropout_acts_in_training_alone_and_zero_draws_nothing() -> None:
+def test_dropout_is_active_in_training_only() -> None:
     x = signal(1, 3, 4)
     model = make(preset("tiny", 0.1))
     assert not torch.equal(model(x), model(x))
@@ -236,7 +236,7 @@ def test_dropout_acts_in_training_alone_and_zero_draws_nothing() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_nothing_depends_on_data_for_its_shape() -> None:
+def test_encoder_has_no_data_dependent_shapes() -> None:
     # On the meta device there is no data: reading a value back or a boolean gather raises there.
     with torch.device("meta"):
         model = MaskedModel(preset("tiny", 0.1))
@@ -246,21 +246,21 @@ def test_nothing_depends_on_data_for_its_shape() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_every_parameter_learns() -> None:
+def test_every_parameter_gets_gradient() -> None:
     model = make(preset("tiny", 0.0))
     grads = gradients(model, lambda: model(signal(2, 12, 10), coin(2, 12, 10), coin(2, 12, 10, p=0.9)))
     assert len(grads) == len(list(model.parameters()))
     assert all(bool(grad.any()) for grad in grads)
 
 
-def test_the_stream_neither_explodes_nor_dies_at_the_start() -> None:
+def test_initial_residual_stream_has_stable_variance() -> None:
     torch.manual_seed(0)
     for name in ("tiny", "base"):
         features = CrissCrossEncoder(preset(name, 0.0))(signal(2, 12, 10))
         assert 0.1 < float(features.detach().std()) < 3.0
 
 
-def test_training_starts_at_the_loss_of_predicting_zero() -> None:
+def test_initial_loss_is_that_of_predicting_zero() -> None:
     torch.manual_seed(0)
     for name in ("tiny", "base"):
         x = signal(2, 12, 10)
@@ -270,7 +270,7 @@ def test_training_starts_at_the_loss_of_predicting_zero() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "base"])
 @pytest.mark.parametrize("shape", [(12, 10), (1, 1), (19, 30), (64, 4)])
-def test_flops_are_those_of_the_real_forward(name: str, shape: tuple[int, int]) -> None:
+def test_count_flops_matches_flop_counter(name: str, shape: tuple[int, int]) -> None:
     model = MaskedModel(preset(name, 0.0)).eval()
     x = signal(1, *shape)
     for module, head in ((model, True), (model.encoder, False)):

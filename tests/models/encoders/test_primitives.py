@@ -9,7 +9,7 @@ from physio_dist.models.encoders import primitives
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_drop_drops_every_place_equally_often_and_keeps_the_mean(p: float) -> None:
+def test_drop_is_uniform_and_keeps_mean(p: float) -> None:
     torch.manual_seed(0)
     kept = (primitives.drop(torch.ones(40_000, 8), p, True) != 0).double()
     # Four elements share one draw, so each of the places in it is looked at: standard error below 0.0025.
@@ -22,11 +22,11 @@ def test_drop_drops_every_place_equally_often_and_keeps_the_mean(p: float) -> No
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (0, 4)])
-def test_drop_takes_any_shape(shape: tuple[int, ...]) -> None:
+def test_drop_accepts_any_shape(shape: tuple[int, ...]) -> None:
     assert primitives.drop(torch.ones(shape), 0.5, True).shape == shape
 
 
-def test_drop_follows_the_generator_and_its_gradient_follows_the_mask() -> None:
+def test_drop_follows_generator_and_gradient_follows_mask() -> None:
     x = torch.ones(100, 10, requires_grad=True)
     torch.manual_seed(3)
     first = primitives.drop(x, 0.3, True)
@@ -37,14 +37,14 @@ def test_drop_follows_the_generator_and_its_gradient_follows_the_mask() -> None:
     assert x.grad is not None and torch.equal(x.grad, first.detach())
 
 
-def test_drop_without_work_returns_its_input() -> None:
+def test_drop_returns_input_if_inactive() -> None:
     x = torch.ones(3)
     assert primitives.drop(x, 0.0, True) is x
     assert primitives.drop(x, 0.5, False) is x
 
 
 @pytest.mark.parametrize("shape", [(32, 12, 10), (1, 3, 4), (2, 1, 1)])
-def test_linear_is_the_matrix_product_and_so_are_its_gradients(shape: tuple[int, int, int]) -> None:
+def test_linear_and_gradients_match_matrix_product(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     wide = torch.randn(*shape, 40)
     results = []
@@ -59,7 +59,7 @@ def test_linear_is_the_matrix_product_and_so_are_its_gradients(shape: tuple[int,
         torch.testing.assert_close(own, known, rtol=1e-4, atol=1e-2)
 
 
-def test_between_low_precision_operations_nothing_is_widened() -> None:
+def test_low_precision_operations_do_not_widen() -> None:
     x, weight = torch.randn(2, 3, 4, 8, dtype=torch.bfloat16), torch.randn(5, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert primitives.like(x, weight) is x
@@ -68,7 +68,7 @@ def test_between_low_precision_operations_nothing_is_widened() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_drop_scales_what_it_keeps_and_makes_the_rest_zero_in_every_precision(dtype: torch.dtype) -> None:
+def test_drop_scales_kept_values_in_every_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(50, 40).to(dtype).t()
     dropped = primitives.drop(x, 0.25, True)
@@ -78,7 +78,7 @@ def test_drop_scales_what_it_keeps_and_makes_the_rest_zero_in_every_precision(dt
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_both_forms_of_attention_agree(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attend_on_cpu_matches_fused_kernel(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 7, 2, 5, 4, dtype=torch.float64).unbind(0)
     allowed = torch.rand(7, 1, 1, 5) < 0.6
@@ -90,7 +90,7 @@ def test_both_forms_of_attention_agree(masked: bool, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(own, primitives._fused(q, k, v, bias, 0.0))
 
 
-def test_attention_drops_weights_before_they_meet_the_values() -> None:
+def test_attend_drops_attention_weights() -> None:
     torch.manual_seed(0)
     q = k = torch.zeros(2000, 1, 1, 4)
     v = torch.ones(2000, 1, 1, 4)

@@ -59,7 +59,7 @@ def trained(some: Sequence[Job], how: dict[str, Any], epochs: int = 3) -> Heads:
 
 @pytest.mark.parametrize("inputs", [VECTORS, TOKENS], ids=["vectors", "tokens"])
 @pytest.mark.parametrize("kind", HEADS)
-def test_together_as_alone(kind: str, inputs: dict[str, np.ndarray]) -> None:
+def test_heads_trained_together_equal_heads_trained_alone(kind: str, inputs: dict[str, np.ndarray]) -> None:
     """With dropout of both sorts, missing modalities and unequal numbers of rows."""
     how = config(kind, dropout=0.3, modality_dropout=0.5, class_weight="balanced", depth=2)
     ranges = (np.arange(0, 80), np.arange(25, 88, 2))
@@ -73,7 +73,7 @@ def test_together_as_alone(kind: str, inputs: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("weight", ["none", "balanced"])
 @pytest.mark.parametrize("kind", HEADS)
-def test_it_is_plain_adamw_on_cross_entropy(kind: str, weight: str) -> None:
+def test_head_training_is_adamw_on_cross_entropy(kind: str, weight: str) -> None:
     """Steps on all rows, done again with torch alone; a late head is a head for each modality."""
     mine = np.r_[np.flatnonzero(LABEL == 0)[:35], np.flatnonzero(LABEL == 1)[:12]]
     how = config(kind, weight_decay=0.3, class_weight=weight)
@@ -107,7 +107,7 @@ def test_it_is_plain_adamw_on_cross_entropy(kind: str, weight: str) -> None:
     np.testing.assert_allclose(heads.probability([mine])[0], wanted, atol=2e-5)
 
 
-def test_a_late_head_is_its_modalities_heads() -> None:
+def test_late_head_equals_heads_of_its_modalities() -> None:
     how, rows = config("late"), np.arange(70)
     late = trained([job_of(VECTORS, LABEL, rows, "x", available=SHOWN)], how)
     everything = np.arange(N)
@@ -120,7 +120,7 @@ def test_a_late_head_is_its_modalities_heads() -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_windows_and_modalities_that_are_missing_teach_nothing(kind: str) -> None:
+def test_missing_windows_and_modalities_do_not_affect_training(kind: str) -> None:
     rows, how = np.arange(80), config(kind, modality_dropout=0.3)
     spoilt, label = {name: x.copy() for name, x in VECTORS.items()}, LABEL.copy()
     for name, x in spoilt.items():
@@ -143,7 +143,7 @@ def test_windows_and_modalities_that_are_missing_teach_nothing(kind: str) -> Non
     assert np.array_equal(said(only, LABEL), said({"ecg": spoilt["ecg"]}, label))
 
 
-def test_modality_dropout_shows_one_alone_as_often_as_asked() -> None:
+def test_modality_dropout_keeps_one_modality_at_requested_rate() -> None:
     job = job_of(TOKENS, LABEL, np.arange(80), "x", available=SHOWN)
     heads = Heads([job] * 2, 2, config("gated", modality_dropout=0.4))
     rows = [np.tile(np.arange(60, 90), 100), np.arange(0, 60)]
@@ -161,7 +161,7 @@ def test_modality_dropout_shows_one_alone_as_often_as_asked() -> None:
     assert not torch.equal(after[1, :60], before[1, :60])
 
 
-def test_a_head_that_is_kept_says_what_it_said() -> None:
+def test_saved_head_returns_same_probabilities() -> None:
     rows = np.arange(60)
     jobs = [job_of(TOKENS, LABEL, rows, "x", available=SHOWN), job_of(TOKENS, LABEL, rows[::2], "y")]
     heads = trained(jobs, config("gated"))
@@ -176,7 +176,7 @@ def test_a_head_that_is_kept_says_what_it_said() -> None:
     assert float(kept.get_buffer("temperature")) != 1.0
 
 
-def test_a_temperature_undoes_what_made_logits_too_bold() -> None:
+def test_temperature_calibrates_overconfident_logits() -> None:
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((20_000, 3)) * 1.5
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -190,7 +190,7 @@ def test_a_temperature_undoes_what_made_logits_too_bold() -> None:
     assert 0.05 <= fit_temperature(np.zeros(3, dtype=np.int64), np.array([[9.0, 0.0]] * 3)) < 0.5
 
 
-def test_the_calibration_error_by_hand() -> None:
+def test_calibration_error_matches_direct_computation() -> None:
     probability = np.array([[0.9, 0.1], [0.92, 0.08], [0.3, 0.7], [0.45, 0.55]])
     label = np.array([0, 1, 1, 1])
     # Two windows near 0.91, half of them right; one at 0.7 and one at 0.55, both right.
@@ -227,7 +227,7 @@ def area(study: Study, parts: Sequence[np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_with_one_modality_the_fused_head_is_about_what_a_single_one_is(kind: str) -> None:
+def test_fused_head_with_one_modality_matches_single_head(kind: str) -> None:
     study, how = simulated(kind)
     choices = [Choice({**how, "modality_dropout": 0.5}, 12, 0.5)] * 3
     fused = train_selected(study, "fused", choices, ("ecg", "eeg"))
@@ -239,7 +239,7 @@ def test_with_one_modality_the_fused_head_is_about_what_a_single_one_is(kind: st
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_noise_in_place_of_a_modality_gains_nothing(kind: str) -> None:
+def test_noise_modality_gains_nothing(kind: str) -> None:
     study, how = simulated(kind)
     choices = [Choice(how, 12, 0.5)] * 3
     single = area(study, train_selected(study, "eeg", choices).probability)
@@ -258,7 +258,7 @@ def test_permuted_labels_are_at_chance(kind: str) -> None:
     assert len(set(areas)) == 10 and 0.4 < np.mean(areas) < 0.6
 
 
-def test_rows_of_missing_modalities_noise_and_calibration() -> None:
+def test_study_rows_of_missing_modalities_noise_and_calibration() -> None:
     """ECG missing in some windows; heads of two kinds to choose from; twice the same bytes."""
     study, how = simulated("late", modality_dropout=[0.0, 0.5], head=["late", "gated"])
     valid = np.ones((len(TABLE.label), 2), dtype=bool)
@@ -293,7 +293,7 @@ def test_rows_of_missing_modalities_noise_and_calibration() -> None:
     assert json.dumps(again.results) == json.dumps(found.results) and again.predictions == found.predictions
 
 
-def test_temperatures_come_from_validation_people_and_move_no_window_past_another() -> None:
+def test_temperatures_come_from_validation_people_and_keep_ranking() -> None:
     study, how = simulated("concat")
     study.options.tune.calibrate = True
     choices = [Choice({**how, "lr": 0.05}, 12, 0.5)]
@@ -312,7 +312,7 @@ def test_temperatures_come_from_validation_people_and_move_no_window_past_anothe
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_heads_that_are_kept_give_the_probabilities_of_the_study(kind: str) -> None:
+def test_saved_heads_give_probabilities_of_study(kind: str) -> None:
     study, how = simulated(kind)
     study.options.tune.calibrate = True
     choices = [Choice(how, 3, 0.5)] * 3
@@ -326,7 +326,7 @@ def test_heads_that_are_kept_give_the_probabilities_of_the_study(kind: str) -> N
         np.testing.assert_allclose(found.numpy(), wanted[number], atol=1e-5)
 
 
-def test_a_modality_that_nobody_to_train_on_has_is_told() -> None:
+def test_study_raises_on_modality_without_training_rows() -> None:
     study, _ = simulated("concat")
     valid = np.zeros((len(TABLE.label), 2), dtype=bool)
     valid[study.folds[0].test] = True

@@ -15,7 +15,7 @@ from tests.conftest import Proxied
 DATA = os.urandom(300_000)
 
 
-def test_requests_pass_unchanged_and_are_counted(proxied_here: Proxied, tmp_path: Path) -> None:
+def test_proxy_passes_and_counts_requests(proxied_here: Proxied, tmp_path: Path) -> None:
     url = f"{proxied_here.bucket}/set/a b+c.tar"
     storage.write_bytes(url, DATA)
     (tmp_path / "there").write_bytes(DATA[:1000])
@@ -33,14 +33,14 @@ def test_requests_pass_unchanged_and_are_counted(proxied_here: Proxied, tmp_path
     assert proxied_here.proxy.sent() == {"a%20b%2Bc.tar": 2 * len(DATA) + 1000}
 
 
-def test_wrong_credentials_are_the_servers_affair(proxied_here: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_passes_wrong_credentials_to_server(proxied_here: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(storage.StorageError, match="access denied"):
         storage.write_bytes(f"{proxied_here.bucket}/a", b"")
 
 
 @pytest.mark.parametrize("fault", [503, 429, 403, 404, "reset", "short", "stall", "flip"])
-def test_each_fault_is_what_it_says(proxied: Proxied, fault: int | str) -> None:
+def test_proxy_injects_each_fault(proxied: Proxied, fault: int | str) -> None:
     (proxied.folder / "open").write_bytes(DATA)
     rule = proxied.proxy.inject(fault, match="^GET .*/open$", times=1, stall_s=0.5)
     for disturbed in (True, False):

@@ -58,7 +58,7 @@ def documents(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", STARTED)
-def test_a_file_opens_with_what_to_fill_in_and_three_commands(name: str) -> None:
+def test_file_header_lists_placeholders_and_three_commands(name: str) -> None:
     text = " ".join(header(FOLDER / name))
     assert re.search(r"[Ff]ill in", text)
     assert len(usage(FOLDER / name)) == 3
@@ -67,7 +67,7 @@ def test_a_file_opens_with_what_to_fill_in_and_three_commands(name: str) -> None
 
 
 @pytest.mark.parametrize("name", STARTED)
-def test_every_command_and_option_exists(name: str) -> None:
+def test_commands_and_options_in_files_exist(name: str) -> None:
     found = {program for text in texts(FOLDER / name) for words in commands(text) for program in checked(words)}
     assert found == STARTED[name]
 
@@ -83,13 +83,13 @@ def test_every_command_and_option_exists(name: str) -> None:
         ('token="$(ray get-auth-token --generat)"', "--generat"),
     ],
 )
-def test_a_command_that_does_not_exist_is_found(text: str, told: str) -> None:
+def test_check_finds_unknown_command(text: str, told: str) -> None:
     with pytest.raises(Exception, match=re.escape(told)):
         for words in commands(text):
             checked(words)
 
 
-def test_all_files_are_looked_at() -> None:
+def test_every_cluster_file_is_checked() -> None:
     assert set(NAMES) == {*STARTED, "observability/alerts.yml"}
 
 
@@ -127,7 +127,7 @@ def crds(data_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", KUBERNETES, ids=lambda file: file.name)
-def test_manifests_fit_their_schemas(file: Path, crds: dict[str, Any]) -> None:
+def test_manifests_match_their_schemas(file: Path, crds: dict[str, Any]) -> None:
     for document in documents(file):
         if document["apiVersion"] == "ray.io/v1":
             crds[document["kind"]].validate(document)
@@ -147,7 +147,7 @@ def test_manifests_fit_their_schemas(file: Path, crds: dict[str, Any]) -> None:
         (("headGroupSpec", "template", "spec", "containers", 0), "envfrom", []),
     ],
 )
-def test_a_typing_error_in_a_manifest_is_found(
+def test_schema_finds_misspelt_field(
     crds: dict[str, Any], place: tuple[Any, ...], key: str, value: Any
 ) -> None:  # fmt: skip
     (cluster,) = [d for d in documents(FOLDER / "kuberay-cluster.yaml") if d["kind"] == "RayCluster"]
@@ -175,7 +175,7 @@ def pods(file: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("file", KUBERNETES, ids=lambda file: file.name)
-def test_pods_are_confined_and_run_as_the_images_user(file: Path) -> None:
+def test_pods_run_unprivileged_as_image_user(file: Path) -> None:
     uid = int(re.search(r"^USER (\d+)$", DOCKERFILE, re.M)[1])  # type: ignore[index]
     confined = [ray_cluster(file)["autoscalerOptions"]]
     for pod in pods(file):
@@ -194,7 +194,7 @@ def test_pods_are_confined_and_run_as_the_images_user(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", KUBERNETES, ids=lambda file: file.name)
-def test_ray_on_kubernetes_is_guarded_and_grows_on_spot_nodes(file: Path) -> None:
+def test_ray_cluster_has_token_and_spot_workers(file: Path) -> None:
     spec = ray_cluster(file)
     known = {name.removeprefix("--") for option in ray_cli.commands["start"].params for name in option.opts}
     assert spec["authOptions"]["mode"] == "token"
@@ -221,13 +221,13 @@ def test_ray_on_kubernetes_is_guarded_and_grows_on_spot_nodes(file: Path) -> Non
 
 
 @pytest.mark.parametrize("file", KUBERNETES, ids=lambda file: file.name)
-def test_a_file_brings_the_accounts_its_pods_run_under(file: Path) -> None:
+def test_file_defines_service_accounts_of_its_pods(file: Path) -> None:
     named = re.findall(r"serviceAccountName: (\S+)", file.read_text())
     made = [d["metadata"]["name"] for d in documents(file) if d["kind"] == "ServiceAccount"]
     assert sorted(named) == sorted(made) and len(set(made)) == 2
 
 
-def test_no_two_files_share_an_account() -> None:
+def test_files_share_no_service_account() -> None:
     """`kubectl delete -f` of one file would take it from the other's pods."""
     made = [d["metadata"]["name"] for file in KUBERNETES for d in documents(file) if d["kind"] == "ServiceAccount"]
     assert len(set(made)) == len(made)
@@ -242,7 +242,7 @@ def home() -> str:
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "on-premises.yaml"])
-def test_ray_takes_the_autoscaler_files(name: str) -> None:
+def test_ray_validates_autoscaler_files(name: str) -> None:
     given = read(name)
     validate_config(prepare_config(given))
     with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minute'"):
@@ -253,7 +253,7 @@ def test_ray_takes_the_autoscaler_files(name: str) -> None:
     assert "--dashboard-host=127.0.0.1" in starts[0]
 
 
-def test_aws_takes_the_nodes() -> None:
+def test_aws_validates_node_configuration() -> None:
     given = read("aws.yaml")
     shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     for kind in given["available_node_types"].values():
@@ -269,7 +269,7 @@ def test_aws_takes_the_nodes() -> None:
     assert "IamInstanceProfil" in botocore.validate.ParamValidator().validate(wrong, shape).generate_report()
 
 
-def test_paths_are_those_of_the_dockerfile() -> None:
+def test_paths_match_dockerfile() -> None:
     venv = re.search(r"PHYSIO_DIST_VENV=(\S+)", DOCKERFILE)[1]  # type: ignore[index]
     uid = re.search(r"--uid (\d+)", DOCKERFILE)[1]  # type: ignore[index]
     aws = read("aws.yaml")
@@ -291,7 +291,7 @@ def test_paths_are_those_of_the_dockerfile() -> None:
 
 
 @pytest.mark.integration
-def test_the_compose_file_fits_its_specification(tmp_path: Path) -> None:
+def test_compose_file_matches_its_specification(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     subprocess.run([*command, str(FOLDER / "compose.yaml")], check=True)
     wrong = read("compose.yaml")
@@ -302,7 +302,7 @@ def test_the_compose_file_fits_its_specification(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_the_laptop_cluster_is_reachable_from_the_laptop_alone() -> None:
+def test_laptop_cluster_binds_to_localhost() -> None:
     services = read("compose.yaml")["services"]
     assert set(services) == {"head", "worker", "minio", "bucket"}
     ports = [port for service in services.values() for port in service.get("ports", ())]
@@ -322,7 +322,7 @@ def test_the_laptop_cluster_is_reachable_from_the_laptop_alone() -> None:
 
 
 @pytest.mark.integration
-def test_the_first_command_of_the_laptop_makes_keys_for_one_alone(tmp_path: Path) -> None:
+def test_laptop_setup_writes_private_random_keys(tmp_path: Path) -> None:
     line = next(line for line in usage(FOLDER / "compose.yaml") if "laptop.env" in line)
     (tmp_path / "cluster").mkdir()
     for _ in range(2):
@@ -335,12 +335,12 @@ def test_the_first_command_of_the_laptop_makes_keys_for_one_alone(tmp_path: Path
     assert len(list(tmp_path.glob("*.env"))) == 2
 
 
-def test_deepspeed_reads_the_hostfile() -> None:
+def test_deepspeed_parses_hostfile() -> None:
     assert runner.fetch_hostfile(str(FOLDER / "hostfile.example")) == {"HOST_1": 4, "HOST_2": 4}
 
 
 @pytest.mark.integration
-def test_the_hostfiles_first_command_finds_its_hosts(tmp_path: Path) -> None:
+def test_hostfile_setup_command_lists_hosts(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "hostfile").write_text((FOLDER / "hostfile.example").read_text())
     listing = re.search(r"\$\((awk .*?)\)", usage(FOLDER / "hostfile.example")[0])[1]  # type: ignore[index]
@@ -349,7 +349,7 @@ def test_the_hostfiles_first_command_finds_its_hosts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_no_secret_stands_in_a_file(file: Path) -> None:
+def test_files_contain_no_secret(file: Path) -> None:
     text = file.read_text()
     assert not re.search(r"AKIA[0-9A-Z]{16}|-----BEGIN|\b[0-9a-f]{32,}\b|\bgh[pous]_|\bAIza", text)
     # A key, token or password is a reference, a path or the output of a command.
@@ -361,7 +361,7 @@ def test_no_secret_stands_in_a_file(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_rays_variables_are_known_to_ray(file: Path) -> None:
+def test_ray_environment_variables_exist_in_ray(file: Path) -> None:
     used = set(re.findall(r"\bRAY_[A-Za-z_]+\b", file.read_text()))
     # Not an option of Ray's, but what it gives the commands that start a node.
     used -= {"RAY_HEAD_IP"} if file.name in ("aws.yaml", "on-premises.yaml") else set()

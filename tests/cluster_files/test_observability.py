@@ -50,12 +50,12 @@ def named(expression: str) -> set[str]:
 
 
 @pytest.mark.integration
-def test_prometheus_takes_its_configuration_and_the_rules() -> None:
+def test_prometheus_validates_configuration_and_rules() -> None:
     assert f"{len(rules())} rules found" in promtool("check", "config", OBSERVED / "prometheus.yml")
 
 
 @pytest.mark.integration
-def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
+def test_alerts_fire_on_their_condition_only(tmp_path: Path) -> None:
     shutil.copy(ALERTS, tmp_path)
     shutil.copy(Path(__file__).with_name("alerts_test.yml"), tmp_path)
     promtool("test", "rules", tmp_path / "alerts_test.yml")
@@ -64,7 +64,7 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     assert "PhysioDistNoStep" in promtool("test", "rules", tmp_path / "alerts_test.yml", ok=False)
 
 
-def test_every_alert_is_tested_says_what_to_do_and_looks_at_figures_that_exist() -> None:
+def test_alert_has_test_runbook_and_existing_metrics() -> None:
     cases = Path(__file__).with_name("alerts_test.yml").read_text()
     for rule in rules():
         assert rule["alert"] in cases
@@ -75,7 +75,7 @@ def test_every_alert_is_tested_says_what_to_do_and_looks_at_figures_that_exist()
 
 
 @pytest.mark.integration
-def test_the_dashboards_expressions_are_promql(tmp_path: Path) -> None:
+def test_dashboard_expressions_are_valid_promql(tmp_path: Path) -> None:
     made = [
         {"record": f"panel:{n}", "expr": expression.replace("$run", ".*")} for n, expression in enumerate(expressions())
     ]
@@ -83,7 +83,7 @@ def test_the_dashboards_expressions_are_promql(tmp_path: Path) -> None:
     assert f"{len(made)} rules found" in promtool("check", "rules", tmp_path / "rules.yml")
 
 
-def test_the_dashboard_shows_what_runs_tell_and_what_ray_has() -> None:
+def test_dashboard_metrics_exist() -> None:
     shown = set().union(*map(named, expressions()))
     # These two are for counting and for the alert.
     assert OURS - shown == {"ray_physio_dist_samples", "ray_physio_dist_nonfinite"}
@@ -96,7 +96,7 @@ def test_the_dashboard_shows_what_runs_tell_and_what_ray_has() -> None:
         assert any(kind in name for name in shown - OURS)
 
 
-def test_the_dashboard_is_one_that_grafana_imports() -> None:
+def test_dashboard_matches_grafana_import_format() -> None:
     assert {"title", "uid", "schemaVersion", "panels", "templating", "time"} <= set(DASHBOARD)
     variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"

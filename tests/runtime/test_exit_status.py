@@ -1,12 +1,16 @@
-"""Exit statuses of commands whose libraries are missing."""
+"""Exit statuses and messages of commands that end with an exception."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from physio_dist.errors import EXIT_FAULT, EXIT_USER
+from physio_dist.errors import EXIT_FAULT, EXIT_USER, DataError, Stopped, UserError
 from physio_dist.runtime.exit_status import status_of
 
 
@@ -40,3 +44,66 @@ def test_status_of_reports_a_fault_when_a_library_of_no_extra_is_missing(monkeyp
     monkeypatch.setitem(sys.modules, "safetensors", None)
 
     assert status_of(lambda: __import__("safetensors")) == EXIT_FAULT
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UserError("the file x"), 2, "physio-dist: wrong input or configuration: the file x (exit status 2)\n"),
+        (DataError("shard y"), 3, "physio-dist: data failed verification: shard y (exit status 3)\n"),
+        (Stopped("step 5 is saved"), 75, "physio-dist: stopped: step 5 is saved (exit status 75)\n"),
+        (KeyboardInterrupt(), 75, "physio-dist: stopped: interrupted; the same command goes on where it can (exit"),
+        (BrokenPipeError(), 1, ""),
+    ],
+)
+def test_status_of_exception_gives_status_and_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, said: str
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    # A closed pipe makes the process forget its standard output, which is pytest's here.
+    saved = os.dup(1)
+    try:
+        assert status_of(raising(error)) == status
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+    told = capfd.readouterr().err
+    assert told.startswith(said)
+    assert bool(told) == bool(said)
+
+
+def test_status_of_internal_fault_keeps_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert status_of(raising(ZeroDivisionError("x"))) == 1
+    told = capfd.readouterr().err
+    assert "Traceback" in told
+    assert "ZeroDivisionError: x" in told
+    assert "this is a fault of physio-dist: please report it" in told
+    assert status_of(lambda: None) == 0
+
+
+@pytest.mark.integration
+def test_status_of_ranks_of_one_launcher_prints_message_once() -> None:
+    code = (
+        "import os, sys\nfrom physio_dist.runtime import exit_status\nfrom physio_dist.errors import UserError\n"
+        "def act(): raise UserError('wrong')\n"
+        "if 'RANK' in os.environ: sys.exit(exit_status.status_of(act))\n"
+        "import subprocess\n"
+        "words = [sys.executable, sys.argv[0]]\n"
+        "ranks = [subprocess.Popen(words, env={**os.environ, 'RANK': str(i), 'WORLD_SIZE': '3'}) for i in range(3)]\n"
+        "print([rank.wait() for rank in ranks])\n"
+    )
+    script = Path(os.environ.get("TMPDIR", "/tmp")) / f"ranks-{os.getpid()}.py"
+    script.write_text(code)
+    try:
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=60)
+    finally:
+        script.unlink()
+    assert done.stdout == "[2, 2, 2]\n"
+    assert done.stderr == "physio-dist: wrong input or configuration: wrong (exit status 2)\n"

@@ -1,4 +1,4 @@
-"""``physio-dist VERB``: parses and dispatches."""
+"""Command line ``physio-dist VERB``: a table of verbs, and one function for each."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from physio_dist import __version__, config, storage
-from physio_dist.config.loader import Parser
+from physio_dist import __version__, storage
+from physio_dist.config import EmbedConfig, FoldsConfig, IndexOptions, PretrainConfig, ProbeConfig, ShardConfig
+from physio_dist.config.loader import Options, Parser, load
 from physio_dist.errors import DataError, UserError, nearest
 from physio_dist.runs import job_paths
 from physio_dist.runtime import exit_status
@@ -23,129 +25,182 @@ if TYPE_CHECKING:
     from physio_dist.evaluation.reconstruction import PretrainedRun
 
 
-def _parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class _Verb:
+    """One command: what it does, its arguments, and the options that it takes as ``key=value``."""
+
+    run: Callable[[argparse.Namespace], None]
+    help: str
+    arguments: tuple[tuple[str, dict[str, Any]], ...] = ()
+    schema: type[Options] | None = None
+
+
+def _argument(name: str, **settings: Any) -> tuple[str, dict[str, Any]]:
+    return name, settings
+
+
+def _verbs() -> dict[str, _Verb]:
+    return {
+        "shard": _Verb(
+            _shard, "raw recordings -> shards and their index",
+            (
+                _argument("reader", metavar="READER", help=", ".join(readers.names())),
+                _argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N,trials=N"),
+                _argument("--out", required=True, metavar="URL", help="folder of the shards, local or s3://"),
+            ),
+            ShardConfig,
+        ),
+        "index": _Verb(
+            _index, "an index for a WebDataset that somebody else wrote", (_argument("url", metavar="URL"),),
+            IndexOptions,
+        ),
+        "verify": _Verb(_verify, "check every shard against the index", (_argument("url", metavar="URL"),)),
+        "inspect": _Verb(
+            _inspect, "what a shard set holds",
+            (
+                _argument("url", metavar="URL"),
+                _argument("--plot", nargs=2, metavar=("N", "OUT.png"), help="draw N windows"),
+            ),
+        ),
+        "export": _Verb(
+            _export, "newest checkpoint of a run -> encoder folder",
+            (
+                _argument("run", metavar="RUN", help="run.dir/run.name"),
+                _argument("out", metavar="OUT", help="folder for encoder.safetensors, config.json and the model card"),
+                _argument("--raw", action="store_true", help="the weights themselves, not their moving average"),
+            ),
+        ),
+        "embed": _Verb(
+            _embed, "frozen features of every window of a shard set",
+            (
+                _argument(
+                    "--encoder", required=True, metavar="DIR", help="an export, or a CBraMod checkpoint; or cbramod"
+                ),
+                _argument("--data", required=True, metavar="URL", help="a shard set"),
+                _argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://"),
+                _argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal"),
+            ),
+            EmbedConfig,
+        ),
+        "folds": _Verb(
+            _folds, "a resplit of a sweep's shard set for each fold, to pretrain on",
+            (
+                _argument("--config", required=True, metavar="FILE", help="the sweep's configuration"),
+                _argument("--out", required=True, metavar="URL", help="folder of the resplits, local or s3://"),
+            ),
+            FoldsConfig,
+        ),
+        "predict": _Verb(
+            _predict, "a sweep's classifier on a raw recording: one row a window",
+            (
+                _argument("model", metavar="MODEL", help="a sweep's folder, or the classifier/ in it"),
+                _argument("file", metavar="FILE", help="an EDF file or a WFDB record"),
+                _argument(
+                    "--fold", metavar="K", help="the heads that fold K was tested with; else those of everybody"
+                ),
+                _argument(
+                    "--rest", metavar="REST",
+                    help="what tune.baseline=subtract subtracts: a file, or START:END of FILE in seconds",
+                ),
+                _argument("--out", metavar="FILE.csv", help="where the rows go, a path or URL; else they are printed"),
+            ),
+        ),
+        "probe": _Verb(
+            _probe, "linear probe of a frozen encoder, with its baselines",
+            (_argument("--config", required=True, metavar="FILE", help="the ones that ship are in configs/probe/"),),
+            ProbeConfig,
+        ),
+        "plan": _Verb(
+            _plan, "what a pretraining run would need before anybody pays for it",
+            (
+                _argument("--config", required=True, metavar="FILE", help="the run's configuration"),
+                _argument("--nodes", required=True, type=int, metavar="N", help="machines"),
+                _argument("--gpus-per-node", required=True, type=int, metavar="M", help="GPUs of each"),
+                _argument("--samples-per-s", type=float, metavar="S", help="speed of all GPUs together, if measured"),
+                _argument("--gpu", default="H100", metavar="NAME", help="kind of GPU, for its peak speed (H100)"),
+                _argument("--gpu-memory-gb", type=float, default=80.0, metavar="GB", help="memory of each (80)"),
+                _argument("--json", action="store_true", help="one JSON object instead of lines"),
+            ),
+            PretrainConfig,
+        ),
+        "report": _Verb(
+            _report, "report.html of a pretraining run or a sweep, self-contained",
+            (
+                _argument(
+                    "runs", metavar="RUN", nargs="+",
+                    help="run.dir/run.name; others are shown below the first, on its page",
+                ),
+            ),
+        ),
+    }  # fmt: skip
+
+
+def _parser(verbs: Mapping[str, _Verb]) -> argparse.ArgumentParser:
     parser = Parser(
         prog="physio-dist", description="Pretraining for physiological signals, from recordings to encoders."
     )
     parser.add_argument("--version", action="version", version=f"physio-dist {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    shard = verbs.add_parser("shard", help="raw recordings -> shards and their index")
-    shard.add_argument("reader", metavar="READER", help=", ".join(readers.names()))
-    shard.add_argument("input", metavar="INPUT", help="a folder; for simulate people=N,windows=N,seed=N,trials=N")
-    shard.add_argument("--out", required=True, metavar="URL", help="folder of the shards, local or s3://")
-    shard.add_argument("options", nargs="*", metavar="key=value", help="see docs/guides/data.md")
-
-    index = verbs.add_parser("index", help="an index for a WebDataset that somebody else wrote")
-    index.add_argument("url", metavar="URL")
-    index.add_argument("options", nargs="*", metavar="key=value", help="channels=I,II,...; see docs/guides/data.md")
-
-    verify = verbs.add_parser("verify", help="check every shard against the index")
-    verify.add_argument("url", metavar="URL")
-
-    describe = verbs.add_parser("inspect", help="what a shard set holds")
-    describe.add_argument("url", metavar="URL")
-    describe.add_argument("--plot", nargs=2, metavar=("N", "OUT.png"), help="draw N windows")
-
-    export = verbs.add_parser("export", help="newest checkpoint of a run -> encoder folder")
-    export.add_argument("run", metavar="RUN", help="run.dir/run.name")
-    export.add_argument("out", metavar="OUT", help="folder for encoder.safetensors, config.json and the model card")
-    export.add_argument("--raw", action="store_true", help="the weights themselves, not their moving average")
-
-    embed = verbs.add_parser("embed", help="frozen features of every window of a shard set")
-    embed.add_argument("--encoder", required=True, metavar="DIR", help="an export, or a CBraMod checkpoint; or cbramod")
-    embed.add_argument("--data", required=True, metavar="URL", help="a shard set")
-    embed.add_argument("--out", required=True, metavar="URL", help="folder of the features, local or s3://")
-    embed.add_argument("--signal", choices=("ecg", "eeg"), help="refuse an encoder of the other signal")
-    embed.add_argument("options", nargs="*", metavar="key=value", help="data.cache_dir, data.cache_gb")
-
-    folds = verbs.add_parser("folds", help="a resplit of a sweep's shard set for each fold, to pretrain on")
-    folds.add_argument("--config", required=True, metavar="FILE", help="the sweep's configuration")
-    folds.add_argument("--out", required=True, metavar="URL", help="folder of the resplits, local or s3://")
-    folds.add_argument("options", nargs="*", metavar="key=value", help="override the configuration; split.val=0.1")
-
-    predict = verbs.add_parser("predict", help="a sweep's classifier on a raw recording: one row a window")
-    predict.add_argument("model", metavar="MODEL", help="a sweep's folder, or the classifier/ in it")
-    predict.add_argument("file", metavar="FILE", help="an EDF file or a WFDB record")
-    predict.add_argument("--fold", metavar="K", help="the heads that fold K was tested with; else those of everybody")
-    predict.add_argument(
-        "--rest", metavar="REST", help="what tune.baseline=subtract subtracts: a file, or START:END of FILE in seconds"
-    )
-    predict.add_argument("--out", metavar="FILE.csv", help="where the rows go, a path or URL; else they are printed")
-
-    probe = verbs.add_parser("probe", help="linear probe of a frozen encoder, with its baselines")
-    probe.add_argument("--config", required=True, metavar="FILE", help="the ones that ship are in configs/probe/")
-    probe.add_argument("options", nargs="*", metavar="key=value", help="options that go over the file's")
-
-    plan = verbs.add_parser("plan", help="what a pretraining run would need before anybody pays for it")
-    plan.add_argument("--config", required=True, metavar="FILE", help="the run's configuration")
-    plan.add_argument("--nodes", required=True, type=int, metavar="N")
-    plan.add_argument("--gpus-per-node", required=True, type=int, metavar="M")
-    plan.add_argument("--samples-per-s", type=float, metavar="S", help="speed of all GPUs together, if measured")
-    plan.add_argument("--gpu", default="H100", metavar="NAME", help="whose peak the speed is worked out from (H100)")
-    plan.add_argument("--gpu-memory-gb", type=float, default=80.0, metavar="GB", help="memory of each (80)")
-    plan.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    plan.add_argument("options", nargs="*", metavar="key=value", help="override the configuration")
-
-    report = verbs.add_parser("report", help="report.html of a pretraining run or a sweep, self-contained")
-    report.add_argument(
-        "runs", metavar="RUN", nargs="+", help="run.dir/run.name; others are shown below the first, on its page"
-    )
+    choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+    for name, verb in verbs.items():
+        command = choices.add_parser(name, help=verb.help, description=verb.help, schema=verb.schema)
+        for argument, settings in verb.arguments:
+            command.add_argument(argument, **settings)
+        if verb.schema is not None:
+            command.add_argument("options", nargs="*", metavar="key=value", help="listed below")
     return parser
 
 
-def _shard(given: argparse.Namespace) -> None:
+def _shard(args: argparse.Namespace) -> None:
     from physio_dist.data.convert import converter
 
-    options = config.load(config.ShardConfig, None, given.options)
-    out = job_paths.require_durable(given.out, "--out")
+    options: ShardConfig = args.options
+    out = job_paths.require_durable(args.out, "--out")
     if not options.ray:
-        converter.report_summary(converter.convert(given.reader, given.input, out, options), print)
+        converter.report_summary(converter.convert(args.reader, args.input, out, options), print)
         return
     # Ray takes seconds to import.
     from physio_dist.ray_backend import task_pool
 
     out = storage.absolute(out)
-    source = given.input if readers.reader(given.reader).simulated else job_paths.resolve_durable(given.input, "INPUT")
+    source = args.input if readers.reader(args.reader).simulated else job_paths.resolve_durable(args.input, "INPUT")
     with task_pool.on_cluster(options.ray, options.workers, options.placement_timeout_s) as pool:
-        converter.report_summary(converter.convert(given.reader, source, out, options, pool), print)
+        converter.report_summary(converter.convert(args.reader, source, out, options, pool), print)
 
 
-def _index(given: argparse.Namespace) -> None:
-    from physio_dist.data.index_existing import IndexOptions, index_existing
+def _index(args: argparse.Namespace) -> None:
+    from physio_dist.data.index_existing import index_existing
 
-    options = config.load(IndexOptions, None, given.options)
-    made = index_existing(given.url, options)
+    made = index_existing(args.url, args.options)
     print(f"{made.nsamples} samples of {made.people} people in {len(made.shards)} shards")
     print(storage.join(made.url, "index.json"))
 
 
-def _verify(given: argparse.Namespace) -> None:
+def _verify(args: argparse.Namespace) -> None:
     from physio_dist.data import verify
     from physio_dist.data.format.index import open_set
 
     faults = 0
-    for fault in verify.verify(given.url):
+    for fault in verify.verify(args.url):
         print(fault, flush=True)
         faults += 1
     if faults:
-        raise DataError(f"{given.url}: {faults} fault(s)")
-    shards = open_set(given.url)
-    print(f"{given.url}: {shards.nsamples} samples in {len(shards.shards)} shards, all as the index says")
+        raise DataError(f"{args.url}: {faults} fault(s)")
+    shards = open_set(args.url)
+    print(f"{args.url}: {shards.nsamples} samples in {len(shards.shards)} shards, all as the index says")
 
 
-def _inspect(given: argparse.Namespace) -> None:
+def _inspect(args: argparse.Namespace) -> None:
     from physio_dist.data import describe
 
-    print("\n".join(describe.describe(given.url)))
-    if given.plot is None:
+    print("\n".join(describe.describe(args.url)))
+    if args.plot is None:
         return
-    count, out = given.plot
+    count, out = args.plot
     if not count.isdecimal():
         raise UserError(f"--plot {count}: the first word is how many windows to draw")
     from physio_dist.report.pretraining_plots import draw_windows
 
-    shards, drawn = describe.some_windows(given.url, int(count))
+    shards, drawn = describe.some_windows(args.url, int(count))
     for name, windows in drawn.items():
         target = out if len(drawn) == 1 else f"{out.removesuffix('.png')}-{name}.png"
         note = ", SIMULATED" if shards.simulated else ""
@@ -156,32 +211,32 @@ def _inspect(given: argparse.Namespace) -> None:
         print(target)
 
 
-def _export(given: argparse.Namespace) -> None:
+def _export(args: argparse.Namespace) -> None:
     from physio_dist.training import export
 
-    out = job_paths.require_durable(given.out, "OUT")
-    found = export.export(given.run, out, lambda text: print(f"warning: {text}", file=sys.stderr), given.raw)
-    print(f"step {found.progress.step} of {given.run} -> {given.out}")
+    out = job_paths.require_durable(args.out, "OUT")
+    found = export.export(args.run, out, lambda text: print(f"warning: {text}", file=sys.stderr), args.raw)
+    print(f"step {found.progress.step} of {args.run} -> {args.out}")
 
 
-def _embed(given: argparse.Namespace) -> None:
+def _embed(args: argparse.Namespace) -> None:
     from physio_dist.data.handle import open_handle
     from physio_dist.evaluation import backbones, features
 
-    out = job_paths.require_durable(given.out, "--out")
-    backbone = backbones.open_backbone(given.encoder, given.signal)
+    out = job_paths.require_durable(args.out, "--out")
+    backbone = backbones.open_backbone(args.encoder, args.signal)
     if backbone.loaded:
         print(backbone.loaded, file=sys.stderr)
-    options = config.load(config.EmbedConfig, None, given.options)
-    features.embed(backbone, open_handle(given.data, options.data), out, print)
+    options: EmbedConfig = args.options
+    features.embed(backbone, open_handle(args.data, options.data), out, print)
 
 
-def _folds(given: argparse.Namespace) -> None:
+def _folds(args: argparse.Namespace) -> None:
     from physio_dist.data.handle import open_handle
     from physio_dist.evaluation import fold_resplits
 
-    options = config.load(fold_resplits.FoldsConfig, given.config, given.options)
-    out = job_paths.require_durable(given.out, "--out")
+    options: FoldsConfig = args.options
+    out = job_paths.require_durable(args.out, "--out")
     resplits, written = fold_resplits.write_fold_resplits(options, open_handle(options.tune.data, options.data), out)
     there = len(resplits) - written
     print(f"resplits of {resplits[0].data_url}" + (f", {there} of {len(resplits)} were there already" if there else ""))
@@ -191,29 +246,29 @@ def _folds(given: argparse.Namespace) -> None:
         print("  split.val takes people by a hash, and met nobody in some: a larger share may")
 
 
-def _predict(given: argparse.Namespace) -> None:
-    recording = readers.read_file(given.file)
-    rest = None if given.rest is None else _rest(given.rest)
+def _predict(args: argparse.Namespace) -> None:
+    recording = readers.read_file(args.file)
+    rest = None if args.rest is None else _rest(args.rest)
     # A file that will not do is told at once; torch takes seconds to import.
     from physio_dist.evaluation.serving.classifier import FusionClassifier
 
-    model = FusionClassifier.load(given.model, given.fold)
+    model = FusionClassifier.load(args.model, args.fold)
     try:
         found = model.predict_recording(recording, rest)
     except UserError as error:
-        raise UserError(f"{given.file}: {error}") from None
+        raise UserError(f"{args.file}: {error}") from None
     for note in found.notes:
-        print(f"{given.file}: {note}", file=sys.stderr)
+        print(f"{args.file}: {note}", file=sys.stderr)
     rows = found.rows()
     text = io.StringIO()
     table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    if given.out is None:
+    if args.out is None:
         print(text.getvalue(), end="")
     else:
-        storage.write_bytes(given.out, text.getvalue().encode())
-        print(given.out)
+        storage.write_bytes(args.out, text.getvalue().encode())
+        print(args.out)
 
 
 def _rest(given: str) -> Recording | tuple[float, float]:
@@ -227,14 +282,13 @@ def _rest(given: str) -> Recording | tuple[float, float]:
         return readers.read_file(given)
 
 
-def _probe(given: argparse.Namespace) -> None:
-    from physio_dist.config import ProbeConfig
+def _probe(args: argparse.Namespace) -> None:
     from physio_dist.evaluation import probe, reconstruction
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    options = config.load(ProbeConfig, given.config, given.options)
+    options: ProbeConfig = args.options
     job_paths.require_durable(options.run.dir, "run.dir")
     if options.probe.task == "labels":
         lines = probe.table_of(probe.probe(options, say))
@@ -257,19 +311,19 @@ def _trained(run: str) -> PretrainedRun:
     return PretrainedRun(run, about.step, about.encoder, about.signal, found.model, people_of(run))
 
 
-def _plan(given: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> None:
     from physio_dist.planning import resource_planner
 
-    options = config.load(config.PretrainConfig, given.config, given.options)
-    speed = given.samples_per_s
-    if (speed is not None and not 0 < speed < float("inf")) or not given.gpu_memory_gb > 0:
+    options: PretrainConfig = args.options
+    speed = args.samples_per_s
+    if (speed is not None and not 0 < speed < float("inf")) or not args.gpu_memory_gb > 0:
         raise UserError("--samples-per-s and --gpu-memory-gb must be positive numbers")
-    cluster = resource_planner.Cluster(given.nodes, given.gpus_per_node, given.gpu, given.gpu_memory_gb, speed)
+    cluster = resource_planner.Cluster(args.nodes, args.gpus_per_node, args.gpu, args.gpu_memory_gb, speed)
     told = resource_planner.plan(options, cluster)
-    print(json.dumps(told) if given.json else "\n".join(resource_planner.format_plan(told)))
+    print(json.dumps(told) if args.json else "\n".join(resource_planner.format_plan(told)))
 
 
-def _report(given: argparse.Namespace) -> None:
+def _report(args: argparse.Namespace) -> None:
     from physio_dist.report.page import render
 
     def reader(run: str) -> Callable[[str], bytes | None]:
@@ -282,62 +336,52 @@ def _report(given: argparse.Namespace) -> None:
         return read
 
     try:
-        page = render(*(reader(run) for run in given.runs))
+        page = render(*(reader(run) for run in args.runs))
     except (UserError, DataError) as error:
         kind = DataError if isinstance(error, DataError) else UserError
-        raise kind(f"{', '.join(given.runs)}: {error}") from None
-    target = storage.join(given.runs[0], "report.html")
+        raise kind(f"{', '.join(args.runs)}: {error}") from None
+    target = storage.join(args.runs[0], "report.html")
     storage.write_bytes(target, page.encode())
     print(target)
 
 
-_VERBS = {
-    "shard": _shard, "index": _index, "verify": _verify, "inspect": _inspect, "export": _export, "embed": _embed,
-    "folds": _folds, "predict": _predict, "probe": _probe, "plan": _plan, "report": _report,
-}  # fmt: skip
-
-
-def _given(words: list[str]) -> argparse.Namespace:
-    """The parsed command line.
+def _parse(words: list[str], verbs: Mapping[str, _Verb]) -> argparse.Namespace:
+    """The parsed command line, its ``key=value`` words loaded into the verb's schema.
 
     Raises:
-        UserError: it is no command of ours.
+        UserError: an unknown verb, argument or option.
     """
-    parser = _parser()
-    verb = next((word for word in words if not word.startswith("-")), None)
-    if verb is not None and verb not in _VERBS:
-        raise UserError(f"there is no verb {verb!r}: {nearest(verb, _VERBS)}")
-    known = {"--help", "--version", *_OPTIONS.get(verb or "", ())}
-    for option in (word.split("=")[0] for word in words if word.startswith("--")):
-        if option not in known:
-            raise UserError(f"there is no option {option!r} here: {nearest(option, known)}")
-    given, rest = parser.parse_known_args(words)
+    parser = _parser(verbs)
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in verbs:
+        raise UserError(f"there is no verb {name!r}: {nearest(name, verbs)}")
+    verb = verbs[name] if name else None
+    flags = {"--help", "--version"} | {
+        argument for argument, _ in (verb.arguments if verb else ()) if argument[0] == "-"
+    }
+    for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+        if flag not in flags:
+            raise UserError(f"there is no option {flag!r} here: {nearest(flag, flags)}")
+    args, rest = parser.parse_known_args(words)
     # argparse takes no second run of positional words after an option, and `--out URL key=value` is natural to write.
     more = [word for word in rest if not word.startswith("-") and "=" in word]
-    if rest and (more != rest or not hasattr(given, "options")):
-        parser.error(f"physio-dist {given.verb} does not take {' '.join(rest)!r}")
-    if more:
-        given.options = [*given.options, *more]
-    return given
-
-
-_OPTIONS = {
-    "shard": ("--out",), "inspect": ("--plot",), "export": ("--raw",), "probe": ("--config",),
-    "folds": ("--config", "--out"), "predict": ("--fold", "--rest", "--out"),
-    "embed": ("--encoder", "--data", "--out", "--signal"),
-    "plan": ("--config", "--nodes", "--gpus-per-node", "--samples-per-s", "--gpu", "--gpu-memory-gb", "--json"),
-}  # fmt: skip
+    if rest and (more != rest or verb is None or verb.schema is None):
+        parser.error(f"physio-dist {args.verb} does not take {' '.join(rest)!r}")
+    if verb is not None and verb.schema is not None:
+        args.options = load(verb.schema, getattr(args, "config", None), [*args.options, *more])
+    return args
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     exit_status.interrupt_on_sigterm()
     sys.exit(exit_status.status_of(lambda: _run(sys.argv[1:])))
 
 
 def _run(words: list[str]) -> None:
-    given = _given(words)
-    _VERBS[given.verb](given)
+    verbs = _verbs()
+    args = _parse(words, verbs)
+    verbs[args.verb].run(args)
 
 
 if __name__ == "__main__":

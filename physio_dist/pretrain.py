@@ -15,19 +15,17 @@ sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) 
 if (_ROOT := str(Path(_HERE).parent)) not in sys.path:
     sys.path.insert(0, _ROOT)
 
-from physio_dist import config  # noqa: E402
-from physio_dist.config.loader import Parser  # noqa: E402
+from physio_dist.config import PretrainConfig  # noqa: E402
+from physio_dist.config.loader import Parser, load_command_line  # noqa: E402
 from physio_dist.runtime import exit_status  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the options, then train as one rank."""
-    parser = Parser(prog="pretrain.py", description="Pretrain a masked encoder on shards.")
-    parser.add_argument("--config", required=True, help="YAML file; the ones that ship are in configs/pretrain/")
+    parser = Parser(PretrainConfig, prog="pretrain.py", description="Pretrain a masked encoder on shards.")
+    # The DeepSpeed launcher adds it.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")
-    given = parser.parse_intermixed_args(arguments)
-    options = config.load(config.PretrainConfig, given.config, given.overrides)
+    options = load_command_line(parser, PretrainConfig, arguments)
 
     from physio_dist.runtime.distributed import choose_accelerator
     from physio_dist.runtime.preemption import PreemptionHandler

@@ -164,12 +164,14 @@ def test_closed_pipe_prints_no_error(small: Path) -> None:
         process.stderr.close()
 
 
-def test_help_and_version(cli: Cli) -> None:
+def test_help_lists_verbs_arguments_and_options(cli: Cli) -> None:
     assert cli("--version").stdout.startswith("physio-dist 0.")
     for words in (["--help"], ["shard", "--help"], ["shard", "-h"]):
         done = cli(*words)
         assert (done.returncode, done.stderr) == (0, "")
-    assert "cpsc2018, dreamer, edf, simulate, wfdb" in cli("shard", "--help").stdout
+    text = cli("shard", "--help").stdout
+    assert "cpsc2018, dreamer, edf, simulate, wfdb" in text
+    assert '  unusable ("drop")\n      keep unusable windows' in text
 
 
 def test_console_script_runs_same_program(small: Path) -> None:

@@ -19,9 +19,9 @@ from physio_dist.config.pretrain import (
 )
 from physio_dist.config.probe import ProbeConfig, ProbeOptions
 from physio_dist.config.search import POOLINGS, SearchOptions
-from physio_dist.config.shard import EegOptions, ShardConfig, SplitOptions, WindowOptions
+from physio_dist.config.shard import EegOptions, IndexOptions, ShardConfig, SplitOptions, WindowOptions
 from physio_dist.config.task import TaskOptions
-from physio_dist.config.tune import FoldEncoders, TuneConfig, TuneOptions, parse_encoders
+from physio_dist.config.tune import FoldEncoders, FoldsConfig, TuneConfig, TuneOptions, parse_encoders
 
 __all__ = [
     "POOLINGS",
@@ -33,6 +33,8 @@ __all__ = [
     "EegOptions",
     "EmbedConfig",
     "FoldEncoders",
+    "FoldsConfig",
+    "IndexOptions",
     "MaskOptions",
     "ModelOptions",
     "Parser",

@@ -19,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from physio_dist import storage
+from physio_dist.config.listing import help_text
 from physio_dist.config.options import flatten, plain_value, to_plain
 from physio_dist.errors import PhysioError, UserError, nearest
 
@@ -38,13 +39,32 @@ T = TypeVar("T", bound=Options)
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line on which every mistake is a :class:`UserError`: one line, and the exit status of user errors."""
+    """A command line on which every mistake is a :class:`UserError`: one line, and the exit status of user errors.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
+    Args:
+        schema: options that the command takes as ``key=value``, listed at the end of ``--help``.
+        settings: those of :class:`argparse.ArgumentParser`.
+    """
+
+    def __init__(self, schema: type[Options] | None = None, **settings: Any) -> None:
+        if schema is not None:
+            settings |= {"epilog": help_text(schema), "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` tells more")
+
+
+def load_command_line(parser: Parser, schema: type[T], arguments: Sequence[str] | None) -> T:
+    """Options of a program that takes ``--config FILE [key=value ...]``.
+
+    Raises:
+        UserError: as :func:`load`, or another command line.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with options")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the file's")
+    args = parser.parse_intermixed_args(arguments)
+    return load(schema, args.config, args.overrides)
 
 
 def load(schema: type[T], file: str | None, overrides: Sequence[str]) -> T:

@@ -1,12 +1,15 @@
-"""Options of ``physio-dist shard``."""
+"""Options of ``physio-dist shard`` and ``physio-dist index``."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from physio_dist.config.cluster import MAX_WAIT_S
-from physio_dist.config.options import OneOf, inside, option
+from physio_dist.config.options import OneOf, Range, inside, option
 from physio_dist.errors import UserError
+
+_POSITIVE = Range(0.0, math.inf, "it must be positive", open_low=True, open_high=True)
 
 
 @dataclass
@@ -89,3 +92,35 @@ class ShardConfig:
             raise UserError(f"person={self.person} names a column of a CSV: give labels=FILE.csv too")
         if self.samples_per_shard < 1 or self.workers < 0:
             raise UserError("samples_per_shard must be at least 1 and workers must not be negative")
+
+
+@dataclass
+class IndexOptions:
+    """The ``key=value`` options of ``physio-dist index``."""
+
+    channels: str = option(
+        "",
+        "Names of the arrays' rows, comma-separated, in their order; empty for the twelve standard leads of an ECG, if "
+        "the limb leads fulfil their identities.",
+    )
+    rate: float = option(200.0, "Sampling rate in Hz.", _POSITIVE)
+    uv_per_bit: float = option(1.0, "Microvolts of one unit of the arrays.", _POSITIVE)
+    person: str | None = option(None, "Field of the samples' json that identifies the subject; default `person`.")
+    val: float = option(0.1, "Share of the subjects in the validation split.")
+    test: float = option(0.1, "Share of the subjects in the test split.")
+
+    def validate(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            UserError: names the option.
+        """
+        names = self.names()
+        if not all(names) or len(set(names)) < len(names):
+            raise UserError(f"channels={self.channels}: it must name every row of the arrays, each only once")
+        if not (self.val >= 0 and self.test >= 0 and self.val + self.test <= 1):
+            raise UserError(f"val={self.val} and test={self.test}: shares of people, together at most 1")
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the arrays' rows; none where the options leave them open."""
+        return tuple(word.strip() for word in self.channels.split(",")) if self.channels else ()

@@ -1,4 +1,4 @@
-"""Options of ``tune.py``."""
+"""Options of ``tune.py`` and of ``physio-dist folds``."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class TuneOptions(TaskOptions):
 
 @dataclass
 class TuneConfig:
-    """Options of ``tune.py``."""
+    """Options of ``tune.py`` and of ``physio-dist folds``."""
 
     run: RunOptions = field(default_factory=lambda: RunOptions(name="sweep"))
     data: CacheOptions = field(default_factory=CacheOptions)
@@ -152,3 +152,35 @@ class TuneConfig:
             if signal not in self.tune.encoders:
                 name = f"tune.encoders.{signal}"
                 raise UserError(f"option {name} is needed and has no default: give {name}=...")
+
+
+# Protocols in which subjects take turns as test subjects, and nobody trains in a fold that tests them.
+_TURNS = ("grouped_kfold", "loso", "person_and_clip")
+
+
+@dataclass
+class FoldSplitOptions:
+    """Subjects held out of pretraining beside the test subjects."""
+
+    val: float = option(0.1, "Share of the subjects not tested in the validation split.", inside(0.0, 1.0))
+
+
+@dataclass
+class FoldsConfig(TuneConfig):
+    """Options of ``physio-dist folds``: a sweep's, whose encoders need not exist yet, and ``split.val``."""
+
+    split: FoldSplitOptions = field(default_factory=FoldSplitOptions)
+
+    def validate(self) -> None:
+        """Refuse options of which no resplits could be made.
+
+        Raises:
+            UserError: names the option.
+        """
+        self.tune.validate()
+        if self.tune.protocol not in _TURNS:
+            raise UserError(
+                f"tune.protocol={self.tune.protocol} has no people who take turns, so there is nothing to make a "
+                f"resplit for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's "
+                "own test split: pretrain on tune.data itself"
+            )

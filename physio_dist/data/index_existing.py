@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from physio_dist import __version__, storage
-from physio_dist.config.options import Range, option
+from physio_dist.config.shard import IndexOptions
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import (
     INDEX,
@@ -35,39 +34,6 @@ from physio_dist.signals.montage import ECG_12, identity_error
 # Samples whose lead order is checked, and what their limb leads may miss of their identities.
 _CHECKED_SAMPLES = 50
 _IDENTITY_ERROR = 0.05
-_POSITIVE = Range(0.0, math.inf, "it must be positive", open_low=True, open_high=True)
-
-
-@dataclass
-class IndexOptions:
-    """The ``key=value`` options of ``physio-dist index``."""
-
-    channels: str = option(
-        "",
-        "Names of the arrays' rows, comma-separated, in their order; empty for the twelve standard leads of an ECG, if "
-        "the limb leads fulfil their identities.",
-    )
-    rate: float = option(200.0, "Sampling rate in Hz.", _POSITIVE)
-    uv_per_bit: float = option(1.0, "Microvolts of one unit of the arrays.", _POSITIVE)
-    person: str | None = option(None, "Field of the samples' json that identifies the subject; default `person`.")
-    val: float = option(0.1, "Share of the subjects in the validation split.")
-    test: float = option(0.1, "Share of the subjects in the test split.")
-
-    def validate(self) -> None:
-        """Refuse options that do not go together.
-
-        Raises:
-            UserError: names the option.
-        """
-        names = self.names()
-        if not all(names) or len(set(names)) < len(names):
-            raise UserError(f"channels={self.channels}: it must name every row of the arrays, each only once")
-        if not (self.val >= 0 and self.test >= 0 and self.val + self.test <= 1):
-            raise UserError(f"val={self.val} and test={self.test}: shares of people, together at most 1")
-
-    def names(self) -> tuple[str, ...]:
-        """Names of the arrays' rows; none where the options leave them open."""
-        return tuple(word.strip() for word in self.channels.split(",")) if self.channels else ()
 
 
 def index_existing(url: str, options: IndexOptions) -> ShardSet:

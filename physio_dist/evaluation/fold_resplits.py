@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import numpy.typing as npt
 
 from physio_dist import storage
-from physio_dist.config import TuneConfig
-from physio_dist.config.options import inside, option
+from physio_dist.config import FoldsConfig, TuneConfig
 from physio_dist.data.format.index import SPLITS, ShardSet
 from physio_dist.data.format.people import split_of
 from physio_dist.data.format.resplit import publish_resplits, with_splits
@@ -18,37 +15,6 @@ from physio_dist.data.handle import ShardSetHandle
 from physio_dist.errors import UserError
 from physio_dist.evaluation.label_table import LabelTable, label_name, load_label_table, require_paired
 from physio_dist.evaluation.splits import Fold, folds_of
-
-# Protocols in which people take turns as test people, and nobody trains in a fold that tests them.
-_TURNS = ("grouped_kfold", "loso", "person_and_clip")
-
-
-@dataclass
-class SplitOptions:
-    """Subjects held out of pretraining beside the test subjects."""
-
-    val: float = option(0.1, "Share of the subjects not tested in the validation split.", inside(0.0, 1.0))
-
-
-@dataclass
-class FoldsConfig(TuneConfig):
-    """Options of ``physio-dist folds``: a sweep's, whose encoders need not exist yet, and ``split.val``."""
-
-    split: SplitOptions = field(default_factory=SplitOptions)
-
-    def validate(self) -> None:
-        """Refuse options of which no resplits could be made.
-
-        Raises:
-            UserError: names the option.
-        """
-        self.tune.validate()
-        if self.tune.protocol not in _TURNS:
-            raise UserError(
-                f"tune.protocol={self.tune.protocol} has no people who take turns, so there is nothing to make a "
-                f"resplit for each of; it takes {', '.join(_TURNS)}. Under holdout the test people are the shard set's "
-                "own test split: pretrain on tune.data itself"
-            )
 
 
 def open_folds(options: TuneConfig, data: ShardSetHandle) -> tuple[LabelTable, tuple[Fold, ...]]:

@@ -23,9 +23,8 @@ import ray.train
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from physio_dist import config
 from physio_dist.config import PretrainConfig
-from physio_dist.config.loader import Parser
+from physio_dist.config.loader import Parser, load_command_line
 from physio_dist.errors import EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
 from physio_dist.ray_backend import cluster
 from physio_dist.ray_backend.callbacks import FailureCallback, SaveBeforeResize, last_line
@@ -55,11 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         PhysioError: the run is not done, with the exit status.
     """
-    parser = Parser(prog="python -m physio_dist.launch", description="Pretrain on a Ray cluster.")
-    parser.add_argument("--config", required=True, help="YAML file; the ones that ship are in configs/pretrain/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")
-    given = parser.parse_intermixed_args(arguments)
-    options = config.load(PretrainConfig, given.config, given.overrides)
+    parser = Parser(PretrainConfig, prog="python -m physio_dist.launch", description="Pretrain on a Ray cluster.")
+    options = load_command_line(parser, PretrainConfig, arguments)
     options = map_urls(options, job_paths.resolve_durable)
     workers = options.cluster.workers
     if workers.min > options.train.global_batch:

@@ -15,7 +15,7 @@ import ray
 
 from physio_dist import config, storage
 from physio_dist.config import TuneConfig
-from physio_dist.config.loader import Parser
+from physio_dist.config.loader import Parser, load_command_line
 from physio_dist.data.handle import ShardSetHandle, open_handle
 from physio_dist.errors import EXIT_FAULT
 from physio_dist.evaluation import study, trial_log
@@ -166,12 +166,11 @@ def _say(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the options and run the sweep."""
-    parser = Parser(prog="python -m physio_dist.tune", description="Sweep fusion heads over frozen features.")
-    parser.add_argument("--config", required=True, help="YAML file; the ones that ship are in configs/tune/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that go over the file's")
-    given = parser.parse_intermixed_args(arguments)
+    parser = Parser(
+        TuneConfig, prog="python -m physio_dist.tune", description="Sweep fusion heads over frozen features."
+    )
     exit_status.interrupt_on_sigterm()
     try:
-        run(config.load(TuneConfig, given.config, given.overrides), _say)
+        run(load_command_line(parser, TuneConfig, arguments), _say)
     finally:
         ray.shutdown()

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from physio_dist.config import load
+from physio_dist.config import IndexOptions, load
 from physio_dist.data import describe
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import ShardSet, open_set
 from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.data.handle import open_dataset
-from physio_dist.data.index_existing import IndexOptions, index_existing
+from physio_dist.data.index_existing import index_existing
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.verify import verify
 from physio_dist.errors import DataError, UserError

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from physio_dist import config
+from physio_dist.config import FoldsConfig
 from physio_dist.data.format.index import ShardSet, open_set
 from physio_dist.data.format.people import split_of
 from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import UserError
-from physio_dist.evaluation.fold_resplits import FoldsConfig, fold_split, open_folds, write_fold_resplits
+from physio_dist.evaluation.fold_resplits import fold_split, open_folds, write_fold_resplits
 from tests.conftest import S3
 from tests.evaluation.study_samples import facts_of, opened, paired
 

@@ -33,8 +33,9 @@ from common import (
 from peers.serve import hashes
 from s3server import s3_server
 
+from physio_dist.config import IndexOptions
 from physio_dist.data.format import tar
-from physio_dist.data.index_existing import IndexOptions, index_existing
+from physio_dist.data.index_existing import index_existing
 from physio_dist.signals.montage import ECG_12
 
 PEERS = {

@@ -21,20 +21,6 @@ from physio_dist.report.run_data import RunInfo, without_credentials
 # the whole page of a pretraining run.
 TEMPORAL = "#0072B2"
 LEADWISE = "#D55E00"
-# Of a sweep's page: one colour for each row of its results.
-ROW_COLOURS = {
-    "majority": "#9a9a9a",
-    "untrained": "#CC79A7",
-    "handmade": "#009E73",
-    "ecg": "#D55E00",
-    "eeg": "#0072B2",
-    "fused": "#1c1c1c",
-    "fused_ecg_only": "#E69F00",
-    "fused_eeg_only": "#56B4E9",
-    "noise_ecg": "#6f8fa6",
-    "noise_eeg": "#a68a6f",
-    "finetuned": "#8c564b",
-}
 INK = "#1c1c1c"
 SOFT = "#6b6b6b"
 GRID = "#e3e3e3"
@@ -218,9 +204,9 @@ def metric(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
-def span(low: float, high: float) -> str:
+def span(interval: tuple[float, float] | None) -> str:
     """An interval of scores, empty where there is none."""
-    return f"{metric(low)}–{metric(high)}" if math.isfinite(low) and math.isfinite(high) else ""
+    return "" if interval is None else f"{metric(interval[0])}–{metric(interval[1])}"
 
 
 def signed(value: float) -> str:
@@ -235,23 +221,23 @@ def p_word(p: float) -> str:
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds as a person says them."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, left = divmod(rest, 60)
+    hours, remainder = divmod(round(seconds), 3600)
+    minutes, seconds_left = divmod(remainder, 60)
     if hours:
         return f"{hours:,} h {minutes:02d} min"
-    return f"{minutes} min {left:02d} s" if minutes else f"{left} s"
+    return f"{minutes} min {seconds_left:02d} s" if minutes else f"{seconds_left} s"
 
 
-def badge_of(told: list[bool]) -> tuple[str, str]:
+def badge_of(flags: list[bool]) -> tuple[str, str]:
     """Badge and sentence on where the signals come from, given every statement the run makes on it."""
-    if not told:
+    if not flags:
         return "", "The run does not tell whether its signals are recorded or simulated."
-    if not any(told):
+    if not any(flags):
         return "", ""
-    if all(told):
+    if all(flags):
         why = "The signals come from a generator, not from people: these numbers say nothing about patients."
         return "SIMULATED", why
-    share = f"{sum(told)} of {len(told)} data sets come from a generator, not from people."
+    share = f"{sum(flags)} of {len(flags)} data sets come from a generator, not from people."
     return "PARTLY SIMULATED", share
 
 

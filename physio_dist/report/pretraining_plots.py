@@ -49,8 +49,8 @@ class Series:
     def end(self) -> float:
         """The last finite value as drawn: of the smoothed line where there is one."""
         window = smoothing_window(self.y.size) if self.kind == "raw" else 1
-        shown = smooth(self.y, window) if window > 1 else self.y
-        return float(shown[np.isfinite(shown)][-1])
+        values = smooth(self.y, window) if window > 1 else self.y
+        return float(values[np.isfinite(values)][-1])
 
 
 def smoothing_window(rows: int) -> int:
@@ -73,10 +73,10 @@ def smooth(values: Floats, window: int) -> Floats:
 def loss_panel(title: str, series: Sequence[Series], restarts: Sequence[float], alt: str) -> Image:
     """Curves named at their right ends with their last values, logarithmic where they span a wide range."""
     figure, axes = _panel(title, label_inches=LABEL_INCHES)
-    for one in series:
-        _draw(axes, one)
-    _scale(axes, np.concatenate([one.y for one in series]), from_zero=False)
-    _steps(axes, np.concatenate([one.x for one in series]), restarts)
+    for curve in series:
+        _draw(axes, curve)
+    _scale(axes, np.concatenate([curve.y for curve in series]), from_zero=False)
+    _steps(axes, np.concatenate([curve.x for curve in series]), restarts)
     _name_curves(axes, series)
     return embed(figure, alt)
 
@@ -110,23 +110,27 @@ def _panel(title: str, label_inches: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw(axes: Axes, one: Series) -> None:
+def _draw(axes: Axes, series: Series) -> None:
     # Few points vanish as a line, and a single one is no line at all.
-    dot = "o" if np.isfinite(one.y).sum() <= 12 else ""
-    if one.kind == "reference":
-        seen = np.isfinite(one.y)
-        axes.plot(one.x[seen], one.y[seen], one.dash, color=one.colour, lw=1.1, marker=dot, ms=2)
-    elif one.kind == "marked":
-        seen = np.isfinite(one.y)
-        axes.plot(one.x[seen], one.y[seen], "-", color=one.colour, lw=1.0, zorder=4)
-        face: dict[str, Any] = {"mfc": "white", "mec": one.colour, "mew": 1.3}
-        axes.plot(one.x[seen], one.y[seen], "o", ms=4, markevery=max(1, int(seen.sum()) // 30), zorder=5, **face)
+    dot = "o" if np.isfinite(series.y).sum() <= 12 else ""
+    if series.kind == "reference":
+        finite = np.isfinite(series.y)
+        axes.plot(series.x[finite], series.y[finite], series.dash, color=series.colour, lw=1.1, marker=dot, ms=2)
+    elif series.kind == "marked":
+        finite = np.isfinite(series.y)
+        axes.plot(series.x[finite], series.y[finite], "-", color=series.colour, lw=1.0, zorder=4)
+        face: dict[str, Any] = {"mfc": "white", "mec": series.colour, "mew": 1.3}
+        axes.plot(
+            series.x[finite], series.y[finite], "o", ms=4, markevery=max(1, int(finite.sum()) // 30), zorder=5, **face
+        )
     else:
-        window = smoothing_window(one.y.size) if one.kind == "raw" else 1
+        window = smoothing_window(series.y.size) if series.kind == "raw" else 1
         faint = 0.3 if window > 1 else 0.9
-        axes.plot(one.x, one.y, "-", color=one.colour, lw=0.7 if window > 1 else 1.0, alpha=faint, marker=dot, ms=3)
+        axes.plot(
+            series.x, series.y, "-", color=series.colour, lw=0.7 if window > 1 else 1.0, alpha=faint, marker=dot, ms=3
+        )
         if window > 1:
-            axes.plot(one.x, smooth(one.y, window), "-", color=one.colour, lw=1.3, zorder=3)
+            axes.plot(series.x, smooth(series.y, window), "-", color=series.colour, lw=1.3, zorder=3)
 
 
 def _scale(axes: Axes, values: Floats, from_zero: bool) -> None:
@@ -167,23 +171,23 @@ def _steps(axes: Axes, steps: Floats, restarts: Sequence[float]) -> None:
 
 def _name_curves(axes: Axes, series: Sequence[Series]) -> None:
     """Names and last values beside the curves' ends, moved apart where they would collide."""
-    last = [one.end() for one in series]
-    where = axes.transAxes.inverted()
-    ends = [float(where.transform(axes.transData.transform((0.0, value)))[1]) for value in last]
+    last = [curve.end() for curve in series]
+    to_axes = axes.transAxes.inverted()
+    ends = [float(to_axes.transform(axes.transData.transform((0.0, value)))[1]) for value in last]
     inches = PANEL_INCHES[1] * axes.get_position().height
-    for one, value, end, place in zip(series, last, ends, spread(ends, 0.33 / inches), strict=True):
-        colour = INK if one.kind == "reference" else one.colour
-        weight = "bold" if one.kind == "marked" else "normal"
+    for curve, value, end, height in zip(series, last, ends, spread(ends, 0.33 / inches), strict=True):
+        colour = INK if curve.kind == "reference" else curve.colour
+        weight = "bold" if curve.kind == "marked" else "normal"
         text: dict[str, Any] = {
             "transform": axes.transAxes,
             "fontsize": 8.5,
             "linespacing": 1.05,
             "va": "center",
         }
-        axes.text(1.065, place, f"{one.label}\n{number(value)}", color=colour, weight=weight, **text)
+        axes.text(1.065, height, f"{curve.label}\n{number(value)}", color=colour, weight=weight, **text)
         axes.plot(
             [1.005, 1.05],
-            [end, place],
+            [end, height],
             lw=0.6,
             color=colour,
             alpha=0.6,
@@ -260,14 +264,14 @@ def scale_bar_uv(usual_uv: float) -> float:
 
 
 def cut_off_uv(examples: Examples, window: int) -> float | None:
-    """Where this window's drawing cuts its highest waves off, in uV, or None where it shows all of them."""
+    """Amplitude in uV at which this window's drawing is cut off, or None where it shows all of it."""
     _, _, limit = _rooms(examples, window)
-    shown = examples.valid[window]
-    return limit if np.abs(examples.target[window][shown]).max(initial=0.0) > limit else None
+    valid = examples.valid[window]
+    return limit if np.abs(examples.target[window][valid]).max(initial=0.0) > limit else None
 
 
 def _rooms(examples: Examples, window: int) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """How far each lead reaches above and below its baseline, ``[channel]`` in uV, and the limit for all."""
+    """Reach of each lead above and below its baseline, ``[channel]`` in uV, and the limit for all."""
     target = np.nan_to_num(examples.target[window].astype(np.float64))
     valid = examples.valid[window]
     hidden = (examples.hidden_samples("intra") | examples.hidden_samples("inter"))[window]
@@ -318,7 +322,7 @@ def _shade(axes: Axes, examples: Examples, window: int, lead: int, floor: float,
 def _traces(axes: Axes, examples: Examples, window: int, lead: int, base: float, rooms: tuple[float, float]) -> None:
     seconds = np.arange(examples.target.shape[2]) / examples.rate
     target = np.clip(examples.target[window, lead], *rooms) + base
-    made = np.clip(examples.reconstruction[window, lead], *rooms) + base
+    reconstruction = np.clip(examples.reconstruction[window, lead], *rooms) + base
     masks = {kind: examples.hidden_samples(kind)[window, lead] for kind, _ in KINDS}
     hidden = masks["intra"] | masks["inter"]
     # One sample further on both sides, or the original would have holes at the borders.
@@ -328,7 +332,7 @@ def _traces(axes: Axes, examples: Examples, window: int, lead: int, base: float,
     axes.plot(seconds, np.where(hidden, np.nan, target), color=INK, lw=0.8, zorder=3)
     for kind, colour in KINDS:
         if masks[kind].any():
-            axes.plot(seconds, np.where(masks[kind], made, np.nan), color=colour, lw=1.15, zorder=4)
+            axes.plot(seconds, np.where(masks[kind], reconstruction, np.nan), color=colour, lw=1.15, zorder=4)
 
 
 def _scale_bar(axes: Axes, seconds: float, top: float, bar: float) -> None:
@@ -337,8 +341,8 @@ def _scale_bar(axes: Axes, seconds: float, top: float, bar: float) -> None:
     corner: dict[str, Any] = {"color": INK, "lw": 1.4, "solid_joinstyle": "miter", "clip_on": False}
     axes.plot([right, right, left], [top, floor, floor], **corner)
     volts = f"{bar / UV_PER_MV:g} mV" if bar >= 100 else f"{bar / UV_PER_MV:g} mV ({bar:g} µV)"
-    where = (left - 0.008 * seconds, floor + bar / 2)
-    axes.text(*where, f"{volts}, {width:g} s", ha="right", va="center", fontsize=9)
+    position = (left - 0.008 * seconds, floor + bar / 2)
+    axes.text(*position, f"{volts}, {width:g} s", ha="right", va="center", fontsize=9)
 
 
 def _legend(axes: Axes, place: float) -> None:
@@ -391,14 +395,14 @@ def draw_windows(
             top = 1 - (0.45 + w * height) / (height * windows + 0.5)
             share = (height - 0.65) / (height * windows + 0.5)
             axes: Any = figure.add_axes((0.07, top - share - 0.02, 0.91, share))
-            heard = np.abs(signal[w][valid[w]]) if valid[w].any() else np.ones((1, 1))
-            step = 2.2 * float(np.percentile(heard, 99.5)) or 1.0
+            magnitude = np.abs(signal[w][valid[w]]) if valid[w].any() else np.ones((1, 1))
+            step = 2.2 * float(np.percentile(magnitude, 99.5)) or 1.0
             for lead in range(leads):
                 base = -lead * step
-                shown = bool(valid[w, lead])
+                is_valid = bool(valid[w, lead])
                 axes.text(-0.01 * samples / rate, base, channels[lead], ha="right", va="center",
-                          fontsize=8, color=INK if shown else SOFT)  # fmt: skip
-                if shown:
+                          fontsize=8, color=INK if is_valid else SOFT)  # fmt: skip
+                if is_valid:
                     axes.plot(time, base + np.clip(signal[w, lead], -step, step), color=INK, lw=0.6)
                 else:
                     axes.text(0.1, base, "not valid", va="center", fontsize=7, style="italic", color=SOFT)

@@ -49,7 +49,7 @@ class Metrics:
         return np.full(self.rows, np.nan) if values is None else values
 
     def has(self, name: str) -> bool:
-        """Whether at least one finite value of this field was logged."""
+        """Return True if at least one finite value of this field was logged."""
         return bool(np.isfinite(self.column(name)).any())
 
     def median(self, name: str) -> float:

@@ -10,22 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from physio_dist.report import components as ui
 from physio_dist.report import sweep_analysis, sweep_search
 from physio_dist.report import sweep_plots as plots
-from physio_dist.report.components import (
-    Cell,
-    Figure,
-    Section,
-    Table,
-    configuration_section,
-    metric,
-    p_word,
-    percent,
-    plain,
-    signed,
-    span,
-)
-from physio_dist.report.components import dataset as shard_sets
 from physio_dist.report.run_data import Floats, without_credentials
 from physio_dist.report.sweep_data import METRICS, ROWS, HeldOut, Ints, Sweep, mean_roc, precision_recall, present, roc
 from physio_dist.report.sweep_plots import colour_of, label_of
@@ -49,34 +36,20 @@ COLUMNS = {
     "pr_auc": "PR\u2011AUC",
 }
 OPTIONS = (
-    "tune.task",
-    "tune.label",
-    "tune.neutral",
-    "tune.baseline",
-    "tune.clip",
-    "tune.protocol",
-    "tune.folds",
-    "tune.val_folds",
-    "tune.trials",
-    "tune.search",
-    "tune.scheduler",
-    "tune.max_epochs",
-    "tune.permutations",
-    "tune.calibrate",
-    "tune.noise_control",
-    "tune.finetune",
-    "run.seed",
-)
+    "tune.task", "tune.label", "tune.neutral", "tune.baseline", "tune.clip", "tune.protocol", "tune.folds",
+    "tune.val_folds", "tune.trials", "tune.search", "tune.scheduler", "tune.max_epochs", "tune.permutations",
+    "tune.calibrate", "tune.noise_control", "tune.finetune", "run.seed",
+)  # fmt: skip
 
 
-def baselines(sweep: Sweep, held: HeldOut | None) -> Section:
+def baselines(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     """Every row with all its scores, against chance and, on simulated data, against the best possible."""
     rows = sweep.real_rows
     lines = [
         plots.Interval(
             row.name,
             row.auc,
-            *row.interval,
+            row.auc_ci,
             [fold.auc for fold in row.per_fold] if len(row.per_fold) > 1 else [],
             _bound_auc(sweep, row),
         )
@@ -84,7 +57,7 @@ def baselines(sweep: Sweep, held: HeldOut | None) -> Section:
     ]
     figures = []
     if any(math.isfinite(line.value) for line in lines):
-        figures = [Figure([plots.forest(lines, CHANCE, _forest_alt(rows))], _forest_caption(sweep), wide=True)]
+        figures = [ui.Figure([plots.forest(lines, CHANCE, _forest_alt(rows))], _forest_caption(sweep), wide=True)]
     tables = [table for table in (_score_table(sweep, rows), published(sweep)) if table is not None]
     if (table := _gain_table(sweep, held)) is not None:
         tables.append(table)
@@ -96,10 +69,10 @@ def baselines(sweep: Sweep, held: HeldOut | None) -> Section:
             "The majority class has another AUC than 0.5 because folds differ a little in their training people's "
             "class shares: pooled over folds, even that orders windows."
         )
-    return Section("Results", "results", figures=figures, tables=tables, notes=notes)
+    return ui.Section("Results", "results", figures=figures, tables=tables, notes=notes)
 
 
-def curves(sweep: Sweep, held: HeldOut | None) -> Section:
+def curves(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     """ROC curves of all rows, one panel a class; of two classes also precision over recall."""
     if held is None:
         return _without_predictions("Curves", "curves", "no curve can be drawn")
@@ -107,7 +80,7 @@ def curves(sweep: Sweep, held: HeldOut | None) -> Section:
     rows = [row for row in sweep.results.rows if row.name in held.pairs and row.name != "majority"]
     classes = present(predictions, k)
     if not rows or not classes:
-        return Section("Curves", "curves", missing="Nothing to draw: the held-out windows are all of one class.")
+        return ui.Section("Curves", "curves", missing="Nothing to draw: the held-out windows are all of one class.")
     images = []
     if k == 2:
         name = sweep.classes[1]
@@ -136,118 +109,120 @@ def curves(sweep: Sweep, held: HeldOut | None) -> Section:
     for row in rows:
         area = pooled_auc(held.pairs[row.name])
         if abs(area - row.auc) > AREA_TOLERANCE:
-            notes.append(f"{label_of(row.name)}: the predictions give {metric(area)}, results.json says "
-                         f"{metric(row.auc)}.")  # fmt: skip
-    return Section("Curves", "curves", figures=[Figure(images, caption)], notes=notes)
+            notes.append(f"{label_of(row.name)}: the predictions give {ui.metric(area)}, results.json says "
+                         f"{ui.metric(row.auc)}.")  # fmt: skip
+    return ui.Section("Curves", "curves", figures=[ui.Figure(images, caption)], notes=notes)
 
 
-def confusion(sweep: Sweep, held: HeldOut | None) -> Section:
-    """What was taken for what, of the hand-made, the single and the fused rows."""
+def confusion(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+    """Confusion matrices of the hand-made, the single and the fused rows."""
     del held
     rows = [row for name in ROWS[2:] if (row := sweep.row(name)) is not None]
     tables: list[tuple[str, Ints]] = [(row.name, np.array(row.confusion)) for row in rows if row.confusion]
     if not tables:
-        return Section("Confusion", "confusion", missing="results.json holds no confusion matrix.")
+        return ui.Section("Confusion", "confusion", missing="results.json holds no confusion matrix.")
     classes = sweep.classes or [str(number) for number in range(len(tables[0][1]))]
-    right = [f"{label_of(name)} {percent(float(np.trace(t) / max(t.sum(), 1)))} right" for name, t in tables]
+    right = [f"{label_of(name)} {ui.percent(float(np.trace(t) / max(t.sum(), 1)))} right" for name, t in tables]
     alt = f"Confusion matrices of {len(classes)} classes: {', '.join(right)}."
     caption = (
         "Rows are true classes, columns predicted ones; each row adds up to 100 %, below it the number of windows. "
         f"The predicted class is the most probable one. {_size(sweep)}"
     )
-    figure = Figure([plots.confusions(tables, classes, alt)], caption.strip(), wide=True)
-    return Section("Confusion", "confusion", figures=[figure])
+    figure = ui.Figure([plots.confusions(tables, classes, alt)], caption.strip(), wide=True)
+    return ui.Section("Confusion", "confusion", figures=[figure])
 
 
-def people(sweep: Sweep, held: HeldOut | None) -> Section:
+def people(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     """On how many people fusion beats the better single modality."""
     if held is None:
         return _without_predictions("People", "people", "nothing can be said about each person")
-    found = held.people
+    scores = held.people
     if "fused" not in held.pairs or not {"ecg", "eeg"} & set(held.pairs):
         missing = f"{PREDICTIONS} lacks the fused or both single rows, so people cannot be compared."
-        return Section("People", "people", missing=missing)
+        return ui.Section("People", "people", missing=missing)
     text, images = [], []
     blind = sweep.row("majority")
     majority = math.nan if blind is None else blind.accuracy
-    for kind, table in (("ROC-AUC", found.auc), ("Accuracy", found.accuracy)):
+    for kind, table in (("ROC-AUC", scores.auc), ("Accuracy", scores.accuracy)):
         rows = {name: table[name] for name in SIGNALS if name in table}
-        both = np.isfinite(rows["fused"]) & np.isfinite(plots.best_single(rows))
-        if not both.any():
+        finite = np.isfinite(rows["fused"]) & np.isfinite(plots.best_single(rows))
+        if not finite.any():
             text.append(f"{kind} is not defined for any person: nobody has windows of two classes.")
             continue
-        kept = {name: values[both] for name, values in rows.items()}
-        names = [name for name, ok in zip(found.names, both.tolist(), strict=True) if ok]
-        words = _count_gains(sweep, kept, kind)
-        left = int((~both).sum())
+        defined = {name: values[finite] for name, values in rows.items()}
+        names = [name for name, ok in zip(scores.names, finite.tolist(), strict=True) if ok]
+        words = _count_gains(sweep, defined, kind)
+        left = int((~finite).sum())
         text.append(words + (f" {left} have windows of one class only and are left out." if left else ""))
         chance = CHANCE if kind == "ROC-AUC" else majority
         title = f"{kind} of each held-out person"
-        images.append(plots.people_panel(title, names, kept, chance, f"{title}. {words}"))
+        images.append(plots.people_panel(title, names, defined, chance, f"{title}. {words}"))
     caption = (
         "Each column is a held-out person, named by the first digits of a pseudonym, sorted by what fusion gains over "
         "the better of that person's two single signals. Black line: the gain; dotted grey: the loss. The better "
         "signal is picked for each person with hindsight, so this is a hard bar. Dashed: chance, for accuracy the "
-        f"majority class over all held-out windows. {_windows_each(found.windows)}"
+        f"majority class over all held-out windows. {_windows_each(scores.windows)}"
     )
     if len(sweep.classes) > 2:
         caption += " A person's ROC-AUC is the mean over the classes that person has."
-    wide = len(found.names) > plots.FEW_PEOPLE
+    wide = len(scores.names) > plots.FEW_PEOPLE
     details = [("The same as numbers", _people_listing(held))]
-    return Section("People", "people", text=text, figures=[Figure(images, caption, wide=wide)], details=details)
+    return ui.Section("People", "people", text=text, figures=[ui.Figure(images, caption, wide=wide)], details=details)
 
 
-def control(sweep: Sweep, held: HeldOut | None) -> Section:
+def control(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     """AUCs under permuted labels with the observed one."""
     del held
     title, anchor = "Permuted labels", "permuted"
     auc, permuted, fused = sweep.permuted_auc, sweep.results.permuted, sweep.row("fused")
     if permuted is None or not auc.size:
         missing = "Labels were not permuted in this sweep (tune.permutations), so this control for leakage is missing."
-        return Section(title, anchor, missing=missing)
+        return ui.Section(title, anchor, missing=missing)
     observed = math.nan if fused is None else fused.auc
     mean, most = float(auc.mean()), float(auc.max())
-    numbers = f"mean {metric(mean)}, range {metric(float(auc.min()))} to {metric(most)}"
-    alt = f"ROC-AUC of the fused row under {auc.size} permutations: {numbers}; observed {metric(observed)}."
+    numbers = f"mean {ui.metric(mean)}, range {ui.metric(float(auc.min()))} to {ui.metric(most)}"
+    alt = f"ROC-AUC of the fused row under {auc.size} permutations: {numbers}; observed {ui.metric(observed)}."
     caption = (
         f"The evaluation repeated {auc.size} times with labels permuted by recording within each person: {numbers}. "
         "A leak between training and held-out windows would lift these AUCs above chance."
     )
     if math.isfinite(p := permuted.p):
-        caption += f" p = {p_word(p)}; with {auc.size} permutations it cannot fall below {p_word(1 / (auc.size + 1))}."
+        caption += (
+            f" p = {ui.p_word(p)}; with {auc.size} permutations it cannot fall below {ui.p_word(1 / (auc.size + 1))}."
+        )
     if math.isfinite(leak := permuted.p_leak):
-        caption += f" That their mean is above chance has p = {p_word(leak)}."
+        caption += f" That their mean is above chance has p = {ui.p_word(leak)}."
     caption += f" {_size(sweep)}"
     image = plots.permuted_strip(auc, observed, alt)
-    return Section(title, anchor, figures=[Figure([image], caption.strip(), wide=True)])
+    return ui.Section(title, anchor, figures=[ui.Figure([image], caption.strip(), wide=True)])
 
 
-def dataset(sweep: Sweep, held: HeldOut | None) -> Section:
+def dataset(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     """The shard sets and the frozen encoders."""
     del held
-    section = shard_sets(sweep)
+    section = ui.dataset(sweep)
     if not sweep.results.encoders:
         return section
     tables = list(section.tables)
     for signal, encoder in sweep.results.encoders.items():
-        rows = [[Cell("Encoder"), Cell(f"{signal.upper()}, frozen")]]
+        rows = [[ui.Cell("Encoder"), ui.Cell(f"{signal.upper()}, frozen")]]
         by_fold = encoder.get("by_fold")
         facts = {f"fold {fold}": each for fold, each in by_fold.items()} if isinstance(by_fold, dict) else encoder
         for name, value in facts.items():
-            rows.append([Cell(str(name).replace("_", " ")), Cell(without_credentials(plain(value)))])
-        tables.append(Table([], rows, numeric=False))
+            rows.append([ui.Cell(str(name).replace("_", " ")), ui.Cell(without_credentials(ui.plain(value)))])
+        tables.append(ui.Table([], rows, numeric=False))
     notes = [section.missing] if section.missing else []
-    return Section(section.title, section.anchor, tables=tables, notes=notes)
+    return ui.Section(section.title, section.anchor, tables=tables, notes=notes)
 
 
-def configuration(sweep: Sweep, held: HeldOut | None) -> Section:
+def configuration(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     """The options a reader asks for first, and the whole resolved file folded away."""
     del held
-    return configuration_section(sweep, OPTIONS)
+    return ui.configuration_section(sweep, OPTIONS)
 
 
-def _without_predictions(title: str, anchor: str, so: str) -> Section:
-    return Section(title, anchor, missing=f"The run holds no {PREDICTIONS}, so {so}.")
+def _without_predictions(title: str, anchor: str, so: str) -> ui.Section:
+    return ui.Section(title, anchor, missing=f"The run holds no {PREDICTIONS}, so {so}.")
 
 
 def _bound_auc(sweep: Sweep, row: ResultRow) -> float:
@@ -274,8 +249,8 @@ def _windows_each(windows: np.ndarray) -> str:
 
 
 def _forest_alt(rows: list[ResultRow]) -> str:
-    told = [f"{label_of(row.name)} {metric(row.auc)}" for row in rows]
-    return f"ROC-AUC with 95 % intervals: {', '.join(told)}."
+    values = [f"{label_of(row.name)} {ui.metric(row.auc)}" for row in rows]
+    return f"ROC-AUC with 95 % intervals: {', '.join(values)}."
 
 
 def _forest_caption(sweep: Sweep) -> str:
@@ -289,28 +264,28 @@ def _forest_caption(sweep: Sweep) -> str:
     return f"{text} {_size(sweep)}".strip()
 
 
-def _score_table(sweep: Sweep, rows: list[ResultRow]) -> Table:
+def _score_table(sweep: Sweep, rows: list[ResultRow]) -> ui.Table:
     bounded = any(math.isfinite(_bound_auc(sweep, row)) for row in rows)
     calibrated = any(math.isfinite(row.ece) for row in rows)
     error = ["Calibration error"] if calibrated else []
     head = ["Input", *COLUMNS.values(), *error, *(["Best possible AUC", "Way reached"] if bounded else [])]
     lines = []
     for row in rows:
-        cells = [Cell(label_of(row.name), colour=colour_of(row.name))]
+        cells = [ui.Cell(label_of(row.name), colour=colour_of(row.name))]
         for name in METRICS:
             spread = getattr(row.spread, name)
-            more = f"± {metric(spread)}" if math.isfinite(spread) and len(row.per_fold) > 1 else ""
-            cells.append(Cell(metric(getattr(row, name)), more=more))
+            more = f"± {ui.metric(spread)}" if math.isfinite(spread) and len(row.per_fold) > 1 else ""
+            cells.append(ui.Cell(ui.metric(getattr(row, name)), more=more))
             if name == "auc":
-                cells.append(Cell(span(*row.interval) or "–"))
+                cells.append(ui.Cell(ui.span(row.auc_ci) or "–"))
         if calibrated:
-            before = f"before {metric(row.ece_before)}" if math.isfinite(row.ece_before) else ""
-            cells.append(Cell(metric(row.ece), more=before))
+            before = f"before {ui.metric(row.ece_before)}" if math.isfinite(row.ece_before) else ""
+            cells.append(ui.Cell(ui.metric(row.ece), more=before))
         if bounded:
             share = reached(row, sweep.bound(row))
-            cells.append(Cell(metric(_bound_auc(sweep, row))))
+            cells.append(ui.Cell(ui.metric(_bound_auc(sweep, row))))
             bar = max(share, 0.0) if math.isfinite(share) else None
-            cells.append(Cell(percent(share), bar=bar, colour="" if bar is None else colour_of(row.name)))
+            cells.append(ui.Cell(ui.percent(share), bar=bar, colour="" if bar is None else colour_of(row.name)))
         lines.append(cells)
     sentences = {
         f"Over the pooled windows of all held-out people. {_size(sweep)}": True,
@@ -326,42 +301,42 @@ def _score_table(sweep: Sweep, rows: list[ResultRow]) -> Table:
         "Best possible: reached by somebody who could read the simulator's hidden drives of the same signals. Way "
         "reached: how much of the way from chance (0.5) to that.": bounded,
     }
-    return Table(head, lines, " ".join(text.strip() for text, said in sentences.items() if said))
+    return ui.Table(head, lines, " ".join(text.strip() for text, said in sentences.items() if said))
 
 
-def _gain_table(sweep: Sweep, held: HeldOut | None) -> Table | None:
-    """What fusion adds to each other row, and what is left of it, on the same resampled people."""
+def _gain_table(sweep: Sweep, held: HeldOut | None) -> ui.Table | None:
+    """Differences between the fused row and the others on the same resampled people."""
     named = [row.name for row in sweep.real_rows]
-    found = {} if held is None else held.differences
-    found = {pair: one for pair in compared_rows(named) if (one := found.get(pair)) is not None}
-    if held is None or not found:
+    differences = {} if held is None else held.differences
+    differences = {pair: change for pair in compared_rows(named) if (change := differences.get(pair)) is not None}
+    if held is None or not differences:
         return None
     lines = []
-    for (name, minus), one in found.items():
-        mine, other = held.people.auc[name], held.people.auc[minus]
-        both = np.isfinite(mine) & np.isfinite(other)
-        share = f"{int((mine > other)[both].sum())} of {int(both.sum())}" if both.any() else "–"
-        interval = f"{signed(one.low)} to {signed(one.high)}" if math.isfinite(one.low) else "–"
-        p = p_word(one.p) if math.isfinite(one.p) else "–"
-        what = label_of(minus) if name == "fused" else f"{label_of(name)} minus {label_of(minus)}"
-        lines.append([
-            Cell(what, colour=colour_of(minus if name == "fused" else name)), Cell(signed(one.value)), Cell(interval),
-            Cell(p), Cell(share),
-        ])  # fmt: skip
+    for (name, minus), change in differences.items():
+        auc, other_auc = held.people.auc[name], held.people.auc[minus]
+        finite = np.isfinite(auc) & np.isfinite(other_auc)
+        share = f"{int((auc > other_auc)[finite].sum())} of {int(finite.sum())}" if finite.any() else "–"
+        interval = f"{ui.signed(change.low)} to {ui.signed(change.high)}" if math.isfinite(change.low) else "–"
+        p = ui.p_word(change.p) if math.isfinite(change.p) else "–"
+        label = label_of(minus) if name == "fused" else f"{label_of(name)} minus {label_of(minus)}"
+        colour = colour_of(minus if name == "fused" else name)
+        lines.append(
+            [ui.Cell(label, colour=colour), *(ui.Cell(text) for text in (ui.signed(change.value), interval, p, share))]
+        )
     caption = (
         "By how much the fused row's ROC-AUC exceeds each other's. The interval is a bootstrap over people in which "
         "both rows are measured on the same drawn people; above zero it shows a gain. p: two-sided, by exchanging both "
         f"rows' answers for a random half of the people, {PERMUTATIONS:,} times; not corrected for how many are "
         "compared. Last: people whose own AUC is higher."
     )
-    if any(name != "fused" for name, _ in found):
+    if any(name != "fused" for name, _ in differences):
         caption += " Below the fused row: what rows with one signal and nothing, or noise, add to that signal alone."
-    return Table(["Fused minus", "ROC-AUC", "95 % interval", "p", "People better"], lines, caption)
+    return ui.Table(["Fused minus", "ROC-AUC", "95 % interval", "p", "People better"], lines, caption)
 
 
 def _curve_alt(what: str, drawn: list[plots.Curve]) -> str:
-    told = ", ".join(f"{label_of(curve.name)} {metric(curve.value)}" for curve in drawn)
-    return f"{what} over held-out windows; areas: {told}."
+    areas = ", ".join(f"{label_of(curve.name)} {ui.metric(curve.value)}" for curve in drawn)
+    return f"{what} over held-out windows; areas: {areas}."
 
 
 def _count_gains(sweep: Sweep, rows: dict[str, Floats], kind: str) -> str:
@@ -377,28 +352,19 @@ def _count_gains(sweep: Sweep, rows: dict[str, Floats], kind: str) -> str:
 
 
 def _people_listing(held: HeldOut) -> str:
-    found = held.people
+    scores = held.people
     names = [name for name in ("untrained", "handmade", "ecg", "eeg", "fused") if name in held.pairs]
     heads = [f"{kind} {plots.label_of(name, short=True)}" for kind in ("AUC", "acc") for name in names]
-    lines = ["  ".join(["person".ljust(len(found.names[0])), "fold", "windows", *(f"{head:>13}" for head in heads)])]
-    for i, person in enumerate(found.names):
-        values = [found.auc[name][i] for name in names] + [found.accuracy[name][i] for name in names]
-        cells = [person, f"{found.fold[i]:>4}", f"{found.windows[i]:>7,}", *(f"{metric(v):>13}" for v in values)]
+    lines = ["  ".join(["person".ljust(len(scores.names[0])), "fold", "windows", *(f"{head:>13}" for head in heads)])]
+    for i, person in enumerate(scores.names):
+        values = [scores.auc[name][i] for name in names] + [scores.accuracy[name][i] for name in names]
+        cells = [person, f"{scores.fold[i]:>4}", f"{scores.windows[i]:>7,}", *(f"{ui.metric(v):>13}" for v in values)]
         lines.append("  ".join(cells))
     return "\n".join(lines)
 
 
 # In the order of the page.
-SECTIONS: tuple[Callable[[Sweep, HeldOut | None], Section], ...] = (
-    baselines,
-    curves,
-    confusion,
-    sweep_analysis.calibration,
-    people,
-    sweep_analysis.occlusion,
-    sweep_analysis.features,
-    sweep_search.search,
-    control,
-    dataset,
-    configuration,
-)
+SECTIONS: tuple[Callable[[Sweep, HeldOut | None], ui.Section], ...] = (
+    baselines, curves, confusion, sweep_analysis.calibration, people, sweep_analysis.occlusion, sweep_analysis.features,
+    sweep_search.search, control, dataset, configuration,
+)  # fmt: skip

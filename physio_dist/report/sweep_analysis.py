@@ -13,23 +13,7 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.patches import Circle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
-from physio_dist.report.components import (
-    GRID,
-    INK,
-    PANEL_INCHES,
-    ROW_COLOURS,
-    SHADE,
-    SOFT,
-    WIDE_INCHES,
-    Figure,
-    Image,
-    Section,
-    axes_at,
-    embed,
-    metric,
-    new_figure,
-    percent,
-)
+from physio_dist.report import components as ui
 from physio_dist.report.run_data import Floats
 from physio_dist.report.sweep_data import HeldOut, Reliability, Sweep, reliability
 from physio_dist.report.sweep_plots import colour_of, label_of
@@ -51,21 +35,23 @@ _TURNS = 8
 _BEFORE = "a sweep of this version writes it when it is done"
 
 
-def calibration(sweep: Sweep, held: HeldOut | None) -> Section:
+def calibration(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     """Reliability curves of every row but the majority and the bounds."""
     title, anchor = "Calibration", "calibration"
     if held is None:
-        return Section(title, anchor, missing=f"The run holds no {PREDICTIONS}, so no reliability curve can be drawn.")
+        return ui.Section(
+            title, anchor, missing=f"The run holds no {PREDICTIONS}, so no reliability curve can be drawn."
+        )
     rows = [row for row in sweep.real_rows if row.name in held.pairs and row.name != "majority"]
-    drawn = [(row.name, reliability(held.predictions, row.name), row.ece) for row in rows]
-    if not drawn:
-        return Section(title, anchor, missing="results.json has no row that answers from signals.")
+    curves = [(row.name, reliability(held.predictions, row.name), row.ece) for row in rows]
+    if not curves:
+        return ui.Section(title, anchor, missing="results.json has no row that answers from signals.")
     two = len(sweep.classes) == 2
     if two:
         x, y = f"probability of {sweep.classes[1]}", f"share of {sweep.classes[1]}"
     else:
         x, y = "probability of the predicted class", "share that is right"
-    alt = f"Reliability curves of {len(drawn)} rows, {y} against {x}: {', '.join(label_of(row.name) for row in rows)}."
+    alt = f"Reliability curves of {len(curves)} rows, {y} against {x}: {', '.join(label_of(row.name) for row in rows)}."
     caption = (
         f"Of the held-out windows with about such a probability (bins of a tenth), {y.replace('share', 'the share', 1)}"
         "; on the dashed line probabilities are what they say, below it they are too high. Dots grow with the number "
@@ -73,9 +59,9 @@ def calibration(sweep: Sweep, held: HeldOut | None) -> Section:
     )
     if any(math.isfinite(row.ece) for row in rows):
         caption += " The calibration error is that of the table: of the predicted class, in 15 bins."
-    listing = "\n\n".join(_listing(label_of(name), bins) for name, bins, _ in drawn)
-    figure = Figure([reliability_panels(drawn, x, y, alt)], caption, wide=True)
-    return Section(title, anchor, figures=[figure], details=[("The same as numbers", listing)])
+    listing = "\n\n".join(_listing(label_of(name), bins) for name, bins, _ in curves)
+    figure = ui.Figure([reliability_panels(curves, x, y, alt)], caption, wide=True)
+    return ui.Section(title, anchor, figures=[figure], details=[("The same as numbers", listing)])
 
 
 def _listing(name: str, bins: Reliability) -> str:
@@ -83,20 +69,21 @@ def _listing(name: str, bins: Reliability) -> str:
     for i, count in enumerate(bins.count.tolist()):
         if count:
             low, high = i / len(bins.count), (i + 1) / len(bins.count)
-            lines.append(f"{low:>5.1f} – {high:.1f}{count:>9,}{metric(bins.sure[i]):>13}{metric(bins.right[i]):>8}")
+            probability, frequency = ui.metric(bins.probability[i]), ui.metric(bins.frequency[i])
+            lines.append(f"{low:>5.1f} – {high:.1f}{count:>9,}{probability:>13}{frequency:>8}")
     return "\n".join(lines)
 
 
-def occlusion(sweep: Sweep, held: HeldOut | None) -> Section:
-    """What the AUC of the fused row lost without each signal, channel and second."""
+def occlusion(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+    """AUC of the fused row lost without each signal, channel and second."""
     del held
-    title, anchor, found = "Occlusion", "occlusion", sweep.results.occlusion
-    if found is None or not any(math.isfinite(one.auc_drop) for one in found.signals):
+    title, anchor, results = "Occlusion", "occlusion", sweep.results.occlusion
+    if results is None or not any(math.isfinite(effect.auc_drop) for effect in results.signals):
         missing = f"results.json holds no occlusion analysis; {_BEFORE}."
-        return Section(title, anchor, missing=missing)
-    figures = [_channels(found)]
+        return ui.Section(title, anchor, missing=missing)
+    figures = [_channels(results)]
     patches: dict[str, list[PatchOcclusion]] = {}
-    for patch in found.patches:
+    for patch in results.patches:
         patches.setdefault(patch.signal, []).append(patch)
     if patches:
         words = [f"{label_of(signal)} {_top(some)}" for signal, some in patches.items()]
@@ -105,65 +92,72 @@ def occlusion(sweep: Sweep, held: HeldOut | None) -> Section:
             "Where the label is told all along, no single second is missed."
         )
         alt = f"ROC-AUC lost without each second of the window, the most: {'; '.join(words)}."
-        figures.append(Figure([over_time(patches, alt)], caption, wide=True))
-    lost = [f"without the {one.signal.upper()} {_signed(one)}" for one in found.signals]
+        figures.append(ui.Figure([over_time(patches, alt)], caption, wide=True))
+    lost = [f"without the {effect.signal.upper()} {_signed(effect)}" for effect in results.signals]
     text = [
-        f"ROC-AUC of the fused row lost on {found.windows:,} held-out windows, of {metric(found.auc)}: "
+        f"ROC-AUC of the fused row lost on {results.windows:,} held-out windows, of {ui.metric(results.auc)}: "
         f"{', '.join(lost)}. Heads stay as they are; what is withheld says the same of every window."
     ]
     listing = [f"{'':12}{'AUC lost':>10}{'95 % interval':>20}{'shift':>8}"]
-    for one in (*found.signals, *found.channels, *found.patches):
-        name = f"{one.signal} {one.label}" if isinstance(one, PatchOcclusion) else one.label
-        interval = _interval(one) or "–"
-        listing.append(f"{name:12}{one.auc_drop:>+10.3f}{interval:>20}{one.prob_shift:>8.3f}")
+    for effect in (*results.signals, *results.channels, *results.patches):
+        name = f"{effect.signal} {effect.label}" if isinstance(effect, PatchOcclusion) else effect.label
+        interval = _interval(effect) or "–"
+        listing.append(f"{name:12}{effect.auc_drop:>+10.3f}{interval:>20}{effect.prob_shift:>8.3f}")
     details = [("The same as numbers (shift: mean change of the probabilities)", "\n".join(listing))]
-    return Section(title, anchor, text=text, figures=figures, details=details)
+    return ui.Section(title, anchor, text=text, figures=figures, details=details)
 
 
-def _channels(found: OcclusionResults) -> Figure:
-    known = [one for one in found.channels if math.isfinite(one.auc_drop)]
-    ordered = sorted(known, key=lambda one: -one.auc_drop)
-    bars = [(f"all {one.signal.upper()}", one) for one in found.signals if math.isfinite(one.auc_drop)]
-    bars += [(one.channel, one) for one in ordered[:MOST_BARS]]
-    at = {one.channel: place for one in known if (place := on_scalp(one.channel)) is not None and one.signal == "eeg"}
+def _channels(results: OcclusionResults) -> ui.Figure:
+    channels = [effect for effect in results.channels if math.isfinite(effect.auc_drop)]
+    ordered = sorted(channels, key=lambda effect: -effect.auc_drop)
+    bars = [(f"all {effect.signal.upper()}", effect) for effect in results.signals if math.isfinite(effect.auc_drop)]
+    bars += [(effect.channel, effect) for effect in ordered[:MOST_BARS]]
+    places = {
+        effect.channel: place
+        for effect in channels
+        if (place := on_scalp(effect.channel)) is not None and effect.signal == "eeg"
+    }
     images = []
-    if len(at) > 2:
-        electrodes = [one for one in known if one.signal == "eeg" and one.channel in at]
+    if len(places) > 2:
+        electrodes = [effect for effect in channels if effect.signal == "eeg" and effect.channel in places]
         alt = f"Electrodes on a head by the ROC-AUC lost without each, the most: {_top(electrodes)}."
-        images.append(scalp_map("EEG: electrodes, seen from above", electrodes, at, alt))
-    images.append(occlusion_bars("Signals, electrodes and leads", bars, f"ROC-AUC lost without each: {_top(known)}."))
+        images.append(scalp_map("EEG: electrodes, seen from above", electrodes, places, alt))
+    images.append(
+        occlusion_bars("Signals, electrodes and leads", bars, f"ROC-AUC lost without each: {_top(channels)}.")
+    )
     caption = (
         "ROC-AUC that the fused row lost when the features of a signal, electrode or lead were replaced by their mean "
         "over training windows; lines: 95 % interval over people (bootstrap). Neighbours say much the same, so that "
         "one may be missed little where all of them matter; and an encoder has seen all channels, so features of one "
         "know of others."
     )
-    if len(known) > MOST_BARS:
-        caption += f" The {MOST_BARS} channels missed most, of {len(known)}."
-    return Figure(images, caption)
+    if len(channels) > MOST_BARS:
+        caption += f" The {MOST_BARS} channels missed most, of {len(channels)}."
+    return ui.Figure(images, caption)
 
 
-def _interval(one: Occlusion) -> str:
-    low, high = one.interval
-    return f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else ""
+def _interval(effect: Occlusion) -> str:
+    return "" if effect.ci is None else f"{effect.ci[0]:+.3f} to {effect.ci[1]:+.3f}"
 
 
-def _signed(one: Occlusion) -> str:
-    interval = f" ({_interval(one)})" if _interval(one) else ""
-    return f"{one.auc_drop:+.3f}{interval}".replace("-", "\u2212")
+def _signed(effect: Occlusion) -> str:
+    interval = f" ({_interval(effect)})" if _interval(effect) else ""
+    return f"{effect.auc_drop:+.3f}{interval}".replace("-", "\u2212")
 
 
 def _top(entries: Sequence[Occlusion]) -> str:
-    best = sorted((one for one in entries if math.isfinite(one.auc_drop)), key=lambda one: -one.auc_drop)[:3]
-    return ", ".join(f"{one.label} {one.auc_drop:+.3f}" for one in best)
+    largest = sorted(
+        (effect for effect in entries if math.isfinite(effect.auc_drop)), key=lambda effect: -effect.auc_drop
+    )[:3]
+    return ", ".join(f"{effect.label} {effect.auc_drop:+.3f}" for effect in largest)
 
 
-def features(sweep: Sweep, held: HeldOut | None) -> Section:
+def features(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     """Frozen features on a plane, by person and by label."""
     del held
     title, anchor = "Frozen features", "features"
     if not sweep.planes:
-        return Section(title, anchor, missing=f"The run holds no {EMBEDDING}; {_BEFORE}.")
+        return ui.Section(title, anchor, missing=f"The run holds no {EMBEDDING}; {_BEFORE}.")
     figures, neighbours = [], sweep.results.embedding.neighbours if sweep.results.embedding else 0
     for signal, plane in sweep.planes.items():
         people = np.unique(plane.person)
@@ -177,8 +171,8 @@ def features(sweep: Sweep, held: HeldOut | None) -> Section:
             for number, name in enumerate(sweep.classes)
         ]
         shares = plane.shares
-        own = f"{percent(shares.person)} ({percent(shares.person_chance)})"
-        alike = f"{percent(shares.label)} ({percent(shares.label_chance)})"
+        own = f"{ui.percent(shares.person)} ({ui.percent(shares.person_chance)})"
+        alike = f"{ui.percent(shares.label)} ({ui.percent(shares.label_chance)})"
         words = (f"{own} of the same person", f"{alike} of the same label, among other people")
         alt = f"{len(plane.label)} windows by their frozen {signal.upper()} features on a plane"
         images = [
@@ -190,9 +184,9 @@ def features(sweep: Sweep, held: HeldOut | None) -> Section:
             "alone (t-SNE: who is near whom can be read, how far apart groups are cannot); no head, and no label. "
             f"Shares are over the {neighbours} nearest windows in all dimensions, by chance in brackets."
         )
-        figures.append(Figure(images, caption))
+        figures.append(ui.Figure(images, caption))
     text = [_verdict(sweep)] if _verdict(sweep) else []
-    return Section(title, anchor, text=text, figures=figures)
+    return ui.Section(title, anchor, text=text, figures=figures)
 
 
 def _verdict(sweep: Sweep) -> str:
@@ -207,9 +201,9 @@ def _verdict(sweep: Sweep) -> str:
             points = f"{100 * abs(above):.0f} points {'above' if above > 0 else 'below'} chance"
             more = f", {points}" if abs(above) >= 0.005 else ", as by chance"
         sentences.append(
-            f"of a window's nearest {signal.upper()} neighbours {percent(shares.person)} are of the same person "
+            f"of a window's nearest {signal.upper()} neighbours {ui.percent(shares.person)} are of the same person "
             f"({shares.person / shares.person_chance:.1f} times as many as by chance); of the nearest of other people "
-            f"{percent(shares.label)} have its label{more}"
+            f"{ui.percent(shares.label)} have its label{more}"
         )
     if not sentences:
         return ""
@@ -220,7 +214,9 @@ def _verdict(sweep: Sweep) -> str:
     )
 
 
-def reliability_panels(rows: Sequence[tuple[str, Reliability, float]], x_label: str, y_label: str, alt: str) -> Image:
+def reliability_panels(
+    rows: Sequence[tuple[str, Reliability, float]], x_label: str, y_label: str, alt: str
+) -> ui.Image:
     """A small panel a row: how often right against how sure, dots as large as their share of windows; counts below.
 
     ``rows``: name, bins, and the expected calibration error (NaN where unknown).
@@ -230,23 +226,25 @@ def reliability_panels(rows: Sequence[tuple[str, Reliability, float]], x_label: 
     left, gap, side, strip = 0.55, 0.28, 1.46, 0.34
     slot = side + strip + 0.95
     height = down * slot + 0.05
-    figure = new_figure(WIDE_INCHES, height)
+    figure = ui.new_figure(ui.WIDE_INCHES, height)
     for number, (name, bins, error) in enumerate(rows):
         x = left + (number % across) * (side + gap)
         y = height - (number // across) * slot - 0.42 - side
         first = number % across == 0
-        axes = axes_at(figure, x, y, side, side)
-        words = f"{label_of(name, short=True)}"
-        axes.set_title(words, pad=12, fontsize=9.5)
+        axes = ui.axes_at(figure, x, y, side, side)
+        title = f"{label_of(name, short=True)}"
+        axes.set_title(title, pad=12, fontsize=9.5)
         if math.isfinite(error):
-            axes.text(0, 1.02, f"calibration error {metric(error)}", transform=axes.transAxes, fontsize=7.5, color=SOFT)
-        axes.plot([0, 1], [0, 1], color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
-        there = bins.count > 0
-        size = 3.0 + 9.0 * np.sqrt(bins.count[there] / max(int(bins.count.max()), 1))
-        axes.plot(bins.sure[there], bins.right[there], color=colour_of(name), lw=1.2, zorder=3)
-        for sure, right, each in zip(bins.sure[there], bins.right[there], size, strict=True):
-            axes.plot([sure], [right], "o", color=colour_of(name), ms=each, mec="white", mew=0.6, zorder=4)
-        counts = axes_at(figure, x, y - strip - 0.06, side, strip)
+            axes.text(
+                0, 1.02, f"calibration error {ui.metric(error)}", transform=axes.transAxes, fontsize=7.5, color=ui.SOFT
+            )
+        axes.plot([0, 1], [0, 1], color=ui.SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
+        filled = bins.count > 0
+        size = 3.0 + 9.0 * np.sqrt(bins.count[filled] / max(int(bins.count.max()), 1))
+        axes.plot(bins.probability[filled], bins.frequency[filled], color=colour_of(name), lw=1.2, zorder=3)
+        for x_value, y_value, each in zip(bins.probability[filled], bins.frequency[filled], size, strict=True):
+            axes.plot([x_value], [y_value], "o", color=colour_of(name), ms=each, mec="white", mew=0.6, zorder=4)
+        counts = ui.axes_at(figure, x, y - strip - 0.06, side, strip)
         edges = np.linspace(0, 1, len(bins.count) + 1)
         counts.bar(edges[:-1], bins.count, width=np.diff(edges), align="edge", color=colour_of(name), alpha=0.45,
                    ec="white", lw=0.6)  # fmt: skip
@@ -262,7 +260,7 @@ def reliability_panels(rows: Sequence[tuple[str, Reliability, float]], x_label: 
         if first:
             axes.set_ylabel(y_label, labelpad=3, fontsize=8.5)
             counts.set_xlabel(x_label, loc="left", labelpad=1, fontsize=8.5)
-    return embed(figure, alt)
+    return ui.embed(figure, alt)
 
 
 @dataclass(frozen=True)
@@ -275,14 +273,14 @@ class Group:
     marker: str = "o"
 
 
-def plane_panel(title: str, groups: Sequence[Group], words: str, named: bool, alt: str) -> Image:
+def plane_panel(title: str, groups: Sequence[Group], subtitle: str, named: bool, alt: str) -> ui.Image:
     """Windows on a plane; ``words`` stand below the title, the groups' names at the right where ``named``."""
     side = 3.15
-    width = PANEL_INCHES
-    figure = new_figure(width, side + 0.75)
-    axes = axes_at(figure, 0.12, 0.1, side, side)
+    width = ui.PANEL_INCHES
+    figure = ui.new_figure(width, side + 0.75)
+    axes = ui.axes_at(figure, 0.12, 0.1, side, side)
     axes.set_title(title, pad=22)
-    axes.text(0, 1.02, words, transform=axes.transAxes, fontsize=8.5, color=SOFT, va="bottom")
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8.5, color=ui.SOFT, va="bottom")
     # In turns: a group that is drawn whole would hide those before it.
     for turn in range(_TURNS):
         for group in groups:
@@ -292,58 +290,58 @@ def plane_panel(title: str, groups: Sequence[Group], words: str, named: bool, al
     axes.set_yticks([])
     axes.grid(False)
     for spine in axes.spines.values():
-        spine.set(visible=True, color=GRID)
+        spine.set(visible=True, color=ui.GRID)
     for number, group in enumerate(groups if named else ()):
         y = 0.97 - 0.065 * number
-        where: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
-        axes.plot([1.04], [y], group.marker, color=group.colour, ms=5, mew=0, **where)
+        marks: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+        axes.plot([1.04], [y], group.marker, color=group.colour, ms=5, mew=0, **marks)
         name = group.name if len(group.name) <= 15 else group.name[:14] + "…"
         axes.text(1.07, y, name, fontsize=8.5, va="center", transform=axes.transAxes)
-    return embed(figure, alt)
+    return ui.embed(figure, alt)
 
 
 def person_colours(people: int) -> list[tuple[Any, str]]:
     """A colour and a marker each; neighbours in the list differ much."""
     hues = math.ceil(people / len(PEOPLE_MARKERS)) if people > 12 else people
-    found = []
+    styles = []
     for number in range(people):
         hue = (number % hues) / hues
-        found.append((tuple(hsv_to_rgb((hue, 0.85, 0.8))), PEOPLE_MARKERS[number // hues % len(PEOPLE_MARKERS)]))
-    return found
+        styles.append((tuple(hsv_to_rgb((hue, 0.85, 0.8))), PEOPLE_MARKERS[number // hues % len(PEOPLE_MARKERS)]))
+    return styles
 
 
-def occlusion_bars(title: str, entries: Sequence[tuple[str, Occlusion]], alt: str) -> Image:
+def occlusion_bars(title: str, entries: Sequence[tuple[str, Occlusion]], alt: str) -> ui.Image:
     """Bars of the AUC lost without each named part, with intervals, in the given order; coloured by signal."""
     height = 0.21 * len(entries) + 1.0
-    figure = new_figure(PANEL_INCHES, height)
+    figure = ui.new_figure(ui.PANEL_INCHES, height)
     left, right = 1.0, 0.55
-    axes = axes_at(figure, left, 0.5, PANEL_INCHES - left - right, height - 0.85)
-    axes.set_title(title, pad=6, x=-left / (PANEL_INCHES - left - right) + 0.02)
+    axes = ui.axes_at(figure, left, 0.5, ui.PANEL_INCHES - left - right, height - 0.85)
+    axes.set_title(title, pad=6, x=-left / (ui.PANEL_INCHES - left - right) + 0.02)
     axes.set_ylim(len(entries) - 0.4, -0.6)
-    axes.axvline(0, color=SOFT, lw=0.9, zorder=2)
-    for y, (name, one) in enumerate(entries):
-        colour = ROW_COLOURS.get(one.signal, SOFT)
-        axes.barh([y], [one.auc_drop], height=0.62, color=colour, alpha=0.55, zorder=1)
-        if one.ci is not None:
-            axes.plot(one.ci, [y, y], color=colour, lw=1.4, zorder=3)
-        place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5}
-        axes.text(-0.02, y, name, ha="right", **place)
-        axes.text(1.02, y, f"{one.auc_drop:+.3f}".replace("-", "\u2212"), ha="left", **place)
+    axes.axvline(0, color=ui.SOFT, lw=0.9, zorder=2)
+    for y, (name, effect) in enumerate(entries):
+        colour = colour_of(effect.signal)
+        axes.barh([y], [effect.auc_drop], height=0.62, color=colour, alpha=0.55, zorder=1)
+        if effect.ci is not None:
+            axes.plot(effect.ci, [y, y], color=colour, lw=1.4, zorder=3)
+        style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5}
+        axes.text(-0.02, y, name, ha="right", **style)
+        axes.text(1.02, y, f"{effect.auc_drop:+.3f}".replace("-", "\u2212"), ha="left", **style)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     axes.set_xlabel("ROC-AUC lost", loc="right", labelpad=2)
-    return embed(figure, alt)
+    return ui.embed(figure, alt)
 
 
 def scalp_map(
-    title: str, entries: Sequence[ChannelOcclusion], at: Mapping[str, tuple[float, float]], alt: str
-) -> Image:
+    title: str, entries: Sequence[ChannelOcclusion], positions: Mapping[str, tuple[float, float]], alt: str
+) -> ui.Image:
     """Electrodes on a head seen from above, nose up; the deeper the colour, the more the AUC lost without it."""
     side = 3.3
-    figure = new_figure(PANEL_INCHES, side + 0.6)
-    axes = axes_at(figure, 0.1, 0.1, side, side)
+    figure = ui.new_figure(ui.PANEL_INCHES, side + 0.6)
+    axes = ui.axes_at(figure, 0.1, 0.1, side, side)
     axes.set_title(title, pad=6)
     axes.set_xlim(-1.2, 1.2)
     axes.set_ylim(-1.15, 1.25)
@@ -352,50 +350,50 @@ def scalp_map(
         axes.add_patch(Circle((x, 0), 0.09, fc="white", ec="#9a9a9a", lw=1.1, zorder=1))
     axes.add_patch(Circle((0, 0), 1.0, fc="white", ec="#9a9a9a", lw=1.1, zorder=2))
     axes.plot([-0.12, 0, 0.12], [0.993, 1.13, 0.993], color="#9a9a9a", lw=1.1)
-    most = max([one.auc_drop for one in entries if math.isfinite(one.auc_drop)], default=0.0)
+    most = max([effect.auc_drop for effect in entries if math.isfinite(effect.auc_drop)], default=0.0)
     small = len(entries) > 32
-    for one in entries:
-        x, y = at[one.channel]
-        share = max(one.auc_drop, 0.0) / most if most > 0 and math.isfinite(one.auc_drop) else 0.0
-        axes.add_patch(Circle((x, y), 0.075 if small else 0.112, fc=(SHADE, share), ec="#9a9a9a", lw=0.8, zorder=3))
-        axes.text(x, y, one.channel, ha="center", va="center", fontsize=5.5 if small else 7.5, zorder=4,
-                  color="white" if share > 0.6 else INK)  # fmt: skip
+    for effect in entries:
+        x, y = positions[effect.channel]
+        share = max(effect.auc_drop, 0.0) / most if most > 0 and math.isfinite(effect.auc_drop) else 0.0
+        axes.add_patch(Circle((x, y), 0.075 if small else 0.112, fc=(ui.SHADE, share), ec="#9a9a9a", lw=0.8, zorder=3))
+        axes.text(x, y, effect.channel, ha="center", va="center", fontsize=5.5 if small else 7.5, zorder=4,
+                  color="white" if share > 0.6 else ui.INK)  # fmt: skip
     _scale(axes, most)
-    return embed(figure, alt)
+    return ui.embed(figure, alt)
 
 
 def _scale(axes: Axes, most: float) -> None:
-    """What the depths of colour stand for, at the right."""
+    """Key of the colours, at the right."""
     for number, share in enumerate((1.0, 0.75, 0.5, 0.25, 0.0)):
         y = 0.9 - 0.07 * number
-        axes.plot([1.06], [y], "o", ms=8, mfc=(SHADE, share), mec="#9a9a9a", mew=0.8, transform=axes.transAxes,
+        axes.plot([1.06], [y], "o", ms=8, mfc=(ui.SHADE, share), mec="#9a9a9a", mew=0.8, transform=axes.transAxes,
                   clip_on=False)  # fmt: skip
         words = f"{share * most:.3f}" if share else "0 or less"
         axes.text(1.1, y, words, fontsize=8, va="center", transform=axes.transAxes, clip_on=False)
-    axes.text(1.04, 0.97, "AUC lost", fontsize=8.5, color=SOFT, va="center", transform=axes.transAxes, clip_on=False)
+    axes.text(1.04, 0.97, "AUC lost", fontsize=8.5, color=ui.SOFT, va="center", transform=axes.transAxes, clip_on=False)
 
 
-def over_time(entries: Mapping[str, Sequence[PatchOcclusion]], alt: str) -> Image:
-    """What the AUC lost without each second of the window, a line a signal with its interval."""
-    figure = new_figure(WIDE_INCHES, 2.5)
-    axes = axes_at(figure, 0.7, 0.5, WIDE_INCHES - 0.9, 1.7)
-    axes.axhline(0, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
+def over_time(entries: Mapping[str, Sequence[PatchOcclusion]], alt: str) -> ui.Image:
+    """AUC lost without each second of the window, a line a signal with its interval."""
+    figure = ui.new_figure(ui.WIDE_INCHES, 2.5)
+    axes = ui.axes_at(figure, 0.7, 0.5, ui.WIDE_INCHES - 0.9, 1.7)
+    axes.axhline(0, color=ui.SOFT, lw=0.9, ls=(0, (4, 3)), zorder=1)
     for number, (signal, patches) in enumerate(entries.items()):
-        colour = ROW_COLOURS.get(signal, SOFT)
+        colour = colour_of(signal)
         axes.text(0.005 + 0.06 * number, 1.05, label_of(signal, short=True), color=colour, weight="bold",
                   transform=axes.transAxes)  # fmt: skip
-        middle = np.array([one.start_s + one.seconds / 2 for one in patches])
-        lost = np.array([one.auc_drop for one in patches])
-        low, high = np.array([one.interval for one in patches]).T
+        middle = np.array([patch.start_s + patch.seconds / 2 for patch in patches])
+        lost = np.array([patch.auc_drop for patch in patches])
+        low, high = np.array([patch.ci or (math.nan, math.nan) for patch in patches]).T
         axes.fill_between(middle, low, high, color=colour, alpha=0.13, lw=0)
         axes.plot(middle, lost, "o-", color=colour, lw=1.6, ms=4, zorder=3)
-    last = max(one.start_s + one.seconds for patches in entries.values() for one in patches)
+    last = max(patch.start_s + patch.seconds for patches in entries.values() for patch in patches)
     axes.set_xlim(0, last)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     axes.set_ylabel("ROC-AUC lost", loc="top", labelpad=4)
     axes.set_xlabel("seconds from the window's start", loc="right", labelpad=2)
-    return embed(figure, alt)
+    return ui.embed(figure, alt)
 
 
 # Rows of the 10-10 system from front to back: where the row crosses the midline, and where the outermost electrodes of
@@ -411,7 +409,7 @@ _WAY = {"1": 0.25, "3": 0.5, "5": 0.75, "7": 1.0, "9": 1.25}
 
 
 def on_scalp(name: str) -> tuple[float, float] | None:
-    """Where an electrode of the 10-10 system stands on the drawn head; None for other names.
+    """Position of an electrode of the 10-10 system on the drawn head; None for other names.
 
     Electrodes of a row lie evenly on the arc through the midline and the ring on both sides; distances from the vertex
     are angles, as in a map with the vertex as its pole.

@@ -114,7 +114,7 @@ class Sweep(RunInfo):
         return np.array([value for value in auc if math.isfinite(value)])
 
     def simulated(self) -> list[bool]:
-        """Whether the signals are simulated, from the results or else for each data set; empty where unknown."""
+        """Flags of simulated signals, of the results or else of each data set; empty where unknown."""
         flag = self.results.simulated
         return super().simulated() if flag is None else [flag]
 
@@ -172,12 +172,12 @@ def parse_predictions(raw: bytes) -> tuple[Predictions, list[str]]:
     tables = {printable(name): tables[name].astype(np.float64) for name in sorted(tables)}
     shapes = {table.shape for table in tables.values()}
     if label.ndim != 1 or not label.size or fold.shape != label.shape or person.shape != label.shape or not tables:
-        found = {key: list(value.shape) for key, value in sorted(tensors.items())}
-        raise DataError(f"{PREDICTIONS}: shapes disagree or windows are missing: {found}; {REMEDY}")
+        shapes_by_name = {key: list(value.shape) for key, value in sorted(tensors.items())}
+        raise DataError(f"{PREDICTIONS}: shapes disagree or windows are missing: {shapes_by_name}; {REMEDY}")
     if shapes != {(label.size, len(classes))}:
-        found = {name: list(table.shape) for name, table in tables.items()}
+        shapes_by_name = {name: list(table.shape) for name, table in tables.items()}
         sizes = f"{label.size} windows and {len(classes)} classes"
-        raise DataError(f"{PREDICTIONS}: {sizes}, but probabilities {found}; {REMEDY}")
+        raise DataError(f"{PREDICTIONS}: {sizes}, but probabilities {shapes_by_name}; {REMEDY}")
     for name, values, most in (("label", label, len(classes)), ("fold", fold, len(folds))):
         if values.dtype.kind not in "iu" or int(values.min()) < 0 or int(values.max()) >= most:
             raise DataError(f"{PREDICTIONS}: tensor {name!r} has values that are not in 0..{most - 1}; {REMEDY}")
@@ -189,8 +189,10 @@ def parse_predictions(raw: bytes) -> tuple[Predictions, list[str]]:
             raise DataError(
                 f"{PREDICTIONS}: the probabilities of {name!r} are negative or do not add up to 1; {REMEDY}"
             )
-    whole = Predictions(fold.astype(np.int64), person.astype(np.uint64), label.astype(np.int64), tables, folds, broken)
-    return whole, classes
+    predictions = Predictions(
+        fold.astype(np.int64), person.astype(np.uint64), label.astype(np.int64), tables, folds, broken
+    )
+    return predictions, classes
 
 
 def parse_planes(raw: bytes | None, summary: EmbeddingSummary, classes: int) -> dict[str, Plane]:
@@ -256,12 +258,12 @@ def _require_same_sweep(
 
 @dataclass(frozen=True)
 class Reliability:
-    """Windows in bins of equal width by a probability: their number, its mean and how often it was right (NaN in an
+    """Windows in bins of equal width by a probability: their number, its mean and the observed frequency (NaN in an
     empty bin), ``[bin]`` each."""
 
     count: NDArray[np.int64]
-    sure: Floats
-    right: Floats
+    probability: Floats
+    frequency: Floats
 
 
 @dataclass(frozen=True)
@@ -302,12 +304,12 @@ class HeldOut:
 def _differences(
     predictions: Predictions, pairs: dict[str, list[PairwiseComparisons]]
 ) -> dict[tuple[str, str], Difference]:
-    found = {}
+    result = {}
     for row, minus in compared_rows(pairs):
-        mine, other = predictions.probability[row], predictions.probability[minus]
-        p = permutation_p_value(predictions.label, predictions.person, mine, other)
-        found[row, minus] = replace(auc_difference(pairs[row], pairs[minus]), p=p)
-    return found
+        ours, other = predictions.probability[row], predictions.probability[minus]
+        p = permutation_p_value(predictions.label, predictions.person, ours, other)
+        result[row, minus] = replace(auc_difference(pairs[row], pairs[minus]), p=p)
+    return result
 
 
 def people_of(predictions: Predictions, pairs: dict[str, list[PairwiseComparisons]]) -> People:
@@ -342,12 +344,14 @@ def precision_recall(predictions: Predictions, row: str, positive: int) -> tuple
     precision, recall, _ = precision_recall_curve(
         predictions.label == positive, predictions.probability[row][:, positive]
     )
-    found = recall[::-1] > 0
-    return np.asarray(recall[::-1][found], np.float64), np.asarray(precision[::-1][found], np.float64)
+    positive_recall = recall[::-1] > 0
+    return np.asarray(recall[::-1][positive_recall], np.float64), np.asarray(
+        precision[::-1][positive_recall], np.float64
+    )
 
 
 def reliability(predictions: Predictions, row: str, bins: int = 10) -> Reliability:
-    """How often right against how sure: of two classes by the probability of the second, else of the predicted one."""
+    """Bins by probability: of two classes that of the second, of more that of the predicted one."""
     probability = predictions.probability[row]
     sure, hit = probability[:, 1], predictions.label == 1
     if probability.shape[1] > 2:

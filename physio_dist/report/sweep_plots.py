@@ -17,7 +17,6 @@ from physio_dist.report.components import (
     GRID,
     INK,
     PANEL_INCHES,
-    ROW_COLOURS,
     SHADE,
     SOFT,
     WIDE_INCHES,
@@ -32,31 +31,19 @@ from physio_dist.report.run_data import Floats
 from physio_dist.report.sweep_data import Ints
 from physio_dist.runs.sweep_results import BOUND
 
-LABELS = {
-    "majority": "Majority class",
-    "untrained": "Untrained encoders",
-    "handmade": "Hand-made features",
-    "ecg": "ECG alone",
-    "eeg": "EEG alone",
-    "fused": "Fused ECG + EEG",
-    "fused_ecg_only": "Fused, ECG shown",
-    "fused_eeg_only": "Fused, EEG shown",
-    "noise_ecg": "EEG + noise for ECG",
-    "noise_eeg": "ECG + noise for EEG",
-    "finetuned": "Fine-tuned encoders",
-}
-# On a drawing with little room.
-SHORT = {
-    "majority": "majority",
-    "untrained": "untrained",
-    "handmade": "hand-made",
-    "ecg": "ECG",
-    "eeg": "EEG",
-    "fused_ecg_only": "fused, ECG",
-    "fused_eeg_only": "fused, EEG",
-    "noise_ecg": "EEG+noise",
-    "noise_eeg": "ECG+noise",
-    "finetuned": "fine-tuned",
+# Row of results.json -> colour, label, and label where there is little room.
+ROWS = {
+    "majority": ("#9a9a9a", "Majority class", "majority"),
+    "untrained": ("#CC79A7", "Untrained encoders", "untrained"),
+    "handmade": ("#009E73", "Hand-made features", "hand-made"),
+    "ecg": ("#D55E00", "ECG alone", "ECG"),
+    "eeg": ("#0072B2", "EEG alone", "EEG"),
+    "fused": ("#1c1c1c", "Fused ECG + EEG", "fused"),
+    "fused_ecg_only": ("#E69F00", "Fused, ECG shown", "fused, ECG"),
+    "fused_eeg_only": ("#56B4E9", "Fused, EEG shown", "fused, EEG"),
+    "noise_ecg": ("#6f8fa6", "EEG + noise for ECG", "EEG+noise"),
+    "noise_eeg": ("#a68a6f", "ECG + noise for EEG", "ECG+noise"),
+    "finetuned": ("#8c564b", "Fine-tuned encoders", "fine-tuned"),
 }
 # From this share on white figures read better than black ones on it.
 DARK_FROM = 0.72
@@ -72,8 +59,7 @@ class Interval:
 
     name: str
     value: float
-    low: float
-    high: float
+    ci: tuple[float, float] | None
     folds: list[float]
     bound: float
 
@@ -89,16 +75,16 @@ class Curve:
 
 
 def label_of(name: str, short: bool = False) -> str:
-    """How a row of results.json is called on the page."""
-    if name.startswith(BOUND):
-        kind = name.removeprefix(BOUND)
-        return f"best: {SHORT.get(kind, kind)}" if short else f"Best possible: {LABELS.get(kind, kind)}"
-    return SHORT.get(name, name) if short else LABELS.get(name, name)
+    """Label of a row of results.json on the page."""
+    row = name.removeprefix(BOUND)
+    label = ROWS[row][2 if short else 1] if row in ROWS else row
+    return label if row == name else f"best: {label}" if short else f"Best possible: {label}"
 
 
 def colour_of(name: str) -> str:
     """Colour of a row; a bound has that of the row it bounds."""
-    return ROW_COLOURS.get(name.removeprefix(BOUND), SOFT)
+    row = name.removeprefix(BOUND)
+    return ROWS[row][0] if row in ROWS else SOFT
 
 
 def forest(lines: Sequence[Interval], chance: float, alt: str) -> Image:
@@ -107,10 +93,10 @@ def forest(lines: Sequence[Interval], chance: float, alt: str) -> Image:
     figure = new_figure(WIDE_INCHES, height)
     left, right = 1.75, 2.0
     axes = axes_at(figure, left, 0.5, WIDE_INCHES - left - right, height - 0.85)
-    drawn = [x for line in lines for x in (line.value, line.low, line.high, line.bound, *line.folds)]
-    seen = np.array([*drawn, chance])
-    seen = seen[np.isfinite(seen)]
-    low, high = float(seen.min()), float(seen.max())
+    drawn = [x for line in lines for x in (line.value, *(line.ci or ()), line.bound, *line.folds)]
+    values = np.array([*drawn, chance])
+    values = values[np.isfinite(values)]
+    low, high = float(values.min()), float(values.max())
     room = 0.04 * (high - low) or 0.05
     axes.set_xlim(low - room, high + room)
     axes.set_ylim(len(lines) - 0.5, -0.5)
@@ -123,11 +109,11 @@ def forest(lines: Sequence[Interval], chance: float, alt: str) -> Image:
         place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
         axes.text(-0.015, y, label_of(line.name), ha="right", **place, **weight)
         axes.text(1.03, y, metric(line.value), ha="left", **place, **weight)
-        axes.text(1.11, y, span(line.low, line.high), ha="left", color=SOFT, **place)
+        axes.text(1.11, y, span(line.ci), ha="left", color=SOFT, **place)
         ticks: dict[str, Any] = {"marker": "|", "ls": "", "ms": 7, "mew": 1.0, "alpha": 0.4}
         axes.plot(line.folds, [y] * len(line.folds), color=colour, zorder=2, **ticks)
-        if math.isfinite(line.low) and math.isfinite(line.high):
-            axes.plot([line.low, line.high], [y, y], color=colour, lw=2.6 if fused else 1.8, zorder=3)
+        if line.ci is not None:
+            axes.plot(line.ci, [y, y], color=colour, lw=2.6 if fused else 1.8, zorder=3)
         axes.plot([line.value], [y], "o", color=colour, ms=8 if fused else 6.5, mec="white", mew=0.8, zorder=5)
         axes.plot([line.bound], [y], "D", mfc="white", mec=colour, mew=1.3, ms=6, zorder=4)
     for place_x, words in ((1.03, "AUC"), (1.11, "95 % interval")):
@@ -207,7 +193,7 @@ def people_panel(title: str, names: Sequence[str], rows: Mapping[str, Floats], c
         axes.plot([x, x], [better[person], fused[person]], zorder=2, **style)
         for row in ("ecg", "eeg"):
             if row in rows:
-                face: dict[str, Any] = {"mfc": "white", "mec": ROW_COLOURS[row], "mew": 1.1, "ls": ""}
+                face: dict[str, Any] = {"mfc": "white", "mec": colour_of(row), "mew": 1.1, "ls": ""}
                 axes.plot([x], [rows[row][person]], MARKERS[row], ms=size, zorder=3, **face)
         axes.plot([x], [fused[person]], "o", ms=size + 0.7, mfc=INK if up else "white", mec=INK, mew=1.2, zorder=4)
     _people_axis(axes, [names[person] for person in order.tolist()], width - 0.7)
@@ -222,8 +208,8 @@ def permuted_strip(values: Floats, observed: float, alt: str) -> Image:
     """AUCs under permuted labels, one dot each where few, as a histogram where many; the observed one beside them."""
     figure = new_figure(WIDE_INCHES, 2.0)
     axes = axes_at(figure, 0.3, 0.52, WIDE_INCHES - 0.6, 1.1)
-    seen = np.array([*values.tolist(), 0.5, *([observed] if math.isfinite(observed) else [])])
-    low, high = float(seen.min()), float(seen.max())
+    finite = np.array([*values.tolist(), 0.5, *([observed] if math.isfinite(observed) else [])])
+    low, high = float(finite.min()), float(finite.max())
     room = 0.08 * (high - low) or 0.05
     axes.set_xlim(low - room, high + room)
     top = _heap(axes, values, low - room, high + room)
@@ -270,13 +256,13 @@ def _curves(axes: Axes, curves: Sequence[Curve], what: str) -> None:
         style: dict[str, Any] = {"lw": 1.1, "ls": (0, (2, 1.4))} if bound else {"lw": 2.4 if fused else 1.4}
         axes.plot(curve.x, curve.y, color=colour_of(curve.name), zorder=5 if fused else 3, **style)
     ordered = sorted(curves, key=lambda curve: -curve.value if math.isfinite(curve.value) else 1.0)
-    where: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+    marks: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
     axes.text(1.05, 1.0, what, fontsize=8.5, color=SOFT, va="center", transform=axes.transAxes)
     for number, curve in enumerate(ordered):
         y = 0.93 - 0.068 * number
         bound = curve.name.startswith(BOUND)
         dash: Any = (0, (2, 1.4)) if bound else "-"
-        axes.plot([1.05, 1.105], [y, y], color=colour_of(curve.name), lw=1.4 if bound else 2.4, ls=dash, **where)
+        axes.plot([1.05, 1.105], [y, y], color=colour_of(curve.name), lw=1.4 if bound else 2.4, ls=dash, **marks)
         weight = "bold" if curve.name == "fused" else "normal"
         words = f"{metric(curve.value)} {label_of(curve.name, short=True)}"
         axes.text(1.125, y, words, fontsize=8.5, va="center", weight=weight, transform=axes.transAxes)
@@ -292,12 +278,12 @@ def _matrix(axes: Axes, table: Ints, size: float) -> None:
     for true in range(k):
         for predicted in range(k):
             part = float(share[true, predicted])
-            known = math.isfinite(part)
+            finite = math.isfinite(part)
             corner = (predicted - 0.5, true - 0.5)
-            colour: Any = (SHADE, part) if known else "#f4f4f4"
+            colour: Any = (SHADE, part) if finite else "#f4f4f4"
             axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white", lw=1.5))
-            words = f"{100 * part:.0f} %\n{table[true, predicted]:,}" if known else "–"
-            dark = known and part > DARK_FROM
+            words = f"{100 * part:.0f} %\n{table[true, predicted]:,}" if finite else "–"
+            dark = finite and part > DARK_FROM
             axes.text(predicted, true, words, ha="center", va="center", fontsize=size, linespacing=1.15,
                       color="white" if dark else INK, weight="bold" if true == predicted else "normal")  # fmt: skip
     for spine in axes.spines.values():
@@ -317,7 +303,7 @@ def _people_axis(axes: Axes, names: Sequence[str], inches: float) -> None:
 
 
 def _divide(axes: Axes, losses: int, n: int) -> None:
-    """Where the people on whom fusion helps begin, and how many stand on each side."""
+    """Line before the people on whom fusion helps, and the number on each side."""
     place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "va": "bottom", "fontsize": 8.5}
     if 0 < losses < n:
         axes.axvline(losses - 0.5, color=SOFT, lw=0.8, zorder=1)
@@ -333,10 +319,10 @@ def _key(axes: Axes, rows: Mapping[str, Floats], inches: float, height: float) -
     for name in ("ecg", "eeg", "fused"):
         if name not in rows:
             continue
-        mark: dict[str, Any] = {"mec": ROW_COLOURS[name], "mfc": INK if name == "fused" else "white"}
+        mark: dict[str, Any] = {"mec": colour_of(name), "mfc": INK if name == "fused" else "white"}
         mark |= {"transform": axes.transAxes, "clip_on": False, "ls": "", "mew": 1.2, "ms": 6}
         axes.plot([x + 0.05 / inches], [y], MARKERS[name], **mark)
-        words = "fused (filled: better)" if name == "fused" else f"{SHORT[name]} alone"
+        words = "fused (filled: better)" if name == "fused" else f"{label_of(name, short=True)} alone"
         axes.text(x + 0.16 / inches, y, words, transform=axes.transAxes, va="center", fontsize=8.5)
         x += (0.3 + 0.075 * len(words)) / inches
 

@@ -14,25 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
-from physio_dist.report.components import (
-    INK,
-    PANEL_INCHES,
-    ROW_COLOURS,
-    SOFT,
-    WIDE_INCHES,
-    Cell,
-    Figure,
-    Image,
-    Section,
-    Table,
-    duration,
-    embed,
-    metric,
-    new_figure,
-)
+from physio_dist.report import components as ui
 from physio_dist.report.run_data import Floats
 from physio_dist.report.sweep_data import ROWS, HeldOut, Sweep
-from physio_dist.report.sweep_plots import label_of
+from physio_dist.report.sweep_plots import colour_of, label_of
 from physio_dist.runs.sweep_results import TRIALS, FoldResult, ResultRow, TrialResult
 from physio_dist.runs.typed_json import printable
 
@@ -61,11 +46,11 @@ LOGARITHMIC = ("lr", "weight_decay")
 FAN = 0.62
 
 
-def search(sweep: Sweep, held: HeldOut | None) -> Section:
+def search(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     """Parallel coordinates of the fused row's trials, learning curves, the other rows' trials, what was chosen."""
     del held
     if not sweep.trials:
-        return Section(TITLE, ANCHOR, missing=f"The run holds no {TRIALS}, so its configurations are not drawn.")
+        return ui.Section(TITLE, ANCHOR, missing=f"The run holds no {TRIALS}, so its configurations are not drawn.")
     rows = [name for name in reversed(ROWS) if any(trial.row == name for trial in sweep.trials)]
     rows += sorted({trial.row for trial in sweep.trials} - set(rows))
     figures = []
@@ -89,7 +74,7 @@ def search(sweep: Sweep, held: HeldOut | None) -> Section:
     lost = sum(not math.isfinite(trial.val_auc) for trial in sweep.trials)
     if lost:
         notes.append(f"{lost} of {len(sweep.trials)} trials came to no validation AUC and are not drawn.")
-    return Section(TITLE, ANCHOR, text=text, figures=figures, tables=tables, notes=notes, details=details)
+    return ui.Section(TITLE, ANCHOR, text=text, figures=figures, tables=tables, notes=notes, details=details)
 
 
 def chosen_of(row: ResultRow | None) -> list[tuple[str, dict[str, Any]]]:
@@ -113,95 +98,95 @@ def chosen_of(row: ResultRow | None) -> list[tuple[str, dict[str, Any]]]:
     return made
 
 
-def _coordinates(sweep: Sweep, fused: Sequence[TrialResult]) -> Figure:
-    known = [trial for trial in fused if math.isfinite(trial.val_auc)]
-    chosen = chosen_of(sweep.row("fused"))
-    best = max(known, key=lambda trial: trial.val_auc)
-    worst = min(trial.val_auc for trial in known)
+def _coordinates(sweep: Sweep, fused: Sequence[TrialResult]) -> ui.Figure:
+    scored = [trial for trial in fused if math.isfinite(trial.val_auc)]
+    selections = chosen_of(sweep.row("fused"))
+    best = max(scored, key=lambda trial: trial.val_auc)
+    worst = min(trial.val_auc for trial in scored)
     alt = (
-        f"Parallel coordinates of {len(known)} configurations; validation AUC from {metric(worst)} to "
-        f"{metric(best.val_auc)}; the best: {_in_words(best.config)}."
+        f"Parallel coordinates of {len(scored)} configurations; validation AUC from {ui.metric(worst)} to "
+        f"{ui.metric(best.val_auc)}; the best: {_in_words(best.config)}."
     )
     caption = (
-        f"Each line is one of the {len(known)} configurations tried for the fused row, through its choices to the "
+        f"Each line is one of the {len(scored)} configurations tried for the fused row, through its choices to the "
         "best AUC it reached on validation people (mean over folds and inner splits), which also gives its colour: "
         "dark is good. Thin and faint: stopped early. Lines through the same choice are spread a little, better ones "
         "higher; learning rate and weight decay are logarithmic; without hidden layers the width has no effect."
     )
-    if chosen:
+    if selections:
         caption += (
             " Black: what was chosen and then tested on held-out people. Each fold chooses on its own validation "
             "people, so its choice need not be the best on average."
         )
-    return Figure([parallel(known, chosen, alt)], caption, wide=True, title="Fused.")
+    return ui.Figure([parallel(scored, selections, alt)], caption, wide=True, title="Fused.")
 
 
-def _progress(sweep: Sweep, fused: Sequence[TrialResult], rows: Sequence[str]) -> list[Figure]:
+def _progress(sweep: Sweep, fused: Sequence[TrialResult], rows: Sequence[str]) -> list[ui.Figure]:
     images, parts = [], []
-    drawn = [trial for trial in fused if any(math.isfinite(value) for _, value in trial.history)]
-    if drawn:
-        stopped = sum(trial.stopped for trial in drawn)
-        alt = f"Validation AUC over the epochs of {len(drawn)} fused trials, {stopped} of them stopped early."
-        images.append(learning_curves("Fused: validation AUC over the epochs", drawn, alt))
+    curves = [trial for trial in fused if any(math.isfinite(value) for _, value in trial.history)]
+    if curves:
+        stopped = sum(trial.stopped for trial in curves)
+        alt = f"Validation AUC over the epochs of {len(curves)} fused trials, {stopped} of them stopped early."
+        images.append(learning_curves("Fused: validation AUC over the epochs", curves, alt))
         parts.append(
-            f"Left: AUC on validation people after each epoch, a line for each of the {len(drawn)} trials of the fused "
-            "row; a cross ends one that was stopped early, black is the best."
+            f"Left: AUC on validation people after each epoch, a line for each of the {len(curves)} trials of the "
+            "fused row; a cross ends one that was stopped early, black is the best."
         )
-    known = [trial for trial in sweep.trials if math.isfinite(trial.val_auc)]
-    if known:
-        best = {row: max((t.val_auc for t in known if t.row == row), default=math.nan) for row in rows}
-        alt = "Best validation AUC: " + ", ".join(f"{label_of(row)} {metric(best[row])}" for row in rows) + "."
-        images.append(trial_strips("Best AUC of every trial", known, rows, alt))
-        side = "Right: each" if drawn else "Each"
+    scored = [trial for trial in sweep.trials if math.isfinite(trial.val_auc)]
+    if scored:
+        best = {row: max((t.val_auc for t in scored if t.row == row), default=math.nan) for row in rows}
+        alt = "Best validation AUC: " + ", ".join(f"{label_of(row)} {ui.metric(best[row])}" for row in rows) + "."
+        images.append(trial_strips("Best AUC of every trial", scored, rows, alt))
+        side = "Right: each" if curves else "Each"
         parts.append(
             f"{side} dot is a trial's best AUC on validation people, hollow where it was stopped early, the row's best "
             "in figures. These are the numbers selection looked at: they flatter, unlike those on held-out people."
         )
-    return [Figure(images, " ".join(parts))] if images else []
+    return [ui.Figure(images, " ".join(parts))] if images else []
 
 
-def _trial_table(sweep: Sweep, rows: Sequence[str]) -> Table:
+def _trial_table(sweep: Sweep, rows: Sequence[str]) -> ui.Table:
     head = ["Row", "Trials", "Stopped early", "Epochs", "Best validation AUC", "Held\u2011out AUC", "Time"]
     lines = []
     for name in rows:
-        mine = [trial for trial in sweep.trials if trial.row == name]
-        values = [trial.val_auc for trial in mine if math.isfinite(trial.val_auc)]
-        seconds = [trial.seconds for trial in mine if math.isfinite(trial.seconds)]
+        trials = [trial for trial in sweep.trials if trial.row == name]
+        values = [trial.val_auc for trial in trials if math.isfinite(trial.val_auc)]
+        seconds = [trial.seconds for trial in trials if math.isfinite(trial.seconds)]
         row = sweep.row(name)
         texts = [
-            f"{len(mine):,}",
-            f"{sum(trial.stopped for trial in mine):,}",
-            f"{sum(trial.epochs for trial in mine):,}",
-            metric(max(values, default=math.nan)),
-            metric(math.nan if row is None else row.auc),
-            duration(sum(seconds)) if seconds else "–",
+            f"{len(trials):,}",
+            f"{sum(trial.stopped for trial in trials):,}",
+            f"{sum(trial.epochs for trial in trials):,}",
+            ui.metric(max(values, default=math.nan)),
+            ui.metric(math.nan if row is None else row.auc),
+            ui.duration(sum(seconds)) if seconds else "–",
         ]
-        lines.append([Cell(label_of(name)), *(Cell(text) for text in texts)])
+        lines.append([ui.Cell(label_of(name)), *(ui.Cell(text) for text in texts)])
     total = sum(trial.seconds for trial in sweep.trials if math.isfinite(trial.seconds))
     caption = (
         f"{len(sweep.trials):,} trials, {sum(trial.stopped for trial in sweep.trials):,} stopped early, "
-        f"{duration(total)} if they had run one after the other."
+        f"{ui.duration(total)} if they had run one after the other."
     )
-    return Table(head, lines, caption)
+    return ui.Table(head, lines, caption)
 
 
-def _chosen_table(folds: Sequence[FoldResult]) -> Table:
+def _chosen_table(folds: Sequence[FoldResult]) -> ui.Table:
     names = [name for name in AXES if any(fold.config and name in fold.config for fold in folds)]
     titles = [TITLES.get(name, name).replace("\n", " ").capitalize() for name in names]
     head = ["Fold", "People", "Windows", "Held\u2011out AUC", *titles, "Epoch"]
     lines = []
     for fold in folds:
         config = fold.config or {}
-        texts = [_or_dash(fold.people), _or_dash(fold.windows), metric(fold.auc)]
+        texts = [_or_dash(fold.people), _or_dash(fold.windows), ui.metric(fold.auc)]
         texts += [word(config[name]) if name in config else "–" for name in names]
-        lines.append([Cell(fold.fold), *(Cell(text) for text in [*texts, _or_dash(fold.epoch)])])
+        lines.append([ui.Cell(fold.fold), *(ui.Cell(text) for text in [*texts, _or_dash(fold.epoch)])])
     caption = "What each fold chose for the fused row on its own validation people, and the result on those held out."
-    return Table(head, lines, caption)
+    return ui.Table(head, lines, caption)
 
 
 def _chosen_listing(folds: Sequence[FoldResult]) -> str:
     return "\n".join(
-        f"fold {fold.fold}: held-out AUC {metric(fold.auc)}, epoch {_or_dash(fold.epoch)}, "
+        f"fold {fold.fold}: held-out AUC {ui.metric(fold.auc)}, epoch {_or_dash(fold.epoch)}, "
         f"{_in_words(fold.config or {})}"
         for fold in folds
     )
@@ -224,17 +209,17 @@ class Axis:
     marks: list[tuple[float, str]]
 
 
-def parallel(trials: Sequence[TrialResult], chosen: Sequence[tuple[str, dict[str, Any]]], alt: str) -> Image:
+def parallel(trials: Sequence[TrialResult], chosen: Sequence[tuple[str, dict[str, Any]]], alt: str) -> ui.Image:
     """Every trial as a line through its configuration to its best AUC on validation people.
 
     ``chosen``: label and configuration of what was selected; a configuration no trial has ends before the last axis.
     """
     order = sorted(trials, key=lambda trial: trial.val_auc if math.isfinite(trial.val_auc) else -1.0)
     # What was chosen was tried, so it has a line already; one that was not gets a place without a result.
-    tried = [next((i for i, t in enumerate(order) if t.config == config), None) for _, config in chosen]
-    more = [config for (_, config), place in zip(chosen, tried, strict=True) if place is None]
+    indices = [next((i for i, t in enumerate(order) if t.config == config), None) for _, config in chosen]
+    more = [config for (_, config), place in zip(chosen, indices, strict=True) if place is None]
     after = iter(range(len(order), len(order) + len(more)))
-    picked = [next(after) if place is None else place for place in tried]
+    selected = [next(after) if place is None else place for place in indices]
     configs = [trial.config for trial in order] + more
     value = np.array([trial.val_auc for trial in order] + [math.nan] * len(more))
     axes_ = [_axis(name, configs) for name in AXES if any(name in config for config in configs)]
@@ -242,8 +227,8 @@ def parallel(trials: Sequence[TrialResult], chosen: Sequence[tuple[str, dict[str
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     low, high = (low, high) if high > low else (low - 0.01, high + 0.01)
     axes_.append(_result_axis(value, low, high))
-    width, height = WIDE_INCHES, 4.3
-    figure = new_figure(width, height)
+    width, height = ui.WIDE_INCHES, 4.3
+    figure = ui.new_figure(width, height)
     axes = figure.add_axes((0.125, 0.05, 0.735, 0.8))
     axes.set_xlim(0, max(len(axes_) - 1, 1))
     axes.set_ylim(-0.03, 1.03)
@@ -258,14 +243,14 @@ def parallel(trials: Sequence[TrialResult], chosen: Sequence[tuple[str, dict[str
         shade = (value[number] - low) / (high - low)
         colour: Any = SCALE(shade) if math.isfinite(shade) else "#c9c9c9"
         axes.plot(range(len(axes_)), heights[:, number], color=colour, **style)
-    _mark_chosen(axes, heights[:, picked], chosen)
+    _mark_chosen(axes, heights[:, selected], chosen)
     _colour_bar(axes, len(axes_) - 1)
-    return embed(figure, alt)
+    return ui.embed(figure, alt)
 
 
-def learning_curves(title: str, trials: Sequence[TrialResult], alt: str) -> Image:
+def learning_curves(title: str, trials: Sequence[TrialResult], alt: str) -> ui.Image:
     """AUC on validation people over the epochs, a line a trial; stopped ones end in a cross."""
-    figure = new_figure(PANEL_INCHES, 3.0)
+    figure = ui.new_figure(ui.PANEL_INCHES, 3.0)
     axes = figure.add_axes((0.13, 0.16, 0.84, 0.72))
     axes.set_title(title, pad=7, x=-0.13)
     best = max(trials, key=lambda trial: trial.val_auc if math.isfinite(trial.val_auc) else -1.0)
@@ -274,73 +259,73 @@ def learning_curves(title: str, trials: Sequence[TrialResult], alt: str) -> Imag
             continue
         epoch, value = (np.array(column) for column in zip(*trial.history, strict=True))
         if trial is best:
-            axes.plot(epoch, value, color=INK, lw=2.0, zorder=4)
+            axes.plot(epoch, value, color=ui.INK, lw=2.0, zorder=4)
             end: dict[str, Any] = {"va": "bottom", "ha": "right", "weight": "bold", "fontsize": 8.5}
             axes.annotate("best", (epoch[-1], value[-1]), xytext=(0, 4), textcoords="offset points", **end)
         elif trial.stopped:
-            axes.plot(epoch, value, color=ROW_COLOURS["eeg"], lw=0.7, alpha=0.4)
-            axes.plot(epoch[-1:], value[-1:], "x", color=ROW_COLOURS["eeg"], ms=3.5, alpha=0.6)
+            axes.plot(epoch, value, color=colour_of("eeg"), lw=0.7, alpha=0.4)
+            axes.plot(epoch[-1:], value[-1:], "x", color=colour_of("eeg"), ms=3.5, alpha=0.6)
         else:
-            axes.plot(epoch, value, color=ROW_COLOURS["eeg"], lw=1.1, alpha=0.8, zorder=3)
+            axes.plot(epoch, value, color=colour_of("eeg"), lw=1.1, alpha=0.8, zorder=3)
             if epoch.size == 1:
-                axes.plot(epoch, value, "o", color=ROW_COLOURS["eeg"], ms=3)
+                axes.plot(epoch, value, "o", color=colour_of("eeg"), ms=3)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_xlabel("epoch", loc="right", labelpad=1)
-    return embed(figure, alt)
+    return ui.embed(figure, alt)
 
 
-def trial_strips(title: str, trials: Sequence[TrialResult], rows: Sequence[str], alt: str) -> Image:
+def trial_strips(title: str, trials: Sequence[TrialResult], rows: Sequence[str], alt: str) -> ui.Image:
     """Best AUC on validation people of each trial, one line a row; hollow where the trial was stopped."""
-    figure = new_figure(PANEL_INCHES, 3.0)
+    figure = ui.new_figure(ui.PANEL_INCHES, 3.0)
     axes = figure.add_axes((0.3, 0.16, 0.67, 0.72))
     axes.set_title(title, pad=7, x=-0.375)
     for y, row in enumerate(rows):
-        mine = [trial for trial in trials if trial.row == row and math.isfinite(trial.val_auc)]
-        colour = ROW_COLOURS.get(row, SOFT)
+        scored = [trial for trial in trials if trial.row == row and math.isfinite(trial.val_auc)]
+        colour = colour_of(row)
         axes.text(-0.03, y, label_of(row), transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=9)
-        for number, trial in enumerate(sorted(mine, key=lambda trial: trial.val_auc)):
+        for number, trial in enumerate(sorted(scored, key=lambda trial: trial.val_auc)):
             # Neighbours in value stand on different heights: they stay apart without any draw.
             shift = 0.26 * ((number * 0.618034) % 1.0 - 0.5) * 2
             face = "white" if trial.stopped else colour
             axes.plot([trial.val_auc], [y + shift], "o", mec=colour, mfc=face, mew=0.9, ms=4.5, alpha=0.85)
-        if mine:
-            most = max(trial.val_auc for trial in mine)
-            axes.text(most, y - 0.33, metric(most), ha="center", va="bottom", fontsize=8.5, weight="bold")
+        if scored:
+            most = max(trial.val_auc for trial in scored)
+            axes.text(most, y - 0.33, ui.metric(most), ha="center", va="bottom", fontsize=8.5, weight="bold")
     axes.set_ylim(len(rows) - 0.5, -0.62)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     axes.set_xlabel("AUC on validation people", loc="right", labelpad=1)
-    return embed(figure, alt)
+    return ui.embed(figure, alt)
 
 
 def _axis(name: str, configs: Sequence[dict[str, Any]]) -> Axis:
     """Heights of the configurations on one option; a choice of few values is spread a little around each."""
-    given = [config.get(name) for config in configs]
-    numbers = np.array([_number(value) for value in given])
+    options = [config.get(name) for config in configs]
+    numbers = np.array([_number(value) for value in options])
     finite = numbers[np.isfinite(numbers)]
     if name in LOGARITHMIC and finite.size and finite.min() > 0:
         ends = np.log10([finite.min(), finite.max()])
         reach = float(ends[1] - ends[0])
         if reach > 0:
             return Axis(name, (np.log10(numbers) - ends[0]) / reach, _log_marks(float(ends[0]), float(ends[1])))
-    known = [value for value in given if value is not None]
-    if finite.size == len(known):
-        levels: list[Any] = sorted(set(known))
+    present = [value for value in options if value is not None]
+    if finite.size == len(present):
+        levels: list[Any] = sorted(set(present))
     else:
-        levels = sorted({str(value) for value in known})
-        given = [None if value is None else str(value) for value in given]
+        levels = sorted({str(value) for value in present})
+        options = [None if value is None else str(value) for value in options]
     if not levels:
         return Axis(name, np.full(len(configs), np.nan), [])
     gap = 1 / len(levels)
     middle = {level: (number + 0.5) * gap for number, level in enumerate(levels)}
     place = np.full(len(configs), np.nan)
     for level in levels:
-        mine = [number for number, value in enumerate(given) if value == level]
+        members = [number for number, value in enumerate(options) if value == level]
         # In order of the result (that of the trials), so that good lines run together.
-        spread = np.linspace(-0.5, 0.5, len(mine)) * FAN * gap if len(mine) > 1 else np.zeros(1)
-        place[mine] = middle[level] + spread
+        spread = np.linspace(-0.5, 0.5, len(members)) * FAN * gap if len(members) > 1 else np.zeros(1)
+        place[members] = middle[level] + spread
     return Axis(name, place, [(middle[level], word(level)) for level in levels])
 
 
@@ -358,8 +343,8 @@ def _draw_axis(axes: Axes, x: int, axis: Axis, total: int) -> None:
     for y, mark in axis.marks:
         box: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.82, "pad": 0.8}
         if last:
-            axes.text(x + 0.16, y, mark, ha="left", va="center", fontsize=8.5, color=SOFT)
-            axes.plot([x, x + 0.12], [y, y], color=SOFT, lw=0.7, clip_on=False)
+            axes.text(x + 0.16, y, mark, ha="left", va="center", fontsize=8.5, color=ui.SOFT)
+            axes.plot([x, x + 0.12], [y, y], color=ui.SOFT, lw=0.7, clip_on=False)
         elif not x:
             axes.text(-0.08, y, mark, ha="right", va="center", fontsize=8.5)
         else:
@@ -370,7 +355,7 @@ def _mark_chosen(axes: Axes, heights: Floats, chosen: Sequence[tuple[str, dict[s
     last = heights.shape[0] - 1
     ends: list[tuple[float, str]] = []
     for number, (label, _) in enumerate(chosen):
-        line: dict[str, Any] = {"color": INK, "lw": 1.9, "zorder": 5, "marker": "o", "ms": 4.5, "clip_on": False}
+        line: dict[str, Any] = {"color": ui.INK, "lw": 1.9, "zorder": 5, "marker": "o", "ms": 4.5, "clip_on": False}
         axes.plot(range(last + 1), heights[:, number], color="white", lw=4.2, alpha=0.85, zorder=4.5, clip_on=False)
         axes.plot(range(last + 1), heights[:, number], **line)
         if math.isfinite(heights[last, number]):
@@ -378,7 +363,7 @@ def _mark_chosen(axes: Axes, heights: Floats, chosen: Sequence[tuple[str, dict[s
     top = 1.1
     for y, label in sorted(ends, reverse=True):
         place = min(y, top - 0.055)
-        axes.plot([last + 0.05, last + 0.58, last + 0.66], [y, y, place], color=INK, lw=0.7, clip_on=False, zorder=6)
+        axes.plot([last + 0.05, last + 0.58, last + 0.66], [y, y, place], color=ui.INK, lw=0.7, clip_on=False, zorder=6)
         axes.text(last + 0.69, place, label, ha="left", va="center", fontsize=8.5, weight="bold")
         top = place
 

@@ -15,28 +15,17 @@ EXAMPLES = "examples.safetensors"
 
 @dataclass(frozen=True)
 class ShardSetFacts:
-    """A shard set in ``data.json``.
-
-    Attributes:
-        url, fingerprint: of the set.
-        splits: name of a split -> windows in it.
-        people: in all splits.
-        rate: Hz.
-        channels: names, of all signals one after the other.
-        signals: name of a signal -> names of its channels; None of a run that reads one signal.
-        simulated: whether any of it is; None where unknown.
-        sources: corpora.
-    """
+    """A shard set in ``data.json``."""
 
     url: str = ""
     fingerprint: str = ""
-    splits: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, int] = field(default_factory=dict)  # windows
     people: int | None = None
-    rate: float = math.nan
+    rate: float = math.nan  # Hz
     channels: list[str] = field(default_factory=list)
-    signals: dict[str, list[str]] | None = field(default=None, metadata=OPTIONAL)
+    signals: dict[str, list[str]] | None = field(default=None, metadata=OPTIONAL)  # channels of each, in a sweep
     simulated: bool | None = None
-    sources: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # corpora
 
 
 @dataclass(frozen=True)
@@ -49,15 +38,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An entry of ``attempts.json``: one start of a run.
-
-    Attributes:
-        attempt: number of the start, from 1.
-        from_step: last step of the checkpoint it went on from; 0 at the first start.
-        world: number of ranks.
-        zero_stage, precision, device, threads: of the training.
-        versions: name of a package -> version.
-    """
+    """An entry of ``attempts.json``: one start of a run, from the checkpoint of step ``from_step`` (0: none)."""
 
     attempt: int | None = None
     from_step: int | None = None

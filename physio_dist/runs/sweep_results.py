@@ -5,29 +5,28 @@ The study makes them, the report reads them. A number that is not defined is NaN
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 from physio_dist.runs.typed_json import OPTIONAL
 
-RESULTS, PREDICTIONS, TRIALS, EMBEDDING = (
-    "results.json", "predictions.safetensors", "trials.jsonl", "embedding.safetensors",
-)  # fmt: skip
+RESULTS, TRIALS = "results.json", "trials.jsonl"
+PREDICTIONS, EMBEDDING = "predictions.safetensors", "embedding.safetensors"
+# Rows with the best possible result on simulated signals have this before the name of the row they bound.
 BOUND = "bound_"
 Interval = tuple[float, float]
-NO_INTERVAL = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
 class Scores:
     """Scores of one set of predictions, each between 0 and 1."""
 
-    accuracy: float = math.nan
-    balanced_accuracy: float = math.nan
-    macro_f1: float = math.nan
-    auc: float = math.nan
-    pr_auc: float = math.nan
+    accuracy: float = nan
+    balanced_accuracy: float = nan
+    macro_f1: float = nan
+    auc: float = nan
+    pr_auc: float = nan
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ class FoldSize:
 
 @dataclass(frozen=True)
 class FoldResult(Scores, FoldSize):
-    """A row on the held-out people of one fold; ``config`` and ``epoch`` are what the fold selected, None without a
-    search."""
+    """A row on the held-out people of one fold, with what the fold selected (None without a search)."""
 
     config: dict[str, Any] | None = None
     epoch: int | None = None
@@ -58,28 +56,14 @@ class RowInput:
 
 @dataclass(frozen=True)
 class ResultRow(Scores, RowInput):
-    """One kind of input over the pooled windows of all held-out people.
+    """One kind of input over the pooled windows of all held-out people."""
 
-    Attributes:
-        ece: expected calibration error.
-        ece_before: the same before temperatures were fitted; NaN where none were.
-        auc_ci: 95 % interval over people of ``auc``; None where it is not defined.
-        per_fold: the same in each fold.
-        spread: standard deviations over folds.
-        confusion: counts ``[true class][predicted class]``.
-    """
-
-    ece: float = math.nan
-    ece_before: float = field(default=math.nan, metadata=OPTIONAL)
-    auc_ci: Interval | None = None
+    ece: float = nan  # expected calibration error
+    ece_before: float = field(default=nan, metadata=OPTIONAL)  # before temperatures were fitted
+    auc_ci: Interval | None = None  # 95 % interval over people
     per_fold: list[FoldResult] = field(default_factory=list)
-    spread: Scores = field(default_factory=Scores)
-    confusion: list[list[int]] | None = None
-
-    @property
-    def interval(self) -> Interval:
-        """``auc_ci``, NaNs where it is not defined."""
-        return self.auc_ci or NO_INTERVAL
+    spread: Scores = field(default_factory=Scores)  # standard deviations over folds
+    confusion: list[list[int]] | None = None  # counts [true class][predicted class]
 
 
 @dataclass(frozen=True)
@@ -95,8 +79,7 @@ class RowDifference:
 
 @dataclass(frozen=True)
 class Selection:
-    """Selection of configurations: the rule in words, its metric, and for each row the number of trials and the metric
-    of each fold's choice."""
+    """Rule of the selection in words, and for each row the number of trials and the metric of each fold's choice."""
 
     rule: str
     metric: str = "auc"
@@ -116,46 +99,28 @@ class Published:
 
 @dataclass(frozen=True)
 class PermutationControl:
-    """Control with permuted labels.
-
-    Attributes:
-        n: number of permutations.
-        auc: ROC-AUC under each of them, ``mean`` their mean.
-        p_leak: p value of the mean being above chance.
-        p: p value of the observed AUC.
-    """
+    """ROC-AUC under ``n`` permutations of the labels."""
 
     n: int
     auc: list[float]
-    mean: float = math.nan
-    p_leak: float = math.nan
-    p: float = math.nan
+    mean: float = nan
+    p_leak: float = nan  # p value of the mean being above chance
+    p: float = nan  # p value of the observed AUC
 
 
 @dataclass(frozen=True, kw_only=True)
 class Occlusion:
-    """Effect of a signal that is replaced by its mean in the fused heads' input.
-
-    Attributes:
-        signal: name of the signal.
-        auc_drop: ROC-AUC with everything minus that without it, with its interval ``ci`` over people.
-        prob_shift: mean total variation distance between the probabilities with and without it.
-    """
+    """Effect of a signal that is replaced by its mean in the fused heads' input."""
 
     signal: str = ""
-    auc_drop: float = math.nan
-    ci: Interval | None = None
-    prob_shift: float = math.nan
+    auc_drop: float = nan  # ROC-AUC with everything minus that without it
+    ci: Interval | None = None  # 95 % interval over people
+    prob_shift: float = nan  # mean total variation distance between the probabilities with and without it
 
     @property
     def label(self) -> str:
         """Name of the part."""
         return self.signal
-
-    @property
-    def interval(self) -> Interval:
-        """``ci``, NaNs where it is not defined."""
-        return self.ci or NO_INTERVAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +154,7 @@ class OcclusionResults:
 
     windows: int = 0
     people: int | None = None
-    auc: float = math.nan
+    auc: float = nan
     signals: list[Occlusion] = field(default_factory=list)
     channels: list[ChannelOcclusion] = field(default_factory=list)
     patches: list[PatchOcclusion] = field(default_factory=list)
@@ -197,15 +162,15 @@ class OcclusionResults:
 
 @dataclass(frozen=True)
 class NeighbourShares:
-    """Shares of a window's nearest neighbours in feature space: of the same person, and among the nearest windows of
-    other people those of the same label; ``*_chance``: of neighbours drawn at random."""
+    """Shares of a window's nearest neighbours that are of the same person, and of those of other people that have the
+    same label; ``*_chance``: of neighbours drawn at random."""
 
     windows: int = 0
     people: int | None = None
-    person: float = math.nan
-    person_chance: float = math.nan
-    label: float = math.nan
-    label_chance: float = math.nan
+    person: float = nan
+    person_chance: float = nan
+    label: float = nan
+    label_chance: float = nan
 
 
 @dataclass(frozen=True)
@@ -219,11 +184,7 @@ class EmbeddingSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResults:
-    """``results.json``.
-
-    ``encoders``: signal -> ``url``, ``sha256``, ``people`` and ``simulated`` of its encoder, or these of each fold
-    under ``by_fold``.
-    """
+    """``results.json``."""
 
     task: str = ""
     protocol: str = ""
@@ -234,6 +195,7 @@ class SweepResults:
     windows: int | None = None
     people: int | None = None
     folds: list[FoldSize] = field(default_factory=list)
+    # Signal -> url, sha256, people and simulated of its encoder, or these of each fold under by_fold.
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     selection: Selection | None = None
     notes: list[str] = field(default_factory=list)
@@ -247,27 +209,15 @@ class SweepResults:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A line of ``trials.jsonl``: one configuration for one row.
-
-    Attributes:
-        trial: its name.
-        row: the row that it was tried for.
-        config: the configuration.
-        val_auc: best ROC-AUC on validation people.
-        epochs: number of epochs, ``stopped`` where they are fewer than planned.
-        seconds: duration.
-        history: ``(epoch, val_auc)`` of each epoch.
-        folds: other values of each epoch, by name.
-        last: name of a fold -> last epoch that counts in its selection; absent: all of them.
-    """
+    """A line of ``trials.jsonl``: one configuration for one row."""
 
     row: str
     config: dict[str, Any]
     trial: str = ""
-    val_auc: float = math.nan
+    val_auc: float = nan  # best of all epochs
     epochs: int = 0
-    stopped: bool = False
-    seconds: float = math.nan
-    history: list[tuple[int, float]] = field(default_factory=list)
-    folds: dict[str, list[float]] = field(default_factory=dict)
-    last: dict[str, int] = field(default_factory=dict)
+    stopped: bool = False  # before the planned number of epochs
+    seconds: float = nan
+    history: list[tuple[int, float]] = field(default_factory=list)  # epoch, val_auc
+    folds: dict[str, list[float]] = field(default_factory=dict)  # other values of each epoch, by name
+    last: dict[str, int] = field(default_factory=dict)  # fold -> last epoch that counts in its selection; absent: all

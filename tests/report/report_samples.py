@@ -14,6 +14,9 @@ from xml.etree import ElementTree
 import numpy as np
 from safetensors.numpy import save
 
+from physio_dist.report import components
+from physio_dist.report.page import render
+
 LEADS = ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"]
 ZERO = {"intra": 0.9, "inter": 1.1}
 INTERP = {"intra": 1.2, "inter": 1.1}
@@ -67,6 +70,18 @@ def reader(folder: Path) -> Callable[[str], bytes | None]:
         return path.read_bytes() if path.is_file() else None
 
     return read
+
+
+_PAGES: dict[Any, str] = {}
+
+
+def page_of(folder: Path) -> tuple[str, Page]:
+    """The page of a run, rendered once for all tests whose runs hold the same files."""
+    files = sorted((path.name, path.read_bytes()) for path in folder.iterdir() if path.is_file())
+    key = (components.SVG_LIMIT_BYTES, *files)
+    if key not in _PAGES:
+        _PAGES[key] = render(reader(folder))
+    return _PAGES[key], Page(_PAGES[key])
 
 
 def metric_rows(steps: int = 60, every: int = 1, validate: int = 20, seed: int = 0) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import html
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,23 +16,18 @@ from tests.report.report_samples import (
     INTERP,
     LEADS,
     ZERO,
-    Page,
     config_yaml,
     data_json,
     example_tensors,
     examples_file,
     jsonl,
     metric_rows,
+    page_of,
     reader,
     write_run,
 )
 
 pytestmark = pytest.mark.integration
-
-
-def page_of(folder: Path) -> tuple[str, Page]:
-    text = render(reader(folder))
-    return text, Page(text)
 
 
 def percent_of(value: float, reference: float) -> str:

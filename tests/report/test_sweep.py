@@ -12,7 +12,7 @@ import pytest
 from physio_dist import cli
 from physio_dist.report.page import render
 from physio_dist.runtime import exit_status
-from tests.report.report_samples import Page, jsonl, metric_rows, reader
+from tests.report.report_samples import jsonl, metric_rows, page_of, reader
 from tests.report.sweep_samples import (
     auc_of,
     paired_data,
@@ -35,11 +35,6 @@ TITLES = {
     "eeg": "EEG alone",
     "fused": "Fused ECG + EEG",
 }
-
-
-def page_of(folder) -> tuple[str, Page]:
-    text = render(reader(folder))
-    return text, Page(text)
 
 
 def told(folder) -> dict:

@@ -1,4 +1,4 @@
-"""Beyond scores: reliability, what heads lean on, features on a plane; what the page says and what it refuses."""
+"""Analysis sections of a sweep's page: calibration, occlusion, embedding, and the paired tests."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from physio_dist.errors import DataError, UserError
 from physio_dist.report import components, sweep_data
 from physio_dist.report import sweep_analysis as plots
 from physio_dist.report.components import style
-from physio_dist.report.page import render
 from physio_dist.report.sweep_data import parse_planes, parse_predictions
 from physio_dist.runs.sweep_results import EmbeddingSummary, NeighbourShares, Occlusion, OcclusionResults, SweepResults
 from physio_dist.runs.typed_json import from_json
 from physio_dist.signals.montage import EEG_19, ELECTRODES
 from physio_dist.signals.simulators.eeg import POSITIONS
 from physio_dist.stats.permutation import permutation_p_value
-from tests.report.report_samples import Page, reader, texts
+from tests.report.report_samples import page_of, texts
 from tests.report.sweep_samples import (
     occlusion_of,
     plane_file,
@@ -38,10 +37,6 @@ def _as_svg(monkeypatch):
     monkeypatch.setattr(components, "SVG_LIMIT_BYTES", 10_000_000)
 
 
-def page_of(folder) -> Page:
-    return Page(render(reader(folder)))
-
-
 def results_with(**changes) -> bytes:
     return json.dumps(results_of(predictions_of(), CLASSES) | changes).encode()
 
@@ -54,9 +49,9 @@ def test_reliability_counts_bins():
     found, _ = parse_predictions(predictions_file(tensors, CLASSES, 4))
     bins = sweep_data.reliability(found, "fused")
     assert bins.count.tolist() == [96, 0, 0, 48, 0, 0, 0, 0, 0, 144]
-    np.testing.assert_allclose(bins.sure[[0, 3, 9]], [0.0445, 0.31, 0.983], atol=1e-6)
-    np.testing.assert_allclose(bins.right[[0, 3, 9]], [0.5, 0, 2 / 3])
-    assert np.isnan(bins.right[1])
+    np.testing.assert_allclose(bins.probability[[0, 3, 9]], [0.0445, 0.31, 0.983], atol=1e-6)
+    np.testing.assert_allclose(bins.frequency[[0, 3, 9]], [0.5, 0, 2 / 3])
+    assert np.isnan(bins.frequency[1])
 
 
 def test_reliability_of_three_classes_uses_the_predicted_one():
@@ -65,7 +60,7 @@ def test_reliability_of_three_classes_uses_the_predicted_one():
     bins = sweep_data.reliability(found, "fused")
     table = found.probability["fused"]
     right = (table.argmax(axis=1) == found.label).mean()
-    assert np.nansum(bins.right * bins.count) / bins.count.sum() == pytest.approx(right)
+    assert np.nansum(bins.frequency * bins.count) / bins.count.sum() == pytest.approx(right)
     assert bins.count[:3].sum() == 0, "the most probable of three has a third at least"
 
 
@@ -75,7 +70,7 @@ def test_calibration_draws_every_row(tmp_path):
     for row in document["rows"]:
         row["ece"] = 0.123
     content = {"results": json.dumps(document).encode(), "predictions": predictions_file(tensors, CLASSES, 4)}
-    page = page_of(write_sweep(tmp_path, **content))
+    _, page = page_of(write_sweep(tmp_path, **content))
     alt = next(i["alt"] for i in page.images() if i["alt"].startswith("Reliability curves of 9 rows"))
     assert "Fused, ECG shown" in alt and "Majority" not in alt
     assert "calibration" in {attrs.get("id") for tag, attrs in page.tags if tag == "section"}
@@ -85,7 +80,7 @@ def test_calibration_draws_every_row(tmp_path):
         drawn = texts(plots.reliability_panels([("fused", bins, 0.123), ("eeg", bins, float("nan"))], "x", "y", "alt"))
     assert "calibration error 0.123" in drawn and {"fused", "EEG", "x", "y"} <= set(drawn)
     for i in np.flatnonzero(bins.count):
-        assert f"{bins.count[i]} {bins.sure[i]:.3f} {bins.right[i]:.3f}" in page.text
+        assert f"{bins.count[i]} {bins.probability[i]:.3f} {bins.frequency[i]:.3f}" in page.text
 
 
 def test_gain_table_and_summary_have_paired_p_values(tmp_path):
@@ -94,7 +89,7 @@ def test_gain_table_and_summary_have_paired_p_values(tmp_path):
         "results": json.dumps(results_of(tensors, CLASSES)).encode(),
         "predictions": predictions_file(tensors, CLASSES, 4),
     }
-    page = page_of(write_sweep(tmp_path, **files))
+    _, page = page_of(write_sweep(tmp_path, **files))
     for row, minus, called in (
         ("fused", "ecg", "ECG alone"), ("noise_ecg", "eeg", "EEG + noise for ECG minus EEG alone"),
         ("fused_eeg_only", "eeg", "Fused, EEG shown minus EEG alone"),
@@ -107,7 +102,7 @@ def test_gain_table_and_summary_have_paired_p_values(tmp_path):
 
 
 def test_occlusion_lists_and_draws_effects(tmp_path):
-    page = page_of(write_sweep(tmp_path))
+    _, page = page_of(write_sweep(tmp_path))
     assert "without the ECG +0.041 (+0.021 to +0.056), without the EEG +0.213" in page.text
     alts = [i["alt"] for i in page.images()]
     assert any(alt.startswith("Electrodes on a head") and "the most: Cz +0.131" in alt for alt in alts)
@@ -142,7 +137,7 @@ def test_on_scalp_follows_the_10_10_system():
 
 
 def test_features_draws_embedding_by_person_and_label(tmp_path):
-    page = page_of(write_sweep(tmp_path))
+    _, page = page_of(write_sweep(tmp_path))
     alts = [i["alt"] for i in page.images()]
     for words in ("ECG features on a plane, by person: 41", "EEG features on a plane, by person: 83",
                   "by label: 55"):  # fmt: skip
@@ -152,7 +147,7 @@ def test_features_draws_embedding_by_person_and_label(tmp_path):
     assert "of other people 55 % have its label, 5 points above chance" in text
     told = json.loads(results_with())["embedding"]
     told["eeg"]["label"] = 0.504
-    page = page_of(write_sweep(tmp_path, results=results_with(embedding=told)))
+    _, page = page_of(write_sweep(tmp_path, results=results_with(embedding=told)))
     assert "of other people 50 % have its label, as by chance" in page.text.replace("\u00a0", " ")
     styles = plots.person_colours(36)
     assert len(set(styles)) == 36 and len(set(plots.person_colours(9))) == 9
@@ -160,7 +155,7 @@ def test_features_draws_embedding_by_person_and_label(tmp_path):
 
 def test_analysis_sections_name_what_is_missing(tmp_path):
     raw = results_with(occlusion=None, embedding=None)
-    page = page_of(write_sweep(tmp_path, results=raw, embedding=None))
+    _, page = page_of(write_sweep(tmp_path, results=raw, embedding=None))
     assert "holds no occlusion analysis" in page.text
     assert "The run holds no embedding.safetensors" in page.text
 
@@ -169,10 +164,11 @@ def test_occlusion_with_one_person_and_one_channel(tmp_path):
     effects = occlusion_of(people=1)
     effects["channels"] = effects["channels"][:1]
     effects["patches"] = []
-    page = page_of(write_sweep(tmp_path, results=results_with(occlusion=effects)))
+    _, page = page_of(write_sweep(tmp_path, results=results_with(occlusion=effects)))
     assert "without the EEG +0.213." in page.text
     effects["signals"] = [one | {"auc_drop": None, "prob_shift": None} for one in effects["signals"]]
-    assert "holds no occlusion analysis" in page_of(write_sweep(tmp_path, results=results_with(occlusion=effects))).text
+    _, page = page_of(write_sweep(tmp_path, results=results_with(occlusion=effects)))
+    assert "holds no occlusion analysis" in page.text
 
 
 @pytest.mark.parametrize(
@@ -206,7 +202,7 @@ def test_occlusion_limits_channels(tmp_path):
         {"signal": "eeg", "channel": name, "auc_drop": 0.001 * i, "ci": None, "prob_shift": 0.0}
         for i, name in enumerate(names)
     ]  # fmt: skip
-    page = page_of(write_sweep(tmp_path, results=results_with(occlusion=effects)))
+    _, page = page_of(write_sweep(tmp_path, results=results_with(occlusion=effects)))
     assert f"The {plots.MOST_BARS} channels missed most, of {len(names)}." in page.text
     entry = ("x", Occlusion(signal="eeg", auc_drop=-0.5, prob_shift=0.0))
     with style():

@@ -39,7 +39,7 @@ def test_load_sweep_returns_all_files(tmp_path):
         assert getattr(fused, name) == told[name]
         assert getattr(fused.spread, name) == told["spread"][name]
         assert getattr(fused.per_fold[2], name) == told["per_fold"][2][name]
-    assert list(fused.interval) == told["auc_ci"]
+    assert list(fused.auc_ci) == told["auc_ci"]
     assert fused.modalities == ["ecg", "eeg"]
     assert fused.confusion == told["confusion"]
     assert [fold.config for fold in fused.per_fold] == [fold["config"] for fold in told["per_fold"]]
@@ -63,7 +63,7 @@ def test_load_sweep_reads_null_as_nan(tmp_path):
     raw = with_row("ecg", auc=None, macro_f1=float("nan"), auc_ci=None, spread={"auc": None})
     row = load_sweep(reader(write_sweep(tmp_path, results=raw))).row("ecg")
     assert math.isnan(row.auc) and math.isnan(row.macro_f1)
-    assert all(math.isnan(end) for end in row.interval)
+    assert row.auc_ci is None
     assert math.isnan(row.spread.auc) and math.isnan(row.spread.accuracy)
 
 

@@ -35,9 +35,9 @@ def fused_row(configs) -> ResultRow:
 
 def test_forest_names_rows_values_and_intervals():
     lines = [
-        plots.Interval("eeg", 0.71, 0.66, 0.75, [0.7, math.nan], 0.8),
-        plots.Interval("fused", 0.834, 0.79, 0.871, [], math.nan),
-        plots.Interval("majority", math.nan, math.nan, math.nan, [], math.nan),
+        plots.Interval("eeg", 0.71, (0.66, 0.75), [0.7, math.nan], 0.8),
+        plots.Interval("fused", 0.834, (0.79, 0.871), [], math.nan),
+        plots.Interval("majority", math.nan, None, [], math.nan),
     ]
     with style():
         found = texts(plots.forest(lines, 0.5, "alt"))

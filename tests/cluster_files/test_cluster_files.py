@@ -216,7 +216,7 @@ def test_ray_cluster_has_token_and_spot_workers(file: Path) -> None:
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == container["resources"]["requests"]["nvidia.com/gpu"]
     (mount,) = container["volumeMounts"]
-    assert mount["mountPath"] == DataOptions().cache_dir.replace("~", home())
+    assert mount["mountPath"] == cache_dir()
     assert [volume["name"] for volume in pod["volumes"]] == [mount["name"]]
 
 
@@ -236,6 +236,14 @@ def test_files_share_no_service_account() -> None:
 def home() -> str:
     name = re.search(r"useradd .* (\w+) \\", DOCKERFILE)[1]  # type: ignore[index]
     return f"/home/{name}"
+
+
+def cache_dir() -> str:
+    """Default of ``data.cache_dir`` in the image."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", home())
+        patch.delenv("XDG_CACHE_HOME", raising=False)
+        return DataOptions().cache_dir
 
 
 # Ray's own cluster launcher
@@ -277,7 +285,7 @@ def test_paths_match_dockerfile() -> None:
     lines = [*aws["head_start_ray_commands"], *aws["worker_start_ray_commands"], *aws["head_setup_commands"]]
     assert all(f"{venv}/bin/" in line for line in lines)
     mounts = dict(option.split()[1].split(":")[:2] for option in aws["docker"]["run_options"] if option[:2] == "-v")
-    assert set(mounts.values()) == {f"{home()}/.ray", DataOptions().cache_dir.replace("~", home())}
+    assert set(mounts.values()) == {f"{home()}/.ray", cache_dir()}
     made = " ".join(aws["initialization_commands"])
     assert all(folder in made for folder in mounts) and set(re.findall(r"-[og] (\d+)", made)) == {uid}
     copied = {word for line in re.findall(r"^COPY --chown=\S+ (.*) \S+$", DOCKERFILE, re.M) for word in line.split()}

@@ -1,7 +1,7 @@
-"""The predictors to beat: zero, a straight line in time, and ridge regression across leads.
+"""Baseline predictors of hidden patches: zero, linear interpolation in time, and ridge regression across leads.
 
-Leads predict each other even where no identity ties them, so a model that reconstructs a hidden lead has learnt
-something only if it does so better than this.
+Leads are correlated beyond their exact identities, so the reconstruction of a hidden lead has to be compared with a
+linear prediction from the visible ones.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LeadRidge:
-    """A linear predictor of any leads from any others, each from the samples of the others at the same time.
+    """Linear prediction of any leads from any others, sample by sample, with optional context in time.
 
     Attributes:
         moments: float64 ``[p, p]``, mean products of the regressors, p = 1 + channels x (2 context + 1): a one, then
             each channel at the times -context ... context.
-        channels: how many.
-        context: samples before and after.
-        penalty: added to each regressor's mean square, as a share of their mean.
+        channels: number of channels.
+        context: number of samples before and after.
+        penalty: ridge penalty, as a fraction of the regressors' mean mean square.
     """
 
     moments: Tensor
@@ -30,25 +30,26 @@ class LeadRidge:
     context: int
     penalty: float
 
-    def weights(self, visible: Tensor, whole: bool) -> Tensor:
-        """The coefficients that predict every channel, float64 ``[regressors, channels]``.
+    def weights(self, visible: Tensor, with_context: bool) -> Tensor:
+        """Coefficients of all channels, float64 ``[regressors, channels]``; the intercept is not penalised.
 
-        ``visible``: bool ``[channels]``. Regressors are an intercept, then each visible channel's samples: with
-        ``whole`` those in the context too, channel by channel. The intercept is not penalised.
+        Args:
+            visible: bool ``[channels]``.
+            with_context: whether the regressors, an intercept and each visible channel's sample, include the context.
         """
         width = 2 * self.context + 1
-        shifts = torch.arange(width) if whole else torch.tensor([self.context])
+        shifts = torch.arange(width) if with_context else torch.tensor([self.context])
         seen = 1 + (torch.nonzero(visible) * width + shifts).flatten()
         chosen = torch.cat([torch.zeros(1, dtype=torch.int64), seen])
-        told = 1 + torch.arange(self.channels) * width + self.context
+        targets = 1 + torch.arange(self.channels) * width + self.context
         products = self.moments[chosen][:, chosen].clone()
         level = self.moments.diagonal()[1:].mean()
         products.diagonal()[1:] += self.penalty * level
-        found: Tensor = torch.linalg.solve(products, self.moments[chosen][:, told])
-        return found
+        coefficients: Tensor = torch.linalg.solve(products, self.moments[chosen][:, targets])
+        return coefficients
 
     def predict(self, x: Tensor, visible: Tensor) -> Tensor:
-        """What visible leads say about the others.
+        """Predict hidden leads from visible ones.
 
         Args:
             x: ``[batch, channel, patch, samples]``, patches following one another without a gap; anything, NaN
@@ -56,39 +57,39 @@ class LeadRidge:
             visible: bool ``[batch, channel, patch]``.
 
         Returns:
-            Of the shape of ``x``; visible patches as they are. Context is used of leads that are visible as a whole or
-            not at all in a sample; elsewhere a patch's neighbours may be hidden, and only the same time counts. Before
-            the first and after the last sample their values are held.
+            Tensor of the shape of ``x``, with visible patches unchanged. Context is used if every lead is visible as a
+            whole or not at all; otherwise a patch's neighbours may be hidden, and only the same time is used. At the
+            ends of a window its first and last samples are repeated.
         """
         batch, channels, patches, samples = x.shape
         seen = torch.where(visible.unsqueeze(-1), x, 0.0).double()
-        whole = bool((visible == visible[:, :, :1]).all())
-        if whole:
+        whole_leads = bool((visible == visible[:, :, :1]).all())
+        if whole_leads:
             rows, states = seen.reshape(batch, channels, patches * samples), visible[:, :, 0]
         else:
             rows = seen.transpose(1, 2).reshape(batch * patches, channels, samples)
             states = visible.transpose(1, 2).reshape(batch * patches, channels)
-        found = torch.empty_like(rows)
+        predicted = torch.empty_like(rows)
         for state in torch.unique(states, dim=0):
-            mine = torch.nonzero((states == state).all(dim=1)).flatten()
-            given = rows[mine][:, state]
-            if whole and self.context:
-                given = _with_context(given, self.context)
-            weights = self.weights(state, whole).to(rows.device)
-            found[mine] = torch.einsum("nft,fc->nct", given, weights[1:]) + weights[0][:, None]
-        if whole:
-            guess = found.view(batch, channels, patches, samples)
+            members = torch.nonzero((states == state).all(dim=1)).flatten()
+            regressors = rows[members][:, state]
+            if whole_leads and self.context:
+                regressors = _with_context(regressors, self.context)
+            weights = self.weights(state, whole_leads).to(rows.device)
+            predicted[members] = torch.einsum("nft,fc->nct", regressors, weights[1:]) + weights[0][:, None]
+        if whole_leads:
+            guess = predicted.view(batch, channels, patches, samples)
         else:
-            guess = found.view(batch, patches, channels, samples).transpose(1, 2)
+            guess = predicted.view(batch, patches, channels, samples).transpose(1, 2)
         return torch.where(visible.unsqueeze(-1), x, guess.to(x.dtype))
 
 
 def fit_lead_ridge(windows: Iterable[Tensor], context: int = 0, penalty: float = 1e-4) -> LeadRidge:
-    """Fit all combinations of leads at once: they share their mean products.
+    """Fit the mean products, from which the coefficients of every combination of leads follow.
 
     Args:
         windows: batches ``[batch, channel, time]``, finite, with all channels valid.
-        context: samples before and after.
+        context: number of samples before and after.
         penalty: see `LeadRidge`.
 
     Raises:
@@ -120,17 +121,19 @@ def _with_context(x: Tensor, context: int) -> Tensor:
 
 
 def predict_zero(x: Tensor) -> Tensor:
-    """The predictor that says zero everywhere, ``[batch, channel, patch, 200]``."""
+    """Predict zero everywhere, ``[batch, channel, patch, 200]``."""
     return torch.zeros_like(x)
 
 
 def predict_interpolation(x: Tensor, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The predictor that draws a straight line in time, lead by lead, across what is hidden or invalid.
+    """Interpolate linearly in time, lead by lead, across hidden or invalid patches.
 
-    ``x`` ``[batch, channel, patch, samples]``, patches following one another without a gap; ``hidden`` and
-    ``valid`` bool ``[batch, channel, patch]``. The line joins the nearest visible samples on both sides;
-    before the first and after the last visible sample their value is held; a lead with nothing visible is
-    zero. Visible patches come back as they are. Finite wherever the visible patches are.
+    The line joins the nearest visible samples on both sides. Before the first and after the last visible sample their
+    value is repeated; a lead without visible patches is zero. Visible patches are unchanged.
+
+    Args:
+        x: ``[batch, channel, patch, samples]``, consecutive patches; hidden and invalid ones may be NaN.
+        hidden, valid: bool ``[batch, channel, patch]``.
     """
     visible = ~hidden if valid is None else ~hidden & valid
     patches, samples = x.shape[2], x.shape[3]
@@ -141,7 +144,7 @@ def predict_interpolation(x: Tensor, hidden: Tensor, valid: Tensor | None = None
 
     left = x[..., -1].gather(2, before.clamp_min(0))
     right = x[..., 0].gather(2, after.clamp_max(patches - 1))
-    # Where one side has nothing visible the other's value is held on both ends of the line.
+    # If one side has nothing visible, the line is constant at the other's value.
     left, right = torch.where(has_before, left, right), torch.where(has_after, right, left)
 
     time = (number * samples).unsqueeze(-1) + torch.arange(samples, device=x.device)

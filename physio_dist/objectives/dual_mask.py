@@ -1,13 +1,13 @@
-"""The dual mask: which patches are hidden, and how well the hidden ones are predicted.
+"""Dual mask objective: masks over leads and over time, and the reconstruction loss.
 
-Two terms. *Inter*: a lead hidden as a whole, to be told from the other leads. *Intra*: patches hidden in
-time, to be told from the lead's own context. The source (arXiv 2512.15250) publishes neither ratios nor how
-the two combine; what stands here is our own design. Its one hard rule: limb leads are linearly dependent
-(III = II - I, aVR = -(I + II)/2, aVL = I - II/2, aVF = II - I/2), so two visible ones give all others by
-arithmetic. At every patch the number of visible limb leads is therefore none, one or all of them.
+The loss has two terms. *Inter*: leads hidden as a whole, predicted from other leads. *Intra*: patches hidden in time,
+predicted from the lead's own context. The source (arXiv 2512.15250) publishes neither ratios nor how the two combine;
+this design is ours. Its one hard rule: limb leads are linearly dependent (III = II - I, aVR = -(I + II)/2,
+aVL = I - II/2, aVF = II - I/2), so two visible ones determine all others. At every patch the number of visible limb
+leads is therefore none, one or all of them.
 
-A sample may also be shown with some of its leads only (`MaskConfig.lead_dropout`), as a recorder of 8, 2 or 1 leads
-would have taken it; it is then masked as if it had no others.
+With `MaskConfig.lead_dropout` some samples have a subset of their leads only, as recorded by a device of 8, 2 or 1
+leads; they are masked as if they had no others.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
-# Of `relative`: the mean square of 10 uV, in units of (100 uV)^2, below which a lead counts as having nothing to tell.
+# Added to a lead's mean square in the `relative` loss: that of 10 uV, in units of (100 uV)^2.
 _QUIET = 0.01
 Layouts = tuple[tuple[tuple[int, ...], ...], ...]
-"""Kinds of recorders, each a choice of sets of channels of which a sample is shown one, drawn evenly."""
+"""Lead layouts: kinds of devices, each with alternative sets of channels, drawn uniformly."""
 
 
 @dataclass(frozen=True)
 class MaskConfig(MaskOptions):
-    """Options of the mask, and what they mean for the data's channels.
+    """Options of the mask, with the lead layouts of the data's channels.
 
     Attributes:
-        layouts: sets of channels that ``lead_dropout`` shows a sample with.
+        layouts: sets of channels that ``lead_dropout`` chooses from.
     """
 
     layouts: Layouts = ()
@@ -50,19 +50,20 @@ class MaskConfig(MaskOptions):
 
 @dataclass(frozen=True)
 class DualMask:
-    """Disjoint bool arrays ``[batch, channel, patch]``; a lead hidden as a whole counts as ``inter``.
+    """Masks of a batch.
 
-    ``shown``: bool ``[batch, channel]``, False for leads that were dropped: they are neither seen nor told,
-    and never ``intra`` or ``inter``.
+    Attributes:
+        intra, inter: disjoint, bool ``[batch, channel, patch]``; leads hidden as a whole are ``inter``.
+        kept_leads: bool ``[batch, channel]``, False for dropped leads, which are neither input nor target.
     """
 
     intra: NDArray[np.bool_]
     inter: NDArray[np.bool_]
-    shown: NDArray[np.bool_]
+    kept_leads: NDArray[np.bool_]
 
     @property
     def hidden(self) -> NDArray[np.bool_]:
-        """All that is hidden, ``[batch, channel, patch]``."""
+        """Union of both parts, ``[batch, channel, patch]``."""
         return self.intra | self.inter
 
 
@@ -75,65 +76,71 @@ def sample_masks(
     positions: NDArray[np.int64],
     valid: NDArray[np.bool_] | None = None,
 ) -> DualMask:
-    """The masks of the samples at global ``positions`` ``[batch]``: functions of seed, purpose and position.
-
-    ``groups`` partitions the channels: a group of several is a set of linearly dependent (limb) leads, a
-    group of one an independent channel. ``valid`` bool ``[batch, channel]``: of a sample in which none of the
-    leads to be shown is valid all are shown; nothing else depends on it.
+    """Sample the masks of a batch, each as a function of seed, purpose and position only.
 
     In time every group hides round(``intra_ratio`` x ``patches``) patches, the same in all its leads, but
-    at least one and never all of them: scattered, or in spans, which go around the end of the window, so
-    that every patch is hidden equally often. Spans are at least one visible patch apart, so that there may be
-    fewer and longer ones than ``span`` asks for.
+    at least one and never all of them: scattered, or in spans, which wrap around the end of the window, so
+    that every patch is hidden equally often. Spans are at least one visible patch apart, so there may be
+    fewer and longer ones than ``span`` specifies.
 
     As a whole each single channel, and the limb group, is hidden with probability ``inter_ratio``; a hidden
-    limb group keeps, in one case of two, one lead drawn evenly. If no group came out hidden, the one nearest
-    to it is; if nothing remained visible, the group farthest from being hidden is shown, or, where it is the
-    only group, keeps its one lead. With one channel the lead-wise part, with one patch the part in time drops
-    out.
+    limb group keeps one lead, drawn uniformly, with probability 1/2. If no group is drawn to be hidden, the one with
+    the smallest draw is; if nothing remains visible, the group with the largest draw is shown, or keeps one lead if
+    it is the only group. Windows of one channel have no inter part, windows of one patch no intra part.
 
     Expected shares at ratios of 0.5 and 0.5 with 12 leads (six limb leads in one group, V1-V6), both parts
     in every sample, and an even number of patches: 0.480 of all patches inter, 0.260 intra, 0.740 hidden.
 
-    Raises ``UserError`` where that leaves nothing to hide, ``ValueError`` where ``groups`` is no partition.
+    Args:
+        config: options.
+        groups: partition of the channels: several linearly dependent (limb) leads, or one independent channel each.
+        patches: of a window.
+        seed: of the run.
+        purpose: such as ``train``.
+        positions: int64 ``[batch]``, global positions of the samples.
+        valid: bool ``[batch, channel]``; a sample none of whose kept leads is valid keeps all leads.
+
+    Raises:
+        UserError: nothing can be hidden.
+        ValueError: ``groups`` is no partition.
     """
     channels = sum(len(group) for group in groups)
     if channels == 0 or sorted(c for group in groups for c in group) != list(range(channels)):
         raise ValueError(f"groups {groups!r} are not a partition of the channels 0..n-1")
     if config.lead_dropout == 0.0:
-        whole = np.ones((len(positions), channels), dtype=np.bool_)
-        return DualMask(*_draw(config, groups, patches, seed, purpose, positions), whole)
+        all_leads = np.ones((len(positions), channels), dtype=np.bool_)
+        return DualMask(*_draw(config, groups, patches, seed, purpose, positions), all_leads)
     if not config.layouts or patches < 2:
         raise UserError(
             f"mask.lead_dropout={config.lead_dropout}: windows of {channels} channels x {patches} patches leave "
             "nothing to drop or to hide; it is for ECG of several leads and seconds"
         )
-    shown = _shown(config, channels, seed, purpose, positions)
+    kept = _draw_kept_leads(config, channels, seed, purpose, positions)
     if valid is not None:
-        shown |= ~(shown & valid).any(axis=1, keepdims=True)
+        kept |= ~(kept & valid).any(axis=1, keepdims=True)
     intra = np.zeros((len(positions), channels, patches), dtype=np.bool_)
     inter = np.zeros_like(intra)
-    for leads in np.unique(shown, axis=0):
-        rows = np.flatnonzero((shown == leads).all(axis=1))
-        here = np.flatnonzero(leads)
-        number = {int(lead): i for i, lead in enumerate(here)}
-        left = [[number[lead] for lead in group if lead in number] for group in groups]
-        found = _draw(config, [group for group in left if group], patches, seed, purpose, positions[rows])
-        intra[np.ix_(rows, here)], inter[np.ix_(rows, here)] = found
-    return DualMask(intra, inter, shown)
+    for subset in np.unique(kept, axis=0):
+        rows = np.flatnonzero((kept == subset).all(axis=1))
+        leads = np.flatnonzero(subset)
+        number = {int(lead): i for i, lead in enumerate(leads)}
+        subgroups = [[number[lead] for lead in group if lead in number] for group in groups]
+        masks = _draw(config, [group for group in subgroups if group], patches, seed, purpose, positions[rows])
+        intra[np.ix_(rows, leads)], inter[np.ix_(rows, leads)] = masks
+    return DualMask(intra, inter, kept)
 
 
-def _shown(
+def _draw_kept_leads(
     config: MaskConfig, channels: int, seed: int, purpose: str, positions: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Which leads each sample is shown with, ``[batch, channels]``."""
+    """Leads that each sample keeps, bool ``[batch, channels]``."""
     draw = _uniform(seed, f"{purpose}/drop", positions, 3)
-    shown = np.ones((len(positions), channels), dtype=np.bool_)
+    kept = np.ones((len(positions), channels), dtype=np.bool_)
     kind = (draw[:, 1] * len(config.layouts)).astype(np.int64)
     for row in np.flatnonzero(draw[:, 0] < config.lead_dropout):
         sets = config.layouts[kind[row]]
-        shown[row] = np.isin(np.arange(channels), sets[int(draw[row, 2] * len(sets))])
-    return shown
+        kept[row] = np.isin(np.arange(channels), sets[int(draw[row, 2] * len(sets))])
+    return kept
 
 
 def _draw(
@@ -144,7 +151,7 @@ def _draw(
     purpose: str,
     positions: NDArray[np.int64],
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """``intra`` and ``inter`` of samples that have all of the channels in ``groups``."""
+    """Draw ``intra`` and ``inter`` of samples with all channels in ``groups``."""
     channels = sum(len(group) for group in groups)
     in_time = config.intra_ratio > 0.0 and patches > 1
     by_lead = config.inter_ratio > 0.0 and channels > 1
@@ -187,7 +194,7 @@ def _draw(
 
 
 def _hide_groups(draw: NDArray[np.float64], ratio: float) -> NDArray[np.bool_]:
-    """Which groups are hidden, ``[batch, groups]``: those drawn below ``ratio``, and always at least one."""
+    """Groups to hide, bool ``[batch, groups]``: those drawn below ``ratio``, at least one."""
     hidden = draw < ratio
     none = ~hidden.any(axis=1)
     hidden[none, draw[none].argmin(axis=1)] = True
@@ -201,7 +208,7 @@ def _hide_leads(
     keeps: NDArray[np.bool_],
     which: NDArray[np.float64],
 ) -> NDArray[np.bool_]:
-    """Which leads are hidden as a whole, ``[batch, channels]``; at least one is not."""
+    """Leads to hide as a whole, bool ``[batch, channels]``; at least one stays visible."""
     several = np.array([len(group) > 1 for group in groups])
     keeps = keeps & several
     dark = (hidden & ~keeps).all(axis=1)
@@ -222,10 +229,16 @@ def _hide_leads(
 def _hide_in_time(
     count: int, scattered: NDArray[np.bool_], spot: NDArray[np.float64], start: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """``count`` patches of every group, ``[batch, groups, patches]``.
+    """Hide ``count`` patches of every group, scattered or in one span.
 
-    ``scattered`` ``[batch, 1]``, ``spot`` ``[batch, groups, patches]``, ``start`` ``[batch, groups]``:
-    uniform draws.
+    Args:
+        count: number of patches.
+        scattered: bool ``[batch, 1]``.
+        spot: uniform draws ``[batch, groups, patches]``.
+        start: uniform draws ``[batch, groups]``.
+
+    Returns:
+        bool ``[batch, groups, patches]``.
     """
     patches = spot.shape[2]
     rank = spot.argsort(axis=2, kind="stable").argsort(axis=2, kind="stable")
@@ -238,22 +251,21 @@ def _hide_in_time(
 def _hide_spans(
     count: int, spans: NDArray[np.int64], spot: NDArray[np.float64], start: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """``count`` patches of every group in ``spans`` ``[batch, groups]`` spans, else as `_hide_in_time`.
+    """Hide ``count`` patches of every group in ``spans`` ``[batch, groups]`` spans; otherwise as `_hide_in_time`.
 
-    How the hidden patches are shared out among the spans, and the others among the gaps, is drawn evenly from
-    all ways to do so.
+    The partitions of the hidden patches into spans, and of the others into gaps, are drawn uniformly.
     """
     patches = spot.shape[2]
     cuts = np.clip(spans, 1, min(count, patches - count))[:, :, None] - 1
 
     def part(draw: NDArray[np.float64]) -> NDArray[np.int64]:
-        """For each of some patches in a row, in which of the parts it is: cuts fall between two of them."""
+        """Number of the part that each patch belongs to; cuts fall between two patches."""
         rank = draw[:, :, 1:].argsort(axis=2, kind="stable").argsort(axis=2, kind="stable")
         numbers: NDArray[np.int64] = np.zeros(draw.shape, dtype=np.int64)
         numbers[:, :, 1:] = (rank < cuts).cumsum(axis=2)
         return numbers
 
-    # Span, gap, span, gap: sorted by twice the number of the part, plus one for gaps.
+    # Alternating spans and gaps: sorted by twice the number of the part, plus one for gaps.
     order = np.concatenate([2 * part(spot[:, :, :count]), 2 * part(spot[:, :, count:]) + 1], axis=2)
     hidden = order.argsort(axis=2, kind="stable") < count
     first = (start * patches).astype(np.int64)[:, :, None]
@@ -271,8 +283,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def _uniform(seed: int, purpose: str, positions: NDArray[np.int64], count: int) -> NDArray[np.float64]:
     """Uniform draws in [0, 1), ``[batch, count]``: a hash of (seed, purpose, position, number of the draw).
 
-    A counter-based hash rather than a numpy generator: it is vectorised over samples and stays the same for
-    ever, which numpy's streams do not promise.
+    A counter-based hash is vectorised over samples and, unlike NumPy's generators, fixed for all future releases.
     """
     key = np.uint64(seed_of(f"{seed}\n{purpose}", byteorder="little"))
     position = np.asarray(positions).astype(np.uint64).reshape(-1, 1)
@@ -283,10 +294,12 @@ def _uniform(seed: int, purpose: str, positions: NDArray[np.int64], count: int) 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Per-sample tensors ``[batch]``, fp32 (fp64 for fp64 input).
+    """Loss terms of each sample, ``[batch]``, fp32 (fp64 for fp64 input).
 
-    ``loss``: mean error over all hidden and valid samples, as :func:`dual_mask_loss` says; ``intra``, ``inter``: over
-    those of one term; ``has_intra``, ``has_inter``: 1 where the term exists in the sample, else 0, as the mean then is.
+    Attributes:
+        loss: mean error over all hidden and valid patches; see :func:`dual_mask_loss`.
+        intra, inter: mean error over the patches of one term; 0 if there are none.
+        has_intra, has_inter: 1 if the sample has patches of the term, else 0.
     """
 
     loss: Tensor
@@ -299,21 +312,24 @@ class LossTerms:
 def dual_mask_loss(
     predicted: Tensor, target: Tensor, intra: Tensor, inter: Tensor, valid: Tensor | None = None, kind: str = "squared"
 ) -> LossTerms:
-    """Mean error over hidden and valid patches, sample by sample.
+    """Mean error over hidden and valid patches of each sample.
 
-    ``kind`` ``squared``: the squared error, in units of the input squared. ``relative``: that, lead by lead, by the
-    mean square of the lead in this sample, hidden or not, plus that of 10 uV (input in units of 100 uV): about 1 where
-    zero is predicted. A squared error is mostly that of the few loudest samples and leads; this way each counts alike.
+    The kind ``squared`` is the squared error, in units of the input squared; it is dominated by samples and leads of
+    large amplitude. The kind ``relative`` divides it, lead by lead, by the lead's mean square in the sample (hidden or
+    not) plus that of 10 uV, so that predicting zero gives about 1 everywhere.
 
-    ``predicted``, ``target``: ``[batch, channel, patch, 200]``; ``intra``, ``inter`` (disjoint) and
-    ``valid``: bool ``[batch, channel, patch]``. The target may hold anything, NaN included, where it is not
-    both hidden and valid; for ``relative`` where it is not valid. The caller weights samples and averages them.
+    Args:
+        predicted: ``[batch, channel, patch, 200]``, in units of 100 uV.
+        target: of the same shape. May be NaN except in hidden and valid patches; for ``relative``, in valid ones.
+        intra, inter: disjoint, bool ``[batch, channel, patch]``.
+        valid: bool of that shape; None if everything is.
+        kind: ``squared`` or ``relative``.
     """
     if valid is not None:
         intra, inter = intra & valid, inter & valid
     dtype = torch.promote_types(predicted.dtype, torch.float32)
     error = predicted.to(dtype) - target.to(dtype)
-    # where before the square: the gradient at a patch left out is then zero and not 0 x NaN.
+    # Before the square, so that the gradient of an excluded patch is zero and not 0 x NaN.
     error = torch.where((intra | inter).unsqueeze(-1), error, 0.0)
     per_patch = error.square().mean(dim=-1)
     if kind == "relative":
@@ -334,7 +350,7 @@ def dual_mask_loss(
 
 
 def _mean_square(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Of each channel over its valid patches, ``[batch, channel, 1]``; 0 where there is none."""
+    """Mean square of each channel over its valid patches, ``[batch, channel, 1]``; 0 if there are none."""
     if valid is None:
         return x.square().mean(dim=(2, 3)).unsqueeze(-1)
     power = torch.where(valid.unsqueeze(-1), x, 0.0).square().mean(dim=-1)

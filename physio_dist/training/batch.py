@@ -73,12 +73,12 @@ def prepare_batch(
         purpose: ``train`` or ``val``; different masks for each.
     """
     patches = batch.signal.shape[2] // PATCH
-    drawn: DualMask = sample_masks(mask, groups, patches, seed, purpose, batch.positions, batch.valid)
-    valid = batch.valid & drawn.shown
+    masks: DualMask = sample_masks(mask, groups, patches, seed, purpose, batch.positions, batch.valid)
+    valid = batch.valid & masks.kept_leads
     return MaskedBatch(
         batch=batch, signal=torch.from_numpy(batch.signal), scale=torch.from_numpy(batch.scale),
         valid=torch.from_numpy(valid), weight=torch.from_numpy(batch.weight),
-        intra=torch.from_numpy(drawn.intra), inter=torch.from_numpy(drawn.inter), all_valid=bool(valid.all()),
+        intra=torch.from_numpy(masks.intra), inter=torch.from_numpy(masks.inter), all_valid=bool(valid.all()),
     )  # fmt: skip
 
 

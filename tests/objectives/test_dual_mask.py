@@ -64,7 +64,7 @@ def test_sample_masks_follows_rules_for_any_options(
             draw(config, groups, patches, 4, seed)
         return
     mask = draw(config, groups, patches, 64, seed)
-    assert mask.hidden.shape == (64, channels, patches) and mask.shown.all()
+    assert mask.hidden.shape == (64, channels, patches) and mask.kept_leads.all()
     assert not (mask.intra & mask.inter).any()
     whole = mask.inter.any(2)
     assert np.array_equal(whole, mask.inter.all(2)), "a lead is hidden as a whole or not at all"
@@ -106,7 +106,7 @@ OPTIONS = st.builds(
 
 def no_hidden_limb_patch_is_arithmetic(mask: DualMask, matrix: np.ndarray) -> None:
     """By rank: a hidden lead that visible leads combine to would not raise theirs."""
-    shown = np.broadcast_to(mask.shown[:, :, None], mask.hidden.shape)
+    shown = np.broadcast_to(mask.kept_leads[:, :, None], mask.hidden.shape)
     states = np.stack([shown & mask.hidden, shown & ~mask.hidden], axis=-1).transpose(0, 2, 1, 3)
     for state in np.unique(states.reshape(-1, *states.shape[2:]), axis=0):
         visible = matrix[state[:, 1]]
@@ -125,7 +125,7 @@ def test_sample_masks_options_make_no_limb_lead_computable(
     mask = draw(config, mask_groups(names), patches, 48, seed)
     no_hidden_limb_patch_is_arithmetic(mask, LEADS[order])
     # Every sample has something to tell and something to tell it from, among the leads it is shown with.
-    shown = mask.shown[:, :, None]
+    shown = mask.kept_leads[:, :, None]
     assert (mask.hidden & shown).any((1, 2)).all() and (~mask.hidden & shown).any((1, 2)).all()
     assert not (mask.hidden & ~shown).any() and not (mask.intra & mask.inter).any()
 
@@ -167,12 +167,12 @@ def test_span_0_scatters_patches_as_default_does_in_half_of_samples() -> None:
 def test_lead_dropout_follows_layout_shares_and_masks_remaining_leads() -> None:
     config = MaskConfig(0.5, 0.3, lead_dropout=0.6, layouts=lead_layouts(NAMES))
     mask, usual = draw(config, TWELVE, 10, 6000), draw(MaskConfig(0.5, 0.3), TWELVE, 10, 6000)
-    counts = mask.shown.sum(1)
+    counts = mask.kept_leads.sum(1)
     for leads, share in ((12, 0.4), (8, 0.2), (2, 0.2), (1, 0.2)):
         assert (counts == leads).mean() == pytest.approx(share, abs=0.02)
-    assert np.array_equal(np.flatnonzero(mask.shown[counts == 8][0]), [0, 1, 6, 7, 8, 9, 10, 11])
-    assert np.array_equal(np.flatnonzero(mask.shown[counts == 2][0]), [0, 1])
-    assert mask.shown[counts == 1].any(0).all(), "any lead may be the only one"
+    assert np.array_equal(np.flatnonzero(mask.kept_leads[counts == 8][0]), [0, 1, 6, 7, 8, 9, 10, 11])
+    assert np.array_equal(np.flatnonzero(mask.kept_leads[counts == 2][0]), [0, 1])
+    assert mask.kept_leads[counts == 1].any(0).all(), "any lead may be the only one"
     assert np.array_equal(mask.hidden[counts == 12], usual.hidden[counts == 12])
     assert not mask.inter[counts == 1].any() and (mask.intra[counts == 1].sum((1, 2)) == 5).all()
 
@@ -182,10 +182,10 @@ def test_lead_dropout_keeps_all_leads_if_no_kept_lead_is_valid() -> None:
     valid = np.ones((200, 12), dtype=bool)
     valid[:, :2] = False
     free = draw(config, TWELVE, 10, 200)
-    held = sample_masks(config, TWELVE, 10, 7, "train", np.arange(200), valid)
-    blind = ~(free.shown & valid).any(1)
-    assert blind.any() and held.shown[blind].all()
-    assert np.array_equal(held.shown[~blind], free.shown[~blind])
+    restricted = sample_masks(config, TWELVE, 10, 7, "train", np.arange(200), valid)
+    blind = ~(free.kept_leads & valid).any(1)
+    assert blind.any() and restricted.kept_leads[blind].all()
+    assert np.array_equal(restricted.kept_leads[~blind], free.kept_leads[~blind])
 
 
 @pytest.mark.parametrize(

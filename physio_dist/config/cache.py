@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from physio_dist.config.options import Range, option
+from physio_dist.config.options import Range, one_url, option
 from physio_dist.storage.user_cache import user_cache_dir
 
 
@@ -14,7 +14,10 @@ class CacheOptions:
     """The node's cache of shards."""
 
     cache_dir: str = option(
-        lambda: str(user_cache_dir()), "Local folder in which each node caches shards.", shown="~/.cache/physio-dist"
+        lambda: str(user_cache_dir()),
+        "Local folder in which each node caches shards.",
+        urls=one_url,
+        shown="~/.cache/physio-dist",
     )
     cache_gb: float = option(
         50.0, "Size of that cache in GB.", Range(0.0, math.inf, "it must be positive", open_low=True)

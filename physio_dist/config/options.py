@@ -11,9 +11,28 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 from physio_dist.errors import UserError, closest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ChangeUrl:
+    """Change of the URLs in one option.
+
+    Attributes:
+        change: makes another URL of ``(URL, name)``.
+        name: of the option.
+    """
+
+    change: Callable[[str, str], str]
+    name: str
+
+    def __call__(self, url: str, key: str = "") -> str:
+        """The changed URL; ``key`` is its name below the option's, such as ``.ecg``."""
+        return self.change(url, self.name + key)
 
 
 class Check(Protocol):
@@ -95,7 +114,7 @@ def option(
     required: bool = False,
     parse: Callable[[str, Any], Any] | None = None,
     plain: Callable[[Any], Any] | None = None,
-    raw: Any = Any,
+    urls: Callable[[Any, ChangeUrl], Any] | None = None,
     shown: str = "",
 ) -> Any:
     """Field of an options dataclass.
@@ -105,14 +124,16 @@ def option(
         description: one or two sentences for ``--help`` and the options reference.
         checks: constraints of the value alone; those between options belong into the dataclass's ``validate``.
         required: whether the loader asks for a value; ``default`` is for instances made in Python.
-        parse: makes the field's type of ``(name, value)``, where it is not one of YAML's own.
+        parse: makes the field's type of ``(name, value)``, where it is not one of YAML's own; ``value`` is annotated
+            with its type in YAML.
         plain: makes what ``parse`` takes of the field's value, for YAML and comparison.
-        raw: type of the value before ``parse``.
+        urls: replaces the URLs in a value by those that a function makes of them (:func:`map_urls`).
         shown: stands for a default that depends on the machine.
     """
+    raw = get_type_hints(parse)["value"] if parse is not None else None
     metadata = {
         "help": description, "checks": checks, "required": required, "parse": parse, "plain": plain, "raw": raw,
-        "shown": shown,
+        "urls": urls, "shown": shown,
     }  # fmt: skip
     factory = default if callable(default) else lambda: copy.copy(default)
     return dataclasses.field(default_factory=factory, metadata=metadata)
@@ -127,6 +148,23 @@ def run_checks(options: Any, prefix: str) -> None:
     for item in dataclasses.fields(options):
         for check in item.metadata.get("checks", ()):
             check(prefix + item.name, getattr(options, item.name))
+
+
+def one_url(value: str, change: ChangeUrl) -> str:
+    """``urls`` of an option that is one URL, or empty."""
+    return change(value) if value else value
+
+
+def map_urls(options: T, change: Callable[[str, str], str], prefix: str = "") -> T:
+    """A copy of the options with every URL replaced by ``change(URL, name of the option)``."""
+    changed: dict[str, Any] = {}
+    for item in dataclasses.fields(options):  # type: ignore[arg-type]
+        value, name = getattr(options, item.name), prefix + item.name
+        if item.metadata.get("urls") is not None:
+            changed[item.name] = item.metadata["urls"](value, ChangeUrl(change, name))
+        elif "help" not in item.metadata and dataclasses.is_dataclass(value):
+            changed[item.name] = map_urls(value, change, f"{name}.")
+    return dataclasses.replace(options, **changed)  # type: ignore[type-var]
 
 
 def to_plain(options: Any) -> dict[str, Any]:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from physio_dist.config.cache import CacheOptions
 from physio_dist.config.cluster import ClusterOptions
 from physio_dist.config.mask import MaskOptions
-from physio_dist.config.options import NOT_NEGATIVE, POSITIVE, OneOf, Range, at_least, folder_name, inside, option
+from physio_dist.config.options import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    ChangeUrl,
+    OneOf,
+    Range,
+    at_least,
+    folder_name,
+    inside,
+    one_url,
+    option,
+)
 from physio_dist.errors import UserError
 
 PRESETS = ("tiny", "base", "large", "xl")
@@ -24,7 +35,7 @@ class RunOptions:
     """Where a run is written, and its seed."""
 
     name: str = option("pretrain", "Folder of the run below `run.dir`.", folder_name)
-    dir: str = option("runs", "Folder of runs, a path or a URL.")
+    dir: str = option("runs", "Folder of runs, a path or a URL.", urls=one_url)
     seed: int = option(0, "Seed of everything random: the same seed gives the same run.")
 
 
@@ -66,13 +77,17 @@ def _plain_index(sources: list[ShardSource]) -> str | list[dict[str, Any]]:
     return sources[0].url if len(sources) == 1 else [source._asdict() for source in sources]
 
 
+def _index_urls(sources: list[ShardSource], change: ChangeUrl) -> list[ShardSource]:
+    return [source._replace(url=change(source.url)) for source in sources]
+
+
 @dataclass
 class DataOptions(CacheOptions):
     """Training data and the node's cache of it."""
 
     index: list[ShardSource] = option(
         [], "URL of a shard set, with or without `/index.json`, or a list of `{url, weight}`.",
-        required=True, parse=_parse_index, plain=_plain_index,
+        required=True, parse=_parse_index, plain=_plain_index, urls=_index_urls,
     )  # fmt: skip
     signal: str = option("ecg", "Signal of the shard set that is trained on.", OneOf(("ecg", "eeg")))
 
@@ -174,6 +189,10 @@ def _plain_resume(resume: Resume) -> str:
     return resume.url or ("auto" if resume.existing else "none")
 
 
+def _resume_urls(resume: Resume, change: ChangeUrl) -> Resume:
+    return resume if resume.url is None else replace(resume, url=change(resume.url))
+
+
 @dataclass
 class PretrainConfig:
     """Options of ``pretrain.py`` and ``launch.py``."""
@@ -187,7 +206,7 @@ class PretrainConfig:
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
     resume: Resume = option(
         Resume(), "`auto`: from the newest committed checkpoint; `none`: a new run; or the URL of a checkpoint.",
-        parse=_parse_resume, plain=_plain_resume, raw=str,
+        parse=_parse_resume, plain=_plain_resume, urls=_resume_urls,
     )  # fmt: skip
 
     def validate(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from physio_dist.config.cache import CacheOptions
 from physio_dist.config.cluster import MAX_WAIT_S
-from physio_dist.config.options import POSITIVE, OneOf, Range, at_least, inside, option
+from physio_dist.config.options import POSITIVE, ChangeUrl, OneOf, Range, at_least, inside, one_url, option
 from physio_dist.config.pretrain import RunOptions
 from physio_dist.config.search import SearchOptions
 from physio_dist.config.task import TaskOptions
@@ -72,16 +73,20 @@ def _plain_encoders(encoders: Mapping[str, FoldEncoders]) -> dict[str, Any]:
     return {signal: each.url or dict(each.by_fold) for signal, each in encoders.items()}
 
 
+def _encoder_urls(encoders: Mapping[str, FoldEncoders], change: ChangeUrl) -> dict[str, FoldEncoders]:
+    return {signal: each.map(functools.partial(change, key=f".{signal}")) for signal, each in encoders.items()}
+
+
 @dataclass
 class TuneOptions(TaskOptions):
     """A sweep: data, encoders, trials."""
 
-    data: str = option("", "Shard set with both signals and labels.", required=True)
+    data: str = option("", "Shard set with both signals and labels.", required=True, urls=one_url)
     encoders: dict[str, FoldEncoders] = option(
         {},
         "`{ecg: URL, eeg: URL}`: folders that `physio-dist export` wrote, with `{fold}` for the fold's name, or "
         "`{fold: URL}`; for EEG also a CBraMod checkpoint, or `cbramod`.",
-        parse=parse_encoders, plain=_plain_encoders,
+        parse=parse_encoders, plain=_plain_encoders, urls=_encoder_urls,
     )  # fmt: skip
     trials: int = option(32, "Configurations that are tried, for each kind of input.", at_least(1))
     search: str = option(
@@ -106,9 +111,11 @@ class TuneOptions(TaskOptions):
         0.0, "Seconds to wait for nodes that an autoscaler may add if there is no room for a trial at first.",
         inside(0.0, MAX_WAIT_S),
     )  # fmt: skip
-    ray_storage: str = option("", "Folder of Ray Tune's own state; empty for `run.dir/run.name/ray`.")
+    ray_storage: str = option("", "Folder of Ray Tune's own state; empty for `run.dir/run.name/ray`.", urls=one_url)
     feature_cache: str = option(
-        "", "Folder of frozen features, for this sweep and later ones; empty for `run.dir/features`."
+        "",
+        "Folder of frozen features, for this sweep and later ones; empty for `run.dir/features`.",
+        urls=one_url,
     )
     permutations: int = option(
         0, "Evaluations with labels permuted by recording within subjects, as a control for leakage.", at_least(0)

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from physio_dist.config import PretrainConfig
 from physio_dist.config.loader import Parser, load_command_line
+from physio_dist.config.options import map_urls
 from physio_dist.errors import EXIT_STOPPED, DataError, PhysioError, Stopped, UserError
 from physio_dist.ray_backend import cluster
 from physio_dist.ray_backend.callbacks import FailureCallback, SaveBeforeResize, last_line
@@ -33,7 +34,6 @@ from physio_dist.ray_backend.metrics_export import MetricsExporter, run_metrics
 from physio_dist.ray_backend.preflight import PreflightTorchConfig
 from physio_dist.ray_backend.train_worker import RESUME_HINT, train_one_rank
 from physio_dist.runs import job_paths
-from physio_dist.runs.run_dir import map_urls
 from physio_dist.runtime import exit_status
 
 # Limit for a step, its checkpoint and the end of the ranks after a request to stop; a rank has a limit of 60 s.

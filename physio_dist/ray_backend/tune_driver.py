@@ -5,10 +5,10 @@ Ray Tune runs the trials (``tune_trials.py``); before and after them this proces
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,6 +16,7 @@ import ray
 from physio_dist import config, storage
 from physio_dist.config import TuneConfig
 from physio_dist.config.loader import Parser, load_command_line
+from physio_dist.config.options import map_urls
 from physio_dist.data.handle import ShardSetHandle, open_handle
 from physio_dist.errors import EXIT_FAULT
 from physio_dist.evaluation import study, trial_log
@@ -51,7 +52,7 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
         PhysioError: everything that has a documented status.
     """
     need_optuna(options)
-    _resolve_paths(options)
+    options = _resolve_paths(options)
     directory = RunDir(storage.join(options.run.dir, options.run.name), 0)
     # Before features are computed, which may take long.
     wait_for_its_end(directory.url, say)
@@ -129,30 +130,27 @@ def _connect(options: TuneConfig, say: Callable[[str], None]) -> None:
     )
 
 
-def _resolve_paths(options: TuneConfig) -> None:
+def _resolve_paths(options: TuneConfig) -> TuneConfig:
     """Make all local paths absolute: the next attempt may start in another folder or inside a job.
 
     Raises:
         UserError: one is relative inside a Ray job, or ``tune.ray_storage`` cannot be listed.
     """
     tune, run = options.tune, options.run
-    run.dir = job_paths.resolve_durable(run.dir, "run.dir")
-    tune.data = job_paths.resolve_durable(tune.data.removesuffix("/index.json"), "tune.data")
-    tune.encoders = {
-        signal: encoders.map(functools.partial(_durable, name=f"encoders.{signal}"))
-        for signal, encoders in tune.encoders.items()
-    }
-    tune.feature_cache = job_paths.resolve_durable(
-        tune.feature_cache or storage.join(run.dir, "features"), "tune.feature_cache"
+    tune = replace(
+        tune,
+        data=tune.data.removesuffix("/index.json"),
+        feature_cache=tune.feature_cache or storage.join(run.dir, "features"),
+        ray_storage=tune.ray_storage or storage.join(run.dir, run.name, "ray"),
     )
-    ray_storage = tune.ray_storage or storage.join(run.dir, options.run.name, "ray")
-    tune.ray_storage = job_paths.resolve_durable(ray_storage, "tune.ray_storage")
+    options = map_urls(replace(options, tune=tune), _resolve)
     # Ray opens it with a client of its own, whose messages are less clear.
-    storage.names(tune.ray_storage)
+    storage.names(options.tune.ray_storage)
+    return options
 
 
-def _durable(url: str, name: str) -> str:
-    return url if url == CBRAMOD else job_paths.resolve_durable(url, f"tune.{name}")
+def _resolve(url: str, name: str) -> str:
+    return url if url == CBRAMOD else job_paths.resolve_durable(url, name)
 
 
 def _print_results(directory: RunDir, results: dict[str, Any], say: Callable[[str], None], how: str) -> None:

@@ -1,4 +1,7 @@
-"""What is different for the driver of a job that ``ray job submit`` started: its working directory goes with it."""
+"""Path rules for drivers started by ``ray job submit``.
+
+Ray deletes a job's working directory when the job ends, so outputs need absolute or remote paths.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 from physio_dist import storage
 from physio_dist.errors import UserError
 
-# Ray's own name for what it tells the driver of a submitted job.
+# Set by Ray for the driver of a submitted job.
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -17,7 +20,10 @@ def inside_ray_job() -> bool:
 
 
 def require_durable(url: str, option: str) -> str:
-    """The URL as it is, for what is written there to outlast a job.
+    """Refuse a URL that would not outlast a Ray job.
+
+    Returns:
+        The URL unchanged.
 
     Raises:
         UserError: it is relative inside a Ray job, whose working directory is deleted with the job.
@@ -33,9 +39,9 @@ def require_durable(url: str, option: str) -> str:
 
 
 def resolve_durable(url: str, option: str) -> str:
-    """The URL with a relative local path made absolute.
+    """Make a relative local path absolute.
 
     Raises:
-        UserError, StorageError: as :func:`outlasting`.
+        UserError, StorageError: as :func:`require_durable`.
     """
     return storage.absolute(require_durable(url, option))

@@ -10,14 +10,14 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from physio_dist import storage
 from physio_dist.config import PretrainConfig, refuse_another, to_yaml
 from physio_dist.config.cluster import ClusterOptions
+from physio_dist.config.options import map_urls
 from physio_dist.errors import UserError
 from physio_dist.storage.user_cache import user_cache_dir
 
@@ -40,18 +40,6 @@ MAY_DIFFER = frozenset(
         *(f"cluster.{item.name}" for item in fields(ClusterOptions)),
     ]
 )  # fmt: skip
-
-
-def map_urls(options: PretrainConfig, change: Callable[[str, str], str]) -> PretrainConfig:
-    """A copy of the options with every URL replaced by ``change(URL, name of the option)``."""
-    index = [source._replace(url=change(source.url, "data.index")) for source in options.data.index]
-    resume = options.resume
-    return replace(
-        options,
-        run=replace(options.run, dir=change(options.run.dir, "run.dir")),
-        data=replace(options.data, index=index, cache_dir=change(options.data.cache_dir, "data.cache_dir")),
-        resume=resume if resume.url is None else replace(resume, url=change(resume.url, "resume")),
-    )
 
 
 def _absolute(url: str, _: str) -> str:

@@ -19,7 +19,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -47,7 +47,7 @@ _CLIENT_OPTIONS: dict[str, Any] = {
     "connect_timeout": _CONNECT_TIMEOUT_S,
     "read_timeout": _READ_TIMEOUT_S,
     "max_pool_connections": 64,
-    # One place counts the tries: `_patiently`.
+    # One place counts the tries: `_with_retry`.
     "retries": {"total_max_attempts": 1},
     # Servers that send a whole object's checksum with a part of it would fail every ranged read; shards and checkpoints
     # carry hashes of our own.
@@ -69,7 +69,7 @@ def _filesystem(scheme: str, pid: int) -> Any:
         return fsspec.filesystem("file")
     if scheme in ("s3", "s3a"):
         fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=_CLIENT_OPTIONS)
-        # One place counts the tries: `_patiently`.
+        # One place counts the tries: `_with_retry`.
         fs.retries = 1
         return fs
     if scheme in WEB:
@@ -278,22 +278,25 @@ def fetch(url: str, target: Path, nbytes: int) -> str:
             # A full disk is met before the download, not at its end.
             with _where_supported():
                 os.posix_fallocate(file.fileno(), 0, nbytes)
-        coming: deque[Future[bytes]] = deque()
-        starts = iter(range(0, nbytes, PIECE))
-        try:
-            while True:
-                for start in starts:
-                    coming.append(pool.submit(piece, start))
-                    if len(coming) >= _AT_ONCE:
-                        break
-                if not coming:
-                    return digest.hexdigest()
-                data = coming.popleft().result()
-                digest.update(data)
-                file.write(data)
-        finally:
-            for future in coming:
-                future.cancel()
+        for data in _map_ahead(pool, piece, range(0, nbytes, PIECE)):
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def _map_ahead(pool: ThreadPoolExecutor, read: Callable[[int], bytes], starts: Iterable[int]) -> Iterator[bytes]:
+    """Results in order, with at most ``_AT_ONCE`` reads under way or waiting to be taken."""
+    pending: deque[Future[bytes]] = deque()
+    try:
+        for start in starts:
+            if len(pending) >= _AT_ONCE:
+                yield pending.popleft().result()
+            pending.append(pool.submit(read, start))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ import pytest
 
 from physio_dist import config
 from physio_dist.config import MaskOptions, PretrainConfig, Resume, ShardSource
+from physio_dist.config.options import map_urls
 from physio_dist.errors import UserError
 from physio_dist.runs import lease
-from physio_dist.runs.run_dir import RunDir, compare_config, map_urls, write_config
+from physio_dist.runs.run_dir import RunDir, compare_config, write_config
 from physio_dist.runs.trackers import check_tracker
 
 

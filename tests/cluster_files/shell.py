@@ -96,7 +96,7 @@ def checked(words: list[str]) -> list[str]:
             _of_driver(rest[1], rest[2:])
             return [rest[1]]
         if word == "physio-dist" and rest:
-            cli._given(rest)
+            cli._parse(rest, cli._verbs())
             return [f"physio-dist {rest[0]}"]
         if name == "deepspeed":
             given = runner.parse_args(rest)

@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Imported on first use of a public function.
     "__init__": {"models"},
     "errors": set(),
-    "stats": {"errors"},
+    "stats": {"errors", "runtime"},
     "storage": {"errors"},
     "runtime": {"errors"},
     "config": FOUNDATION,

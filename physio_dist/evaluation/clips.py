@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from physio_dist.errors import UserError, closest
+from physio_dist.runtime.arrays import Int64Array, UInt64Array
 
-Ints = npt.NDArray[np.int64]
 T = TypeVar("T", bound=np.floating)
 
 # The label that separates rated recordings from the baseline period before them, and its values.
@@ -29,11 +29,11 @@ class BaselinePeriod:
         before: int64 ``[n]``, number of the period before each row of the table.
     """
 
-    sample: Ints
-    period: Ints
-    before: Ints
+    sample: Int64Array
+    period: Int64Array
+    before: Int64Array
 
-    def select(self, rows: Ints) -> BaselinePeriod:
+    def select(self, rows: Int64Array) -> BaselinePeriod:
         """Keep some rows of the table."""
         return replace(self, before=self.before[rows])
 
@@ -54,7 +54,7 @@ def require_clips(known: Collection[str], name: str, data: str) -> None:
 
 def clip_ids(
     labels: Sequence[dict[str, Any]], recording: Sequence[tuple[str, str] | None], name: str, data: str
-) -> Ints:  # fmt: skip
+) -> Int64Array:  # fmt: skip
     """Number the clips of some windows.
 
     A clip's windows are whole recordings. Otherwise a split by clip would divide a recording, and a test window's
@@ -94,8 +94,8 @@ def clip_ids(
 
 
 def find_baseline_periods(
-    labels: Sequence[dict[str, Any]], person: npt.NDArray[np.uint64], clip: str, rows: Ints, data: str
-) -> tuple[Ints, BaselinePeriod]:
+    labels: Sequence[dict[str, Any]], person: UInt64Array, clip: str, rows: Int64Array, data: str
+) -> tuple[Int64Array, BaselinePeriod]:
     """Find the baseline period before each window: same person, same clip, phase ``baseline``.
 
     Args:
@@ -130,7 +130,7 @@ def find_baseline_periods(
 
 
 def subtract_baseline(
-    values: Callable[[Ints], npt.NDArray[T]], sample: Ints, baseline: BaselinePeriod | None
+    values: Callable[[Int64Array], npt.NDArray[T]], sample: Int64Array, baseline: BaselinePeriod | None
 ) -> npt.NDArray[T]:
     """Subtract from features of windows their mean over the baseline period before the clip.
 

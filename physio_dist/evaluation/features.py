@@ -34,6 +34,7 @@ from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.models.encoders.criss_cross import PATCH, UNIT_UV, CrissCrossEncoder
 from physio_dist.models.encoders.patches import to_patches
 from physio_dist.runtime import processes
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Int16Array
 from physio_dist.runtime.progress import Progress
 from physio_dist.storage import sha256_of, user_cache
 
@@ -47,8 +48,6 @@ _FILE_BYTES = 256e6
 # Patches in a forward pass: its memory is proportional to them.
 _CPU_PATCHES = 4096
 _GPU_PATCHES = 65536
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class Features:
         fingerprint: of the shard set.
     """
 
-    values: Floats
-    valid: npt.NDArray[np.bool_]
+    values: Float32Array
+    valid: BoolArray
     keys: list[str]
     signal: str
     encoder_sha256: str
@@ -205,9 +204,7 @@ def _origin(about: dict[str, Any]) -> str:
     )
 
 
-def _parts(
-    backbone: Backbone, source: ShardDataset, progress: Progress
-) -> Iterator[tuple[Floats, npt.NDArray[np.bool_]]]:
+def _parts(backbone: Backbone, source: ShardDataset, progress: Progress) -> Iterator[tuple[Float32Array, BoolArray]]:
     """Compute features and validity of all windows; yield one file's worth at a time."""
     info, config = source.info, backbone.module.config
     channels, patches, n = len(info.channels), info.samples // PATCH, source.sets[0].nsamples
@@ -247,9 +244,9 @@ def _parts(
 
 
 def features_of(
-    encoder: CrissCrossEncoder, unit_uv: float, signal: npt.NDArray[np.int16], uv_per_bit: float,
-    valid: npt.NDArray[np.bool_],
-) -> Floats:  # fmt: skip
+    encoder: CrissCrossEncoder, unit_uv: float, signal: Int16Array, uv_per_bit: float,
+    valid: BoolArray,
+) -> Float32Array:  # fmt: skip
     """Compute features of windows outside of a shard set, exactly as :func:`embed` does.
 
     Args:
@@ -283,13 +280,13 @@ def _ready(encoder: CrissCrossEncoder, patches: int) -> tuple[CrissCrossEncoder,
 
 @torch.inference_mode()
 def _forward(
-    module: CrissCrossEncoder, signal: npt.NDArray[np.int16], scale: Floats, valid: npt.NDArray[np.bool_],
+    module: CrissCrossEncoder, signal: Int16Array, scale: Float32Array, valid: BoolArray,
     unit_uv: float, device: torch.device,
-) -> Floats:  # fmt: skip
+) -> Float32Array:  # fmt: skip
     x = to_patches(torch.from_numpy(signal).to(device), torch.from_numpy(scale).to(device), unit_uv)
     # Given even where all is valid, so that a window's features do not depend on what else is in its batch.
     mask = torch.from_numpy(valid).to(device)[:, :, None].expand(x.shape[:3])
-    features: Floats = module(x, valid=mask).cpu().numpy()
+    features: Float32Array = module(x, valid=mask).cpu().numpy()
     return features
 
 
@@ -330,7 +327,7 @@ def open_features(url: str) -> Features:
     )
 
 
-def _map(url: str, entry: dict[str, Any], shape: tuple[int, ...]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+def _map(url: str, entry: dict[str, Any], shape: tuple[int, ...]) -> tuple[Float32Array, BoolArray]:
     """A file's tensors as read-only maps."""
     advice = "delete index.json beside it and run `physio-dist embed` again"
     try:

@@ -7,7 +7,6 @@ from copy import deepcopy
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,11 +18,9 @@ from physio_dist.evaluation.splits import Fold
 from physio_dist.models.encoders.criss_cross import CrissCrossEncoder
 from physio_dist.models.encoders.patches import to_patches
 from physio_dist.models.fusion.pooling import pool
+from physio_dist.runtime.arrays import FloatArray, Int64Array
 from physio_dist.runtime.seeding import permutation, seed_torch
 from physio_dist.stats.scores import auc
-
-Floats = npt.NDArray[np.floating]
-Ints = npt.NDArray[np.int64]
 
 # Factor of the head's learning rate: it starts from zero.
 _HEAD_LR_FACTOR = 10.0
@@ -71,7 +68,7 @@ class _Classifier(nn.Module):
 def finetune(
     backbones: Mapping[str, Backbone], sources: Mapping[str, ShardDataset], table: LabelTable, fold: Fold,
     options: Finetuning, purpose: str,
-) -> tuple[Floats, int]:  # fmt: skip
+) -> tuple[FloatArray, int]:  # fmt: skip
     """Train encoders and a head on a fold's first inner split, and test after the epoch that its validation people
     select.
 
@@ -101,11 +98,11 @@ def finetune(
         weight = torch.from_numpy(len(train) / (len(counts) * counts)).float().to(device)
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
 
-        def read(rows: Ints) -> dict[str, tuple[Tensor, Tensor]]:
+        def read(rows: Int64Array) -> dict[str, tuple[Tensor, Tensor]]:
             ids = table.sample[rows]
             return {name: _windows(sources[name], ids, one.unit_uv, device) for name, one in backbones.items()}
 
-        best: tuple[float, int, Floats] | None = None
+        best: tuple[float, int, FloatArray] | None = None
         for epoch in range(1, options.epochs + 1):
             model.train()
             order = train[permutation(len(train), "finetune", purpose, epoch)]
@@ -123,7 +120,7 @@ def finetune(
     return best[2], best[1]
 
 
-def _windows(source: ShardDataset, ids: Ints, unit_uv: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _windows(source: ShardDataset, ids: Int64Array, unit_uv: float, device: torch.device) -> tuple[Tensor, Tensor]:
     batch = source.read_batch(0, np.zeros_like(ids), ids, ids, len(ids))
     x = to_patches(torch.from_numpy(batch.signal).to(device), torch.from_numpy(batch.scale).to(device), unit_uv)
     batch.release()
@@ -132,9 +129,9 @@ def _windows(source: ShardDataset, ids: Ints, unit_uv: float, device: torch.devi
 
 @torch.no_grad()
 def _probability(
-    model: nn.Module, read: Callable[[Ints], dict[str, tuple[Tensor, Tensor]]], rows: Ints, size: int
-) -> Floats:  # fmt: skip
+    model: nn.Module, read: Callable[[Int64Array], dict[str, tuple[Tensor, Tensor]]], rows: Int64Array, size: int
+) -> FloatArray:  # fmt: skip
     model.eval()
     parts = [model(read(rows[low : low + size])).double().softmax(1).cpu().numpy() for low in range(0, len(rows), size)]
-    probability: Floats = np.concatenate(parts)
+    probability: FloatArray = np.concatenate(parts)
     return probability

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from physio_dist import storage
 from physio_dist.config import FoldsConfig, TuneConfig
@@ -15,6 +14,7 @@ from physio_dist.data.handle import ShardSetHandle
 from physio_dist.errors import UserError
 from physio_dist.evaluation.label_table import LabelTable, label_name, load_label_table, require_paired
 from physio_dist.evaluation.splits import Fold, folds_of
+from physio_dist.runtime.arrays import UInt8Array, UInt64Array
 
 
 def open_folds(options: TuneConfig, data: ShardSetHandle) -> tuple[LabelTable, tuple[Fold, ...]]:
@@ -32,7 +32,7 @@ def open_folds(options: TuneConfig, data: ShardSetHandle) -> tuple[LabelTable, t
     return table, tuple(folds_of(table, tune.protocol, tune.folds, tune.val_folds, options.run.seed))
 
 
-def fold_split(samples: SampleTable, tested: npt.NDArray[np.uint64], val: float) -> npt.NDArray[np.uint8]:
+def fold_split(samples: SampleTable, tested: UInt64Array, val: float) -> UInt8Array:
     """Split of a fold's resplit: uint8 ``[sample]``, position in ``SPLITS``.
 
     All windows of the people ``tested`` are test windows, with or without the label. A share ``val`` of the others is

@@ -12,17 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 from scipy import signal as dsp
 from scipy import stats
 
 from physio_dist.data.format.index import ShardSet
 from physio_dist.data.handle import ShardSetHandle
 from physio_dist.evaluation.label_table import SIGNALS, require_paired
+from physio_dist.runtime.arrays import BoolArray, Float64Array, Int64Array
 from physio_dist.signals.quality import in_runs
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 HEART = ("rate", "sdnn", "rmssd", "pnn50")
 BANDS = {"delta": (1.0, 4.0), "theta": (4.0, 8.0), "alpha": (8.0, 13.0), "beta": (13.0, 30.0), "gamma": (30.0, 45.0)}
@@ -43,7 +40,7 @@ _FLAT_S = 0.1
 _MAX_KURTOSIS = 100.0
 
 
-def paired_features(data: ShardSetHandle, say: Callable[[str], None]) -> dict[str, Floats]:
+def paired_features(data: ShardSetHandle, say: Callable[[str], None]) -> dict[str, Float64Array]:
     """Compute features of every window of a paired set, in storage order.
 
     Args:
@@ -73,7 +70,7 @@ def paired_features(data: ShardSetHandle, say: Callable[[str], None]) -> dict[st
     return {"ecg": heart, "eeg": np.stack(brain)}
 
 
-def window_features(data: ShardSetHandle, signal: str, say: Callable[[str], None]) -> Floats:
+def window_features(data: ShardSetHandle, signal: str, say: Callable[[str], None]) -> Float64Array:
     """Compute features of one signal of every window of a set, in storage order.
 
     Args:
@@ -107,7 +104,7 @@ def window_features(data: ShardSetHandle, signal: str, say: Callable[[str], None
 
 def read_windows(
     data: ShardSetHandle, signals: Sequence[str]
-) -> Iterator[tuple[int, dict[str, Floats], dict[str, npt.NDArray[np.bool_]]]]:
+) -> Iterator[tuple[int, dict[str, Float64Array], dict[str, BoolArray]]]:
     """Iterate over the windows of a set in storage order.
 
     Yields:
@@ -121,7 +118,7 @@ def read_windows(
     for number in range(len(shards.shards)):
         content = np.frombuffer(data.cache.content(shards, number), np.uint8)
         for sample in range(int(starts[number]), int(starts[number + 1])):
-            waves: dict[str, Floats] = {}
+            waves: dict[str, Float64Array] = {}
             for name in signals:
                 info, start = shards.signals[name], int(table.offset[name][sample])
                 raw = content[start : start + info.nbytes].view("<i2").reshape(len(info.channels), info.samples)
@@ -135,23 +132,23 @@ def lead_order(shards: ShardSet) -> list[int]:
     return sorted(range(len(names)), key=lambda i: (names[i] != "II", i))
 
 
-def clearest_lead(ecg: Floats, usable: Sequence[int], shards: ShardSet) -> Floats:
+def clearest_lead(ecg: Float64Array, usable: Sequence[int], shards: ShardSet) -> Float64Array:
     """Choose the lead of ``[lead, time]`` with the clearest beats; ``usable`` is the valid part of `lead_order`."""
     if shards.signals["ecg"].channels[usable[0]] == "II" or len(usable) == 1:
-        return cast(Floats, ecg[usable[0]])
+        return cast(Float64Array, ecg[usable[0]])
     # Kurtosis in the QRS band: high where sharp peaks are rare.
     filtered = _qrs_band(ecg[list(usable)], shards.rate)
-    kurtosis: Floats = (filtered**4).mean(axis=1) / np.maximum((filtered**2).mean(axis=1) ** 2, 1e-12)
-    return cast(Floats, ecg[usable[int(kurtosis.argmax())]])
+    kurtosis: Float64Array = (filtered**4).mean(axis=1) / np.maximum((filtered**2).mean(axis=1) ** 2, 1e-12)
+    return cast(Float64Array, ecg[usable[int(kurtosis.argmax())]])
 
 
-def _qrs_band(ecg: Floats, rate: float) -> Floats:
+def _qrs_band(ecg: Float64Array, rate: float) -> Float64Array:
     sections = dsp.butter(2, _QRS_HZ, "bandpass", fs=rate, output="sos")
-    filtered: Floats = dsp.sosfiltfilt(sections, ecg)
+    filtered: Float64Array = dsp.sosfiltfilt(sections, ecg)
     return filtered
 
 
-def r_peaks(ecg: Floats, rate: float) -> Ints:
+def r_peaks(ecg: Float64Array, rate: float) -> Int64Array:
     """Detect R peaks in one lead: ascending sample numbers.
 
     Peaks of the squared signal between 5 and 18 Hz, which keeps QRS complexes and removes T waves (after Pan and
@@ -172,7 +169,7 @@ def r_peaks(ecg: Floats, rate: float) -> Ints:
     return np.unique(np.array(r_wave, dtype=np.int64))
 
 
-def heart_rate(ecg: Floats, rate: float) -> Floats:
+def heart_rate(ecg: Float64Array, rate: float) -> Float64Array:
     """Measure heart rate and its variability in one lead, ``[time]`` at ``rate`` Hz.
 
     Returns:
@@ -199,7 +196,7 @@ def heart_rate(ecg: Floats, rate: float) -> Floats:
     )  # fmt: skip
 
 
-def band_powers(eeg: Floats, rate: float) -> Floats:
+def band_powers(eeg: Float64Array, rate: float) -> Float64Array:
     """Measure log band powers: natural logarithms of mean spectral densities (uV^2/Hz).
 
     Welch's method with segments of two seconds.
@@ -220,7 +217,7 @@ def band_powers(eeg: Floats, rate: float) -> Floats:
     return powers
 
 
-def quality_indices(ecg: Floats, rate: float) -> Floats:
+def quality_indices(ecg: Float64Array, rate: float) -> Float64Array:
     """Measure ``INDICES`` of each lead of ``[lead, time]`` in microvolts: float64 ``[lead, len(INDICES)]``.
 
     Logarithms are of microvolts; ``flat`` is the share of time in runs of 0.1 s and more without any change;
@@ -229,11 +226,11 @@ def quality_indices(ecg: Floats, rate: float) -> Floats:
     """
     frequency, density = dsp.welch(ecg, fs=rate, nperseg=min(ecg.shape[1], round(4 * rate)), axis=1)
 
-    def power(low: float, high: float) -> Floats:
-        total: Floats = density[:, (frequency >= low) & (frequency < high)].sum(axis=1)
+    def power(low: float, high: float) -> Float64Array:
+        total: Float64Array = density[:, (frequency >= low) & (frequency < high)].sum(axis=1)
         return total
 
-    def share(part: Floats, total: Floats) -> Floats:
+    def share(part: Float64Array, total: Float64Array) -> Float64Array:
         return np.divide(part, total, out=np.zeros_like(part), where=total > 0)
 
     alive = np.ptp(ecg, axis=1) > 0

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,11 +20,9 @@ from torch.func import functional_call, stack_module_state, vmap
 from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import HEADS
 from physio_dist.models.fusion.reduction import Reduction
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Int64Array
 from physio_dist.runtime.seeding import permutation, rng, torch_generator
 from physio_dist.stats.scores import fit_temperature
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 # The steps of an epoch follow from the size of the whole table: equal for all heads, so that one optimizer serves them,
 # and bounded, so that a trial on a large set ends.
@@ -50,12 +47,12 @@ class Job:
         available: for a modality bool ``[n, token]`` or ``[n, 1]``; a modality that is not a key is never missing.
     """
 
-    inputs: Mapping[str, Floats]
+    inputs: Mapping[str, Float32Array]
     reductions: Mapping[str, Reduction]
-    label: Ints
-    rows: Ints
+    label: Int64Array
+    rows: Int64Array
     purpose: str
-    available: Mapping[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    available: Mapping[str, BoolArray] = field(default_factory=dict)
 
 
 class _Trainable(nn.Module):
@@ -147,7 +144,7 @@ class Heads:
                 self._step([parts[step] for parts in batches])
             self.epochs += 1
 
-    def _step(self, rows: Sequence[Ints]) -> None:
+    def _step(self, rows: Sequence[Int64Array]) -> None:
         x, mask = self._gather(rows)
         padded, present = _pad([job.label[batch] for job, batch in zip(self.jobs, rows, strict=True)], 0)
         label = torch.from_numpy(padded)
@@ -169,7 +166,7 @@ class Heads:
         total.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
 
-    def _drop_modalities(self, rows: Sequence[Ints], mask: Tensor) -> Tensor:
+    def _drop_modalities(self, rows: Sequence[Int64Array], mask: Tensor) -> Tensor:
         """Modality dropout: keep a single modality of a window with the configured probability."""
         shape, owner = self._shape, []
         for number, many in enumerate(shape.tokens.values()):
@@ -185,7 +182,7 @@ class Heads:
             hidden[i, : len(batch)] = dropped[:, owner]
         return mask & ~hidden
 
-    def _keep(self, rows: Sequence[Ints], longest: int) -> list[Tensor] | None:
+    def _keep(self, rows: Sequence[Int64Array], longest: int) -> list[Tensor] | None:
         p, depth, width = self.config["dropout"], self._shape.layers, self.config["width"]
         if p == 0 or depth == 0:
             return None
@@ -197,7 +194,7 @@ class Heads:
             np.multiply(drawn >= round(p * (1 << 16)), np.float32(1 / (1 - p)), out=keep[i, : len(batch)])
         return list(torch.from_numpy(keep).movedim(2, 0))
 
-    def _gather(self, rows: Sequence[Ints]) -> tuple[Tensor, Tensor]:
+    def _gather(self, rows: Sequence[Int64Array]) -> tuple[Tensor, Tensor]:
         """Inputs ``[head, longest, f]`` of some rows of each head, and their availability ``[head, longest, token]``,
         False where padded."""
         if self._reduced_inputs is None:
@@ -209,7 +206,7 @@ class Heads:
         x, mask = (values.flatten(0, 1).index_select(0, at).view(*number.shape, -1) for values in self._reduced_inputs)
         return x, mask
 
-    def _reduced(self, rows: Sequence[Ints | slice], longest: int) -> tuple[Tensor, Tensor]:
+    def _reduced(self, rows: Sequence[Int64Array | slice], longest: int) -> tuple[Tensor, Tensor]:
         x = torch.zeros(len(rows), longest, self._shape.inputs)
         mask = torch.zeros(len(rows), longest, sum(self._shape.tokens.values()), dtype=torch.bool)
         for i, batch in enumerate(rows):
@@ -217,7 +214,7 @@ class Heads:
             x[i, : len(values)], mask[i, : len(available)] = values, available
         return x, mask
 
-    def _concatenated(self, head: int, rows: Ints | slice) -> tuple[Tensor, Tensor]:
+    def _concatenated(self, head: int, rows: Int64Array | slice) -> tuple[Tensor, Tensor]:
         job = self.jobs[head]
         inputs = {name: torch.from_numpy(np.array(values[rows])) for name, values in job.inputs.items()}
         available = {name: torch.from_numpy(np.array(mask[rows])) for name, mask in job.available.items()}
@@ -231,7 +228,7 @@ class Heads:
         return vmap(forward, in_dims=(0, 0, None if keep is None else 0, 0))(self.parameters, x, keep, mask)
 
     @torch.no_grad()
-    def logits(self, rows: Sequence[Ints], only: str | None = None) -> list[Floats]:
+    def logits(self, rows: Sequence[Int64Array], only: str | None = None) -> list[Float32Array]:
         """Logits ``[row, class]`` of each head, before its temperature.
 
         Args:
@@ -240,7 +237,7 @@ class Heads:
         """
         longest, width = max(len(batch) for batch in rows), self._shape.inputs
         piece = max(1, _MAX_VALUES // (len(rows) * width))
-        parts: list[list[Floats]] = [[np.zeros((0, self.classes), dtype=np.float32)] for _ in rows]
+        parts: list[list[Float32Array]] = [[np.zeros((0, self.classes), dtype=np.float32)] for _ in rows]
         used = torch.tensor([name == only for name, many in self._shape.tokens.items() for _ in range(many)])
         with one_thread():
             for start in range(0, longest, piece):
@@ -254,7 +251,9 @@ class Heads:
                     parts[i].append(logits[i, : len(batch)])
         return [np.concatenate(part) for part in parts]
 
-    def probability(self, rows: Sequence[Ints], only: str | None = None, calibrated: bool = True) -> list[Floats]:
+    def probability(
+        self, rows: Sequence[Int64Array], only: str | None = None, calibrated: bool = True
+    ) -> list[Float32Array]:
         """Probabilities ``[row, class]`` of each head; see :meth:`logits`. ``calibrated=False``: at temperature 1."""
         probability = []
         for logits, temperature in zip(self.logits(rows, only), self.temperature, strict=True):
@@ -263,13 +262,13 @@ class Heads:
             probability.append(scaled.softmax(-1).nan_to_num(1.0 / self.classes).numpy())
         return probability
 
-    def calibrate(self, rows: Sequence[Ints]) -> None:
+    def calibrate(self, rows: Sequence[Int64Array]) -> None:
         """Fit the temperature of each head (Guo et al., ICML 2017) on rows that it was not trained on."""
         for i, (job, held_out, logits) in enumerate(zip(self.jobs, rows, self.logits(rows), strict=True)):
             self.temperature[i] = fit_temperature(job.label[held_out], logits)
 
 
-def _pad(numbers: Sequence[Ints], padding: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+def _pad(numbers: Sequence[Int64Array], padding: int) -> tuple[Int64Array, BoolArray]:
     """Numbers of each head padded to ``[head, longest]``, and a mask that is False at padding."""
     lengths = np.array([len(part) for part in numbers])
     mask = np.arange(lengths.max()) < lengths[:, None]

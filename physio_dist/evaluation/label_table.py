@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import ShardSet
@@ -24,6 +23,7 @@ from physio_dist.evaluation.clips import (
     require_clips,
 )
 from physio_dist.runs.sweep_results import Published
+from physio_dist.runtime.arrays import Float64Array, Int64Array, UInt8Array, UInt64Array
 
 SIGNALS = ("ecg", "eeg")
 MAX_CLASSES = 20
@@ -64,15 +64,15 @@ class LabelTable:
     """
 
     keys: list[str]
-    sample: npt.NDArray[np.int64]
-    person: npt.NDArray[np.uint64]
-    recording: npt.NDArray[np.int64]
-    label: npt.NDArray[np.int64]
+    sample: Int64Array
+    person: UInt64Array
+    recording: Int64Array
+    label: Int64Array
     classes: tuple[str, ...]
-    split: npt.NDArray[np.uint8]
+    split: UInt8Array
     simulated: bool
-    simulated_drive: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-    clip: npt.NDArray[np.int64] | None = None
+    simulated_drive: dict[str, Float64Array] = field(default_factory=dict)
+    clip: Int64Array | None = None
     baseline: BaselinePeriod | None = None
     notes: tuple[str, ...] = ()
 
@@ -260,7 +260,7 @@ def _classes(values: Sequence[Any], option: str) -> list[Any]:
     return classes
 
 
-def _simulated_drive(labels: Sequence[dict[str, Any]]) -> dict[str, npt.NDArray[np.float64]]:
+def _simulated_drive(labels: Sequence[dict[str, Any]]) -> dict[str, Float64Array]:
     """For each signal float64 ``[n]``, the simulator's drive; empty where labels lack one."""
     columns = {signal: [label.get(name) for label in labels] for signal, name in _DRIVES.items()}
     if not all(isinstance(drive, (int, float)) for drives in columns.values() for drive in drives):

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -14,10 +13,8 @@ from sklearn.preprocessing import StandardScaler
 
 from physio_dist.errors import UserError
 from physio_dist.evaluation.splits import Fold
+from physio_dist.runtime.arrays import Float64Array, Int64Array
 from physio_dist.stats.scores import auc
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 REGULARISATION = (0.001, 0.01, 0.1, 1.0)
 """Values of C, the inverse strength, among which a logistic regression selects."""
@@ -32,12 +29,12 @@ class LogisticResult:
         c: the C that the validation people selected.
     """
 
-    probability: Floats
+    probability: Float64Array
     c: float
 
 
 def fit_logistic(
-    features: Mapping[str, Floats], label: Ints, classes: int, fold: Fold,
+    features: Mapping[str, Float64Array], label: Int64Array, classes: int, fold: Fold,
     strengths: Sequence[float] = REGULARISATION, weights: str | None = None,
 ) -> LogisticResult:  # fmt: skip
     """Fit a logistic regression on standardised features, with C selected on the fold's validation people.
@@ -68,7 +65,7 @@ def fit_logistic(
     return LogisticResult(model.predict_proba(x[fold.test]), best)
 
 
-def _fit(x: Floats, label: Ints, c: float, weights: str | None) -> Pipeline:
+def _fit(x: Float64Array, label: Int64Array, c: float, weights: str | None) -> Pipeline:
     return make_pipeline(
         SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler(),
         LogisticRegression(C=c, max_iter=2000, class_weight=weights),

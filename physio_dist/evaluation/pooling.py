@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from physio_dist.evaluation.clips import BaselinePeriod, subtract_baseline
 from physio_dist.evaluation.features import Features
 from physio_dist.models.fusion.pooling import make_tokens
+from physio_dist.runtime.arrays import Float32Array, Int64Array
 
 # Windows pooled at a time: features of patches are much larger than their pooled values.
 _WINDOWS = 256
 
 
 def pool_features(
-    features: Features, sample: npt.NDArray[np.int64], kind: str, baseline: BaselinePeriod | None = None,
+    features: Features, sample: Int64Array, kind: str, baseline: BaselinePeriod | None = None,
     without: int | None = None,
-) -> npt.NDArray[np.float32]:  # fmt: skip
+) -> Float32Array:  # fmt: skip
     """Pool the features of some windows with :func:`physio_dist.models.fusion.pooling.make_tokens`.
 
     Args:
@@ -32,7 +32,7 @@ def pool_features(
     """
     patches = [patch for patch in range(features.values.shape[2]) if patch != without]
 
-    def pooled(sample: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def pooled(sample: Int64Array) -> Float32Array:
         parts = []
         for start in range(0, len(sample), _WINDOWS):
             rows = sample[start : start + _WINDOWS]

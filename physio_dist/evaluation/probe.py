@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from physio_dist import config, storage
@@ -27,10 +26,9 @@ from physio_dist.evaluation.logistic import fit_logistic
 from physio_dist.evaluation.results import majority
 from physio_dist.evaluation.splits import Fold, folds_of, inner_splits, labelled
 from physio_dist.models.fusion.pooling import pool
+from physio_dist.runtime.arrays import Float64Array, FloatArray
 from physio_dist.stats.scores import score
 
-Floats = npt.NDArray[np.float64]
-Probability = npt.NDArray[np.floating]
 Say = Callable[[str], None]
 
 ROWS = ("majority", "validity", "handmade", "untrained", "encoder")
@@ -149,12 +147,12 @@ class _Inputs:
     Those of encoders end with the validity of each channel, which encoders get too: they ignore invalid channels.
     """
 
-    validity: Floats
-    handcrafted: Floats
-    encoder: Floats
-    untrained: dict[int, Floats]
+    validity: Float64Array
+    handcrafted: Float64Array
+    encoder: Float64Array
+    untrained: dict[int, Float64Array]
 
-    def of(self, row: str, seed: int) -> Floats:
+    def of(self, row: str, seed: int) -> Float64Array:
         """Inputs of a row of results."""
         if row == "untrained":
             return self.untrained[seed]
@@ -167,7 +165,7 @@ def _inputs(
     handcrafted = window_features(data, backbone.signal, say)[table.sample]
     folder = options.probe.feature_cache or storage.join(options.run.dir, "features")
 
-    def features_of(encoder: Backbone) -> Floats:
+    def features_of(encoder: Backbone) -> Float64Array:
         _, features = cached_features(encoder, data, folder, table, say)
         valid = features.valid[table.sample].astype(np.float64)
         return np.concatenate([_pooled(features, table, options.probe.pooling), valid], axis=1)
@@ -177,7 +175,7 @@ def _inputs(
     return _Inputs(validity, handcrafted, encoder, {seed: features_of(untrained(backbone, seed)) for seed in seeds})
 
 
-def _pooled(features: Features, table: LabelTable, kind: str) -> Floats:
+def _pooled(features: Features, table: LabelTable, kind: str) -> Float64Array:
     parts = []
     for start in range(0, len(table.sample), _WINDOWS):
         rows = table.sample[start : start + _WINDOWS]
@@ -204,7 +202,7 @@ class _Probe:
         table = self.table
         selected: list[dict[str, Any]] = []
         if row == "majority":
-            probability: list[Probability] = list(majority(table, folds).probability)
+            probability: list[FloatArray] = list(majority(table, folds).probability)
         elif row in FINETUNED:
             probability, selected = self._finetuned(row, folds, seed)
         else:
@@ -219,14 +217,14 @@ class _Probe:
             "chosen": selected,
         }  # fmt: skip
 
-    def _linear(self, x: Floats, folds: Sequence[Fold]) -> tuple[list[Probability], list[dict[str, Any]]]:
+    def _linear(self, x: Float64Array, folds: Sequence[Fold]) -> tuple[list[FloatArray], list[dict[str, Any]]]:
         label, classes = self.table.label, len(self.table.classes)
         fits = [fit_logistic({"x": x}, label, classes, fold, _C, "balanced") for fold in folds]
         return [fit.probability for fit in fits], [{"C": fit.c} for fit in fits]
 
     def _finetuned(
         self, row: str, folds: Sequence[Fold], seed: int
-    ) -> tuple[list[Probability], list[dict[str, Any]]]:  # fmt: skip
+    ) -> tuple[list[FloatArray], list[dict[str, Any]]]:  # fmt: skip
         signal = self.backbone.signal
         start = self.backbone if row == "finetuned" else untrained(self.backbone, seed)
         dataset = self.data.dataset(signal)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,9 +23,9 @@ from physio_dist.models.encoders.criss_cross import PATCH, EncoderConfig, Masked
 from physio_dist.models.encoders.patches import to_patches
 from physio_dist.objectives.baselines import LeadRidge, fit_lead_ridge, predict_interpolation, predict_zero
 from physio_dist.objectives.dual_mask import MaskConfig, sample_masks
+from physio_dist.runtime.arrays import BoolArray, Float64Array, Int64Array
 from physio_dist.signals.montage import LIMB, canonical, mask_groups
 
-Bools = npt.NDArray[np.bool_]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 PREDICTORS = ("model", "zero", "interpolation", "ridge")
@@ -106,7 +105,7 @@ def reconstruction(
     return results
 
 
-def _model(run: PretrainedRun, source: ShardDataset, test: npt.NDArray[np.int64], split: str) -> Predict:
+def _model(run: PretrainedRun, source: ShardDataset, test: Int64Array, split: str) -> Predict:
     """The run's reconstruction.
 
     Raises:
@@ -143,7 +142,7 @@ def _rivals(ridge: LeadRidge) -> dict[str, Predict]:
     }
 
 
-def hidden_leads(kind: str, channels: Sequence[str]) -> Iterator[Bools | None]:
+def hidden_leads(kind: str, channels: Sequence[str]) -> Iterator[BoolArray | None]:
     """The masks of a kind: bool ``[channel]``, leads hidden as a whole; None for a mask in time, which is drawn.
 
     Raises:
@@ -166,7 +165,7 @@ def hidden_leads(kind: str, channels: Sequence[str]) -> Iterator[Bools | None]:
         yield limb & (np.arange(len(names)) != np.flatnonzero(limb)[0])
 
 
-def _batches(source: ShardDataset, ids: npt.NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(source: ShardDataset, ids: Int64Array) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows ``[batch, channel, patch, 200]`` in units of 100 uV and their validity ``[batch, channel]``."""
     for low in range(0, len(ids), _BATCH):
         mine = ids[low : low + _BATCH]
@@ -176,7 +175,7 @@ def _batches(source: ShardDataset, ids: npt.NDArray[np.int64]) -> Iterator[tuple
         yield x, torch.from_numpy(batch.valid)
 
 
-def _whole_windows(source: ShardDataset, ids: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+def _whole_windows(source: ShardDataset, ids: Int64Array) -> Iterator[Tensor]:
     found = 0
     for x, valid in _batches(source, ids):
         whole = x[valid.all(dim=1)].flatten(2)
@@ -187,9 +186,9 @@ def _whole_windows(source: ShardDataset, ids: npt.NDArray[np.int64]) -> Iterator
 
 
 def reconstruction_r2(
-    source: ShardDataset, ids: npt.NDArray[np.int64], masks: Sequence[Bools | None], predictors: Mapping[str, Predict],
+    source: ShardDataset, ids: Int64Array, masks: Sequence[BoolArray | None], predictors: Mapping[str, Predict],
     seed: int,
-) -> dict[str, dict[str, npt.NDArray[np.float64]]]:  # fmt: skip
+) -> dict[str, dict[str, Float64Array]]:  # fmt: skip
     """R2 of each lead over what was hidden of it and valid, for each predictor.
 
     Args:
@@ -207,7 +206,7 @@ def reconstruction_r2(
     channels = source.info.channels
     groups, patches = mask_groups(channels), source.info.samples // PATCH
     sums = {name: np.zeros((len(channels), 4)) for name in predictors}
-    each: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in predictors}
+    each: dict[str, list[Float64Array]] = {name: [] for name in predictors}
     for mask in masks:
         low = 0
         for x, valid in _batches(source, ids):
@@ -232,21 +231,21 @@ def reconstruction_r2(
         return {name: {"pooled": _r2(sums[name]), "median": _median(np.concatenate(each[name]))} for name in predictors}
 
 
-def _r2(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _r2(table: Float64Array) -> Float64Array:
     """From counts, sums, sums of squares and squared errors along the last axis; NaN where nothing varies."""
     n, total, squares, error = np.moveaxis(table, -1, 0)
     spread = squares - total**2 / np.maximum(n, 1.0)
-    found: npt.NDArray[np.float64] = 1.0 - np.divide(error, spread, out=np.full_like(error, np.nan), where=spread > 0)
+    found: Float64Array = 1.0 - np.divide(error, spread, out=np.full_like(error, np.nan), where=spread > 0)
     return found
 
 
-def _median(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _median(values: Float64Array) -> Float64Array:
     found = [np.median(known) if len(known := column[~np.isnan(column)]) else np.nan for column in values.T]
     return np.array(found)
 
 
 def _rows(
-    kind: str, channels: Sequence[str], found: Mapping[str, Mapping[str, npt.NDArray[np.float64]]], runs: int
+    kind: str, channels: Sequence[str], found: Mapping[str, Mapping[str, Float64Array]], runs: int
 ) -> Iterator[dict[str, Any]]:
     """A row for each predictor; the model's figures are means over runs, with standard deviations."""
     for name in PREDICTORS:

@@ -18,13 +18,11 @@ from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
 from physio_dist.evaluation.trained_heads import TrainedHeads
 from physio_dist.runs.sweep_results import FoldResult, PermutationControl, ResultRow, RowDifference, Scores
+from physio_dist.runtime.arrays import Float64Array, FloatArray, Int64Array
 from physio_dist.stats.auc import PairwiseComparisons, compare_all_pairs
 from physio_dist.stats.bootstrap import auc_difference, auc_interval, compared_rows
 from physio_dist.stats.permutation import permutation_p_value
 from physio_dist.stats.scores import METRICS, calibration_error, confusion, score
-
-Floats = npt.NDArray[np.floating]
-Ints = npt.NDArray[np.int64]
 
 _DIGITS = 6
 
@@ -44,10 +42,10 @@ class Row:
 
     name: str
     modalities: tuple[str, ...]
-    probability: Sequence[Floats]
+    probability: Sequence[FloatArray]
     config: Sequence[dict[str, Any] | None]
     epoch: Sequence[int | None]
-    uncalibrated: Sequence[Floats] | None = None
+    uncalibrated: Sequence[FloatArray] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,12 @@ class Outcome:
     embedding: bytes | None = None
 
 
-def tested_rows(folds: Sequence[Fold]) -> Ints:
+def tested_rows(folds: Sequence[Fold]) -> Int64Array:
     """Rows of the table that are tested, fold after fold."""
     return np.concatenate([fold.test for fold in folds])
 
 
-def pooled_probability(row: Row) -> npt.NDArray[np.float64]:
+def pooled_probability(row: Row) -> Float64Array:
     """Probabilities of a row over all folds, ``[test row, class]``, rounded as in ``predictions.safetensors``."""
     return np.concatenate(list(row.probability)).astype(np.float32).astype(np.float64)
 

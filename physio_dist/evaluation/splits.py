@@ -16,9 +16,8 @@ from physio_dist.config.task import LEAKY
 from physio_dist.data.format.index import SPLITS
 from physio_dist.errors import UserError
 from physio_dist.evaluation.label_table import LabelTable
+from physio_dist.runtime.arrays import Int64Array
 from physio_dist.runtime.seeding import permutation
-
-Ints = npt.NDArray[np.int64]
 
 # Ways to group people that are tried before it is said that there is none.
 _ATTEMPTS = 50
@@ -44,12 +43,12 @@ class Fold:
     """
 
     name: str
-    test: Ints
-    inner: tuple[tuple[Ints, Ints], ...]
-    remaining: Ints | None = None
+    test: Int64Array
+    inner: tuple[tuple[Int64Array, Int64Array], ...]
+    remaining: Int64Array | None = None
 
     @property
-    def train(self) -> Ints:
+    def train(self) -> Int64Array:
         """Rows of all who may train when this fold is tested, ascending."""
         return np.sort(np.concatenate(self.inner[0])) if self.remaining is None else self.remaining
 
@@ -100,7 +99,7 @@ def folds_of(
         elif protocol == LEAKY:
             whole = _Whole(rows, "windows")
 
-        def leaves_all_classes(groups: Sequence[Ints]) -> bool:
+        def leaves_all_classes(groups: Sequence[Int64Array]) -> bool:
             return all(_has_all(table, np.setdiff1d(rows, group)) for group in groups)
 
         tests = _outer(table, whole, folds, f"{seed}/outer", section, leaves_all_classes)
@@ -114,8 +113,13 @@ def _clips(table: LabelTable) -> _Whole:
 
 
 def _outer(
-    table: LabelTable, whole: _Whole, folds: int, purpose: str, section: str, fits: Callable[[Sequence[Ints]], bool]
-) -> list[Ints]:
+    table: LabelTable,
+    whole: _Whole,
+    folds: int,
+    purpose: str,
+    section: str,
+    fits: Callable[[Sequence[Int64Array]], bool],
+) -> list[Int64Array]:
     """All rows in ``folds`` groups that take turns as those tested."""
     count = len(np.unique(whole.unit))
     if count < folds:
@@ -139,7 +143,7 @@ def _too_few(table: LabelTable, whole: _Whole) -> str:
     return f"a class is found in too few {whole.called} ({', '.join(counts)})"
 
 
-def _held_out(table: LabelTable, section: str) -> Ints:
+def _held_out(table: LabelTable, section: str) -> Int64Array:
     held = table.split == SPLITS.index("test")
     if not held.any():
         raise UserError(
@@ -152,7 +156,9 @@ def _held_out(table: LabelTable, section: str) -> Ints:
     return np.flatnonzero(held)
 
 
-def _fold(table: LabelTable, whole: _Whole, name: str, test: Ints, val_folds: int, seed: int, section: str) -> Fold:
+def _fold(
+    table: LabelTable, whole: _Whole, name: str, test: Int64Array, val_folds: int, seed: int, section: str
+) -> Fold:
     rest = np.setdiff1d(np.arange(len(table.label)), test)
     count = len(np.unique(whole.unit[rest]))
     if count < 2:
@@ -166,16 +172,18 @@ def _fold(table: LabelTable, whole: _Whole, name: str, test: Ints, val_folds: in
     )
 
 
-def inner_splits(table: LabelTable, rest: Ints, val_folds: int, purpose: str) -> tuple[tuple[Ints, Ints], ...]:
+def inner_splits(
+    table: LabelTable, rest: Int64Array, val_folds: int, purpose: str
+) -> tuple[tuple[Int64Array, Int64Array], ...]:
     """Pairs (rows to train on, rows to validate on) of the rows ``rest``, people whole, as in `Fold`; empty if there
     are none."""
     return _turns(table, _Whole(table.person, "people"), rest, val_folds, purpose)
 
 
 def _turns(
-    table: LabelTable, whole: _Whole, rest: Ints, val_folds: int, purpose: str
-) -> tuple[tuple[Ints, Ints], ...]:  # fmt: skip
-    def all_have_all_classes(groups: Sequence[Ints]) -> bool:
+    table: LabelTable, whole: _Whole, rest: Int64Array, val_folds: int, purpose: str
+) -> tuple[tuple[Int64Array, Int64Array], ...]:  # fmt: skip
+    def all_have_all_classes(groups: Sequence[Int64Array]) -> bool:
         return all(_has_all(table, part) for part in (*groups, *(np.setdiff1d(rest, group) for group in groups)))
 
     # Fewer and therefore larger groups where a class is rare.
@@ -217,8 +225,8 @@ def _crossed(table: LabelTable, folds: int, val_folds: int, seed: int, section: 
 
 
 def _crossed_turns(
-    table: LabelTable, wholes: tuple[_Whole, _Whole], rest: Ints, val_folds: int, purpose: str
-) -> tuple[tuple[Ints, Ints], ...]:  # fmt: skip
+    table: LabelTable, wholes: tuple[_Whole, _Whole], rest: Int64Array, val_folds: int, purpose: str
+) -> tuple[tuple[Int64Array, Int64Array], ...]:  # fmt: skip
     most = min(val_folds, *(len(np.unique(whole.unit[rest])) for whole in wholes))
     for number in range(most, 1, -1):
         for attempt in range(_ATTEMPTS):
@@ -237,7 +245,7 @@ def _crossed_turns(
     return ()
 
 
-def labelled(table: LabelTable, rest: Ints, fraction: float, purpose: str) -> Ints:
+def labelled(table: LabelTable, rest: Int64Array, fraction: float, purpose: str) -> Int64Array:
     """The rows of ``rest`` of a share of its people, drawn evenly; a smaller share's people are among a larger one's.
 
     Every class comes with at least two people, as far as there are any, for one has to train and one to validate: a
@@ -253,13 +261,14 @@ def labelled(table: LabelTable, rest: Ints, fraction: float, purpose: str) -> In
     return rest[np.isin(table.person[rest], np.array(sorted(chosen), dtype=people.dtype))]
 
 
-def _has_all(table: LabelTable, rows: Ints) -> bool:
+def _has_all(table: LabelTable, rows: Int64Array) -> bool:
     return len(np.unique(table.label[rows])) == len(table.classes)
 
 
 def _groups(
-    table: LabelTable, whole: _Whole, rows: Ints, number: int, purpose: str, fits: Callable[[Sequence[Ints]], bool]
-) -> list[Ints] | None:  # fmt: skip
+    table: LabelTable, whole: _Whole, rows: Int64Array, number: int, purpose: str,
+    fits: Callable[[Sequence[Int64Array]], bool],
+) -> list[Int64Array] | None:  # fmt: skip
     """``rows`` in ``number`` groups of whole units; the first of some ways to do so that fits, None if none does."""
     for attempt in range(_ATTEMPTS):
         # Sorting the rows by a permutation of people makes the grouping independent of the order of storage.
@@ -280,7 +289,9 @@ def _groups(
     return None
 
 
-def _way(whole: _Whole, number: int, rows: Ints, label: Ints, unit: Ints) -> Iterator[tuple[Ints, Ints]]:
+def _way(
+    whole: _Whole, number: int, rows: Int64Array, label: Int64Array, unit: Int64Array
+) -> Iterator[tuple[Int64Array, Int64Array]]:
     if whole.called == "windows":  # The same, without a search for every single window's best group.
         yield from StratifiedKFold(number, shuffle=False).split(rows, label)
     else:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig
@@ -61,6 +60,7 @@ from physio_dist.evaluation.trials import (
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.runs.sweep_results import FoldSize, ResultRow, RowDifference, Selection, SweepResults
 from physio_dist.runs.typed_json import to_json
+from physio_dist.runtime.arrays import BoolArray, Float32Array, FloatArray
 
 Say = Callable[[str], None]
 
@@ -95,7 +95,7 @@ def prepare(options: TuneConfig, data: ShardSetHandle, features_url: str, say: S
         )
     backbones = {signal: _fold_backbones(options, signal, folds, table, data) for signal in SIGNALS}
     encoders: dict[EncoderRole, tuple[str, ...]] = {}
-    inputs: dict[InputKey, npt.NDArray[np.float32]] = {}
+    inputs: dict[InputKey, Float32Array] = {}
     features_urls: dict[EncoderKey, str] = {}
     for signal in SIGNALS:
         fresh = [untrained(backbone, options.run.seed) for backbone in backbones[signal]]
@@ -125,7 +125,7 @@ def _input_kinds(options: TuneConfig) -> list[str]:
     return list(dict.fromkeys(input_kind({"pooling": p, "head": head}) for head in search.head for p in search.pooling))
 
 
-def _valid_channels(data: ShardSetHandle, table: LabelTable) -> dict[str, npt.NDArray[np.bool_]]:
+def _valid_channels(data: ShardSetHandle, table: LabelTable) -> dict[str, BoolArray]:
     """Valid channels ``[n, channel]`` of each signal that has invalid ones.
 
     Raises:
@@ -285,7 +285,7 @@ def _finetuned_row(study: Study, data: ShardSetHandle, say: Say) -> Row:
     backbones = {signal: _fold_backbones(options, signal, folds, table, data) for signal in SIGNALS}
     datasets = {signal: data.dataset(signal) for signal in SIGNALS}
     training = ProbeOptions(epochs=options.tune.finetune_epochs, lr=options.tune.finetune_lr)
-    probability: list[npt.NDArray[np.floating]] = []
+    probability: list[FloatArray] = []
     epochs: list[int | None] = []
     for number, fold in enumerate(folds):
         say(f"fine-tuning both encoders: fold {fold.name}, {number + 1} of {len(folds)}")

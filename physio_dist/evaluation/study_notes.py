@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from physio_dist.config import TuneConfig, TuneOptions
 from physio_dist.config.task import LEAKY
 from physio_dist.data.format.index import ShardSet
@@ -14,6 +11,7 @@ from physio_dist.evaluation.backbones import Backbone
 from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.search_space import STARTUP
 from physio_dist.evaluation.splits import LEAKY_NOTE, Fold
+from physio_dist.runtime.arrays import BoolArray
 
 _PROTOCOL = {
     "grouped_kfold": "groups of people take turns as test people; nobody is on two sides of a fold",
@@ -40,7 +38,7 @@ def selection_rule(tune: TuneOptions) -> str:
 
 def study_notes(
     options: TuneConfig, shards: ShardSet, table: LabelTable, folds: Sequence[Fold],
-    backbones: Mapping[str, Sequence[Backbone]], valid: Mapping[str, npt.NDArray[np.bool_]],
+    backbones: Mapping[str, Sequence[Backbone]], valid: Mapping[str, BoolArray],
 ) -> Iterator[str]:  # fmt: skip
     """Notes that a reader of the results needs."""
     yield from _method_notes(options.tune)

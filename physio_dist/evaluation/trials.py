@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from physio_dist.config import TuneConfig
 from physio_dist.errors import UserError
@@ -18,10 +17,8 @@ from physio_dist.evaluation.label_table import LabelTable
 from physio_dist.evaluation.splits import Fold
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.models.fusion.reduction import Reduction, fit_reduction
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Float64Array, Int64Array
 from physio_dist.stats.scores import auc
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 SEARCHED = ("fused", "ecg", "eeg", "untrained")
 """Rows of the table of results whose configurations are searched."""
@@ -87,15 +84,15 @@ class Study:
     table: LabelTable
     folds: tuple[Fold, ...]
     encoders: dict[EncoderRole, tuple[str, ...]]
-    inputs: dict[InputKey, npt.NDArray[np.float32]]
-    handcrafted: dict[str, npt.NDArray[np.float64]]
+    inputs: dict[InputKey, Float32Array]
+    handcrafted: dict[str, Float64Array]
     reductions: dict[ReductionKey, Reduction]
     about: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    valid: dict[str, Bools] = field(default_factory=dict)
+    valid: dict[str, BoolArray] = field(default_factory=dict)
     features: dict[EncoderKey, str] = field(default_factory=dict)
 
-    def available(self, key: InputKey) -> Bools | None:
+    def available(self, key: InputKey) -> BoolArray | None:
         """Availability of inputs, bool ``[n, token]`` or ``[n, 1]``; None: available in all windows."""
         return token_mask(self.valid.get(key.signal), key.pooling)
 
@@ -151,7 +148,7 @@ class Choice:
         return (replace(self, others=()), *self.others)
 
 
-def token_mask(valid: Bools | None, pooling: str) -> Bools | None:
+def token_mask(valid: BoolArray | None, pooling: str) -> BoolArray | None:
     """Availability of pooled features, ``[n, token]`` or ``[n, 1]``, from ``valid``, ``[n, channel]``."""
     if valid is None or pooling == "channels_attention":
         return valid
@@ -159,7 +156,7 @@ def token_mask(valid: Bools | None, pooling: str) -> Bools | None:
 
 
 def jobs_of(
-    study: Study, row: str, config: Mapping[str, Any], fold: int, label: Ints, purpose: str = ""
+    study: Study, row: str, config: Mapping[str, Any], fold: int, label: Int64Array, purpose: str = ""
 ) -> list[Job]:  # fmt: skip
     """Training jobs of a fold's heads, one for each inner split.
 
@@ -183,8 +180,8 @@ def jobs_of(
 
 
 def reductions_of(
-    inputs: Mapping[InputKey, npt.NDArray[np.float32]], encoders: Mapping[EncoderRole, Sequence[str]],
-    folds: Sequence[Fold], components: int, valid: Mapping[str, Bools] | None = None,
+    inputs: Mapping[InputKey, Float32Array], encoders: Mapping[EncoderRole, Sequence[str]],
+    folds: Sequence[Fold], components: int, valid: Mapping[str, BoolArray] | None = None,
 ) -> dict[ReductionKey, Reduction]:  # fmt: skip
     """Standardisation and principal components of the inputs, from the training rows of each inner split.
 
@@ -212,7 +209,7 @@ def reductions_of(
     return reductions
 
 
-def _available_vectors(values: npt.NDArray[np.float32], mask: Bools) -> npt.NDArray[np.float32]:
+def _available_vectors(values: Float32Array, mask: BoolArray) -> Float32Array:
     """The vectors ``[any, f]`` that ``mask`` keeps of ``[n, f]`` or ``[n, token, f]``."""
     return values[mask[:, 0]] if values.ndim == 2 else values[np.broadcast_to(mask, values.shape[:2])]
 

@@ -11,9 +11,8 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from physio_dist.runtime.arrays import Float32Array
+from physio_dist.runtime.arrays import Float32Array, FloatArray
 from physio_dist.signals.recording import RecordError, Signal
 
 LIMB = ("I", "II", "III", "aVR", "aVL", "aVF")
@@ -139,7 +138,7 @@ def select(signal: Signal, leads: Sequence[str]) -> tuple[Float32Array, list[str
     return data, missing
 
 
-def identity_error(data: NDArray[np.floating], leads: Sequence[str]) -> float:
+def identity_error(data: FloatArray, leads: Sequence[str]) -> float:
     """Relative residual of the limb leads' identities.
 
     The limb leads are projected on the plane that `LEAD_MATRIX` spans, by least squares; the result is the norm of

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from physio_dist.runtime.arrays import BoolArray, Float64Array
+from physio_dist.runtime.arrays import BoolArray, Float64Array, FloatArray
 from physio_dist.signals.montage import LEAD_MATRIX, identity_error
 
 MAX_GAP_S = 0.1
@@ -93,7 +92,7 @@ class ChannelQuality:
     reasons: tuple[str, ...]
 
 
-def bridge_gaps(raw: NDArray[np.floating]) -> tuple[Float64Array, BoolArray]:
+def bridge_gaps(raw: FloatArray) -> tuple[Float64Array, BoolArray]:
     """Straight lines over non-finite samples, and where those samples are.
 
     Gaps of any length are filled, for the filter's sake; which of them leave a window usable is up to `assess`.

@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-People = npt.NDArray[np.uint64]
+from physio_dist.runtime.arrays import BoolArray, Float64Array, Int64Array, UInt64Array
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,11 @@ class PairwiseComparisons:
         positives, negatives: float64 ``[person]``, number of windows.
     """
 
-    win_matrix: Floats
-    positives: Floats
-    negatives: Floats
+    win_matrix: Float64Array
+    positives: Float64Array
+    negatives: Float64Array
 
-    def auc(self, counts: Floats) -> Floats:
+    def auc(self, counts: Float64Array) -> Float64Array:
         """AUC of multisets of people.
 
         Args:
@@ -47,7 +44,7 @@ class PairwiseComparisons:
         wins = ((counts @ self.win_matrix) * counts).sum(axis=1)
         return ratio(wins, total)
 
-    def of_each_person(self) -> Floats:
+    def of_each_person(self) -> Float64Array:
         """AUC within each person, ``[person]``; NaN where a person lacks a class."""
         total = self.positives * self.negatives
         return ratio(np.diag(self.win_matrix), total)
@@ -59,7 +56,7 @@ def positive_classes(classes: int) -> list[int]:
 
 
 def compare_pairs(
-    positive: npt.NDArray[np.bool_], person: People, score: Floats, other: Floats | None = None
+    positive: BoolArray, person: UInt64Array, score: Float64Array, other: Float64Array | None = None
 ) -> PairwiseComparisons:
     """Compare the positive windows, by ``score``, with all others, by ``other`` (None: by ``score`` too).
 
@@ -82,12 +79,12 @@ def compare_pairs(
     return PairwiseComparisons(win_matrix, positives, negatives)
 
 
-def compare_all_pairs(label: Ints, person: People, probability: Floats) -> list[PairwiseComparisons]:
+def compare_all_pairs(label: Int64Array, person: UInt64Array, probability: Float64Array) -> list[PairwiseComparisons]:
     """Compare pairs for each class that gets a curve; ``probability`` is ``[n, class]``."""
     return [compare_pairs(label == c, person, probability[:, c]) for c in positive_classes(probability.shape[1])]
 
 
-def mean_auc(pairs: Sequence[PairwiseComparisons], counts: Floats) -> Floats:
+def mean_auc(pairs: Sequence[PairwiseComparisons], counts: Float64Array) -> Float64Array:
     """Mean AUC over classes, ``[repeat]``; a class that a repeat lacks is left out of its mean."""
     return mean_of_finite(np.stack([comparisons.auc(counts) for comparisons in pairs]))
 
@@ -97,7 +94,7 @@ def pooled_auc(pairs: Sequence[PairwiseComparisons]) -> float:
     return float(mean_auc(pairs, np.ones((1, len(pairs[0].positives))))[0])
 
 
-def mean_of_finite(values: Floats) -> Floats:
+def mean_of_finite(values: Float64Array) -> Float64Array:
     """Mean of the finite values over the first axis; NaN where there is none."""
     finite = np.isfinite(values)
     count = finite.sum(axis=0)
@@ -105,7 +102,7 @@ def mean_of_finite(values: Floats) -> Floats:
     return ratio(total, count.astype(np.float64))
 
 
-def ratio(part: Floats, whole: Floats) -> Floats:
+def ratio(part: Float64Array, whole: Float64Array) -> Float64Array:
     """Quotients; NaN where ``whole`` is zero."""
-    quotient: Floats = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+    quotient: Float64Array = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
     return quotient

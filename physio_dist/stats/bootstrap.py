@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from physio_dist.stats.auc import Floats, PairwiseComparisons, mean_auc, pooled_auc
+from physio_dist.runtime.arrays import Float64Array, UInt64Array
+from physio_dist.stats.auc import PairwiseComparisons, mean_auc, pooled_auc
 
 RESAMPLES = 1000
 COVERAGE = 0.95
@@ -63,7 +63,7 @@ def compared_rows(names: Iterable[str]) -> list[tuple[str, str]]:
     return (fused if "fused" in rows else []) + single
 
 
-def random_bits(purpose: bytes, count: int) -> npt.NDArray[np.uint64]:
+def random_bits(purpose: bytes, count: int) -> UInt64Array:
     """``count`` words of 64 random bits that depend on ``purpose`` alone.
 
     Raw output of Philox is fixed by its specification; NumPy's ways of drawing from it may change.
@@ -88,7 +88,7 @@ def _interval(first: Sequence[PairwiseComparisons], second: Sequence[PairwiseCom
     return float(low), float(high)
 
 
-def _resample_counts(people: int) -> Floats:
+def _resample_counts(people: int) -> Float64Array:
     """How often each person is drawn in each resample, ``[resample, person]``: the same for all rows of results."""
     bits = random_bits(b"report, people drawn again", RESAMPLES * people)
     drawn = (bits % np.uint64(people)).astype(np.int64).reshape(RESAMPLES, people)

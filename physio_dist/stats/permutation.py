@@ -7,13 +7,14 @@ import math
 import numpy as np
 from scipy.stats import rankdata
 
-from physio_dist.stats.auc import Floats, Ints, People, compare_pairs, mean_of_finite, positive_classes, ratio
+from physio_dist.runtime.arrays import Float64Array, Int64Array, UInt64Array
+from physio_dist.stats.auc import compare_pairs, mean_of_finite, positive_classes, ratio
 from physio_dist.stats.bootstrap import random_bits
 
 PERMUTATIONS = 4999
 
 
-def permutation_p_value(label: Ints, person: People, first: Floats, second: Floats) -> float:
+def permutation_p_value(label: Int64Array, person: UInt64Array, first: Float64Array, second: Float64Array) -> float:
     """Two-sided p value of the null hypothesis that two rows have equal AUC.
 
     Under that hypothesis the rows are exchangeable for each person: they are swapped for a random half of the people,
@@ -49,12 +50,12 @@ def permutation_p_value(label: Ints, person: People, first: Floats, second: Floa
     return float((size >= size[0] - 1e-12).mean())
 
 
-def _form(left: Floats, matrix: Floats, right: Floats) -> Floats:
+def _form(left: Float64Array, matrix: Float64Array, right: Float64Array) -> Float64Array:
     """Bilinear form of each row, ``[repeat]``."""
     return np.asarray(((left @ matrix) * right).sum(axis=1))
 
 
-def _swaps(people: int) -> Floats:
+def _swaps(people: int) -> Float64Array:
     """Whether each person's rows are swapped in each permutation, 0 or 1 ``[permutation, person]``."""
     bits = random_bits(b"rows of people exchanged", PERMUTATIONS * people)
     return np.asarray(bits >> np.uint64(63), np.float64).reshape(PERMUTATIONS, people)

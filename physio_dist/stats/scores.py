@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.floating]
+from physio_dist.runtime.arrays import FloatArray, Int64Array
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "pr_auc")
 
 
-def auc(label: Ints, probability: Floats) -> float | None:
+def auc(label: Int64Array, probability: FloatArray) -> float | None:
     """Compute the area under the ROC curve: scikit-learn's value, fast enough for every epoch of every model.
 
     The share of pairs of a positive and a negative window that are in the right order, ties counted half (Hanley and
@@ -38,7 +36,7 @@ def auc(label: Ints, probability: Floats) -> float | None:
     return float(np.mean(areas))
 
 
-def pr_auc(label: Ints, probability: Floats) -> float | None:
+def pr_auc(label: Int64Array, probability: FloatArray) -> float | None:
     """Compute the average precision of the second of two classes, or the mean over one class against the rest.
 
     None where a class is missing.
@@ -50,7 +48,7 @@ def pr_auc(label: Ints, probability: Floats) -> float | None:
     return float(np.mean([average_precision_score(label == c, probability[:, c]) for c in positives]))
 
 
-def score(label: Ints, probability: Floats) -> dict[str, float | None]:
+def score(label: Int64Array, probability: FloatArray) -> dict[str, float | None]:
     """Compute accuracy, balanced accuracy, macro F1, ROC-AUC, PR-AUC.
 
     The prediction is the most probable class, of equals the first. With more than two classes AUCs are means over one
@@ -79,7 +77,7 @@ def score(label: Ints, probability: Floats) -> dict[str, float | None]:
     }
 
 
-def calibration_error(label: Ints, probability: Floats, bins: int = 15) -> float | None:
+def calibration_error(label: Int64Array, probability: FloatArray, bins: int = 15) -> float | None:
     """Compute the expected calibration error (Guo et al., ICML 2017) of the predicted class.
 
     The difference of mean probability and accuracy in bins of equal width, averaged over windows. None without windows.
@@ -97,7 +95,7 @@ def calibration_error(label: Ints, probability: Floats, bins: int = 15) -> float
     return float(np.abs(gaps).sum() / len(label))
 
 
-def fit_temperature(label: Ints, logits: Floats) -> float:
+def fit_temperature(label: Int64Array, logits: FloatArray) -> float:
     """Fit the temperature that maximises the likelihood of logits divided by it; 1 where it is not defined.
 
     Args:
@@ -118,7 +116,7 @@ def fit_temperature(label: Ints, logits: Floats) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-4}).x))
 
 
-def confusion(label: Ints, probability: Floats) -> list[list[int]]:
+def confusion(label: Int64Array, probability: FloatArray) -> list[list[int]]:
     """Count windows, ``[true][predicted]``."""
     classes = probability.shape[1]
     pairs = label * classes + probability.argmax(axis=1)

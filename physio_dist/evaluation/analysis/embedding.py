@@ -25,9 +25,8 @@ from physio_dist.evaluation.results import canonical_bytes
 from physio_dist.evaluation.trials import EncoderKey, EncoderRole, Study
 from physio_dist.models.fusion.reduction import fit_reduction
 from physio_dist.runs.sweep_results import EmbeddingSummary, NeighbourShares
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Float64Array, Int64Array, UInt64Array
 from physio_dist.runtime.seeding import permutation
-
-Floats = npt.NDArray[np.float64]
 
 _DIGITS = 6
 # Windows at most: t-SNE takes a quarter of a minute for so many, and a drawing shows no more.
@@ -71,7 +70,7 @@ def embedding(study: Study) -> tuple[EmbeddingSummary, bytes]:
     return EmbeddingSummary(_NEIGHBOURS, **shares), canonical_bytes(file)
 
 
-def _filled(values: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+def _filled(values: Float32Array, valid: BoolArray) -> Float32Array:
     """``[n, channel x f]`` with a channel's mean where it is not valid: that it is missing puts nobody together."""
     each = values.reshape(*valid.shape, -1)
     shown = valid[:, :, None]
@@ -79,9 +78,7 @@ def _filled(values: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> np
     return np.where(shown, each, mean.astype(np.float32)).reshape(values.shape)
 
 
-def neighbours(
-    x: Floats, person: npt.NDArray[np.uint64], label: npt.NDArray[np.int64], k: int = _NEIGHBOURS
-) -> dict[str, float]:
+def neighbours(x: Float64Array, person: UInt64Array, label: Int64Array, k: int = _NEIGHBOURS) -> dict[str, float]:
     """Of the ``k`` nearest windows of each how many are of the same person; and of the ``k`` nearest ones of *other*
     people how many have the same label, because somebody's windows of one recording share label and person.
 
@@ -107,7 +104,7 @@ def neighbours(
     }  # fmt: skip
 
 
-def _share(distance: Floats, hit: npt.NDArray[np.bool_], allowed: npt.NDArray[np.bool_], k: int) -> tuple[float, float]:
+def _share(distance: Float64Array, hit: BoolArray, allowed: BoolArray, k: int) -> tuple[float, float]:
     """Share of hits among the nearest allowed ones, and among all of these."""
     count = allowed.sum(axis=1)
     if not count.min():

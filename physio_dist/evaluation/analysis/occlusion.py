@@ -13,7 +13,6 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from physio_dist.data.format.index import ShardSet
@@ -27,13 +26,10 @@ from physio_dist.models.encoders.criss_cross import PATCH
 from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import input_kind
 from physio_dist.runs.sweep_results import ChannelOcclusion, Occlusion, OcclusionResults, PatchOcclusion
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Int64Array
 from physio_dist.runtime.seeding import permutation
 from physio_dist.stats.auc import compare_all_pairs, pooled_auc
 from physio_dist.stats.bootstrap import Difference, auc_difference
-
-Floats = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
-Ints = npt.NDArray[np.int64]
 
 _DIGITS = 6
 # Limits of the windows that are tested and of those that only train: the cost is proportional to them.
@@ -84,12 +80,12 @@ def occlusion(study: Study, trained: TrainedHeads, shards: ShardSet) -> Occlusio
     return results
 
 
-def _predictions(study: Study, trained: TrainedHeads) -> tuple[Ints, Floats, dict[Ablation, Floats]]:
+def _predictions(study: Study, trained: TrainedHeads) -> tuple[Int64Array, Float32Array, dict[Ablation, Float32Array]]:
     """Rows of the table that are tested, the probabilities of their classes, and those with each ablation."""
     sample = _sample(study)
-    tested: list[Ints] = []
-    complete: list[Floats] = []
-    ablated: dict[Ablation, list[Floats]] = {}
+    tested: list[Int64Array] = []
+    complete: list[Float32Array] = []
+    ablated: dict[Ablation, list[Float32Array]] = {}
     opened: dict[str, _OpenedFeatures] = {}
     with one_thread():
         for number, (fold, choice) in enumerate(zip(study.folds, trained.choices, strict=True)):
@@ -103,7 +99,7 @@ def _predictions(study: Study, trained: TrainedHeads) -> tuple[Ints, Floats, dic
                 if signal not in opened or opened[signal].key != key:
                     opened[signal] = _OpenedFeatures(study, key, sample)
             members = []
-            each: dict[Ablation, list[Floats]] = {}
+            each: dict[Ablation, list[Float32Array]] = {}
             for member, heads in zip(choice.members, trained.heads[number], strict=True):
                 inputs = _FoldInputs(study, number, member, opened, rows, train)
                 members.append(_probability(heads, inputs.values, inputs.available))
@@ -119,7 +115,7 @@ def _predictions(study: Study, trained: TrainedHeads) -> tuple[Ints, Floats, dic
     )
 
 
-def _sample(study: Study) -> Ints:
+def _sample(study: Study) -> Int64Array:
     """Rows of the table that the analysis uses: of those that are tested, and of the others that only train."""
     order = permutation(len(study.table.label), "occlusion", study.options.run.seed)
     tested = np.isin(order, np.concatenate([fold.test for fold in study.folds]))
@@ -155,7 +151,7 @@ class _OpenedFeatures:
             subtracted.
     """
 
-    def __init__(self, study: Study, key: EncoderKey, rows: Ints) -> None:
+    def __init__(self, study: Study, key: EncoderKey, rows: Int64Array) -> None:
         table = study.table
         self.key, self.rows = key, rows
         self.features: Features = open_features(study.features[key])
@@ -164,32 +160,34 @@ class _OpenedFeatures:
         channels, d = self.features.values.shape[1], self.features.values.shape[3]
         shape = (len(rows), channels, 2 * d)
         self.pooled = pool_features(self.features, self.sample, "channels_mean_std", periods).reshape(shape)
-        self.baseline: Floats | None = None
+        self.baseline: Float32Array | None = None
         if periods is not None:
             self.baseline = pool_features(self.features, self.sample, "channels_mean").reshape(len(rows), channels, d)
             self.baseline -= self.pooled[:, :, :d]
 
-    def positions(self, rows: Ints) -> Ints:
+    def positions(self, rows: Int64Array) -> Int64Array:
         """Positions of rows of the table among the opened ones."""
         return np.searchsorted(self.rows, rows).astype(np.int64)
 
-    def valid(self, rows: Ints) -> Bools:
+    def valid(self, rows: Int64Array) -> BoolArray:
         """Valid channels, bool ``[row, channel]``."""
-        valid: Bools = self.features.valid[self.sample[self.positions(rows)]]
+        valid: BoolArray = self.features.valid[self.sample[self.positions(rows)]]
         return valid
 
-    def by_channel(self, rows: Ints, pooling: str) -> Floats:
+    def by_channel(self, rows: Int64Array, pooling: str) -> Float32Array:
         """Pooled features of each channel before channels are averaged, ``[row, channel, f]``."""
         x = self.pooled[self.positions(rows)]
         return x if pooling.endswith("mean_std") else x[:, :, : x.shape[2] // 2]
 
-    def means(self, rows: Ints, pooling: str) -> Floats:
+    def means(self, rows: Int64Array, pooling: str) -> Float32Array:
         """Mean of :meth:`by_channel` over the rows in which a channel is valid, ``[channel, f]``; zeros if in none."""
         x, valid = self.by_channel(rows, pooling), self.valid(rows)[:, :, None]
         total = np.where(valid, x, 0).sum(axis=0, dtype=np.float64)
         return np.asarray(total / np.maximum(valid.sum(axis=0), 1), np.float32)
 
-    def without_channel(self, inputs: Floats, rows: Ints, pooling: str, means: Floats, channel: int) -> Floats:
+    def without_channel(
+        self, inputs: Float32Array, rows: Int64Array, pooling: str, means: Float32Array, channel: int
+    ) -> Float32Array:
         """Replace a channel's part of ``inputs`` by its mean, in the rows in which it is valid."""
         valid = self.valid(rows)
         affected, ablated = valid[:, channel], inputs.copy()
@@ -210,7 +208,7 @@ class _OpenedFeatures:
         ablated[affected] += change[affected]
         return ablated
 
-    def without_patches(self, inputs: Floats, rows: Ints, pooling: str) -> Iterator[Floats]:
+    def without_patches(self, inputs: Float32Array, rows: Int64Array, pooling: str) -> Iterator[Float32Array]:
         """Pool ``inputs`` over all patches but one, for each patch."""
         sample = self.sample[self.positions(rows)]
         # A difference, because the baseline before a clip is subtracted from both alike.
@@ -234,7 +232,13 @@ class _FoldInputs:
     """
 
     def __init__(
-        self, study: Study, number: int, choice: Choice, opened: Mapping[str, _OpenedFeatures], rows: Ints, train: Ints
+        self,
+        study: Study,
+        number: int,
+        choice: Choice,
+        opened: Mapping[str, _OpenedFeatures],
+        rows: Int64Array,
+        train: Int64Array,
     ) -> None:
         self._study, self._opened, self._rows, self._train = study, opened, rows, train
         self._pooling = input_kind(choice.config)
@@ -244,7 +248,7 @@ class _FoldInputs:
             signal: mask[rows] for signal, key in self._keys.items() if (mask := study.available(key)) is not None
         }
 
-    def ablations(self) -> Iterator[tuple[Ablation, dict[str, Floats], dict[str, Bools]]]:
+    def ablations(self) -> Iterator[tuple[Ablation, dict[str, Float32Array], dict[str, BoolArray]]]:
         """Yield each ablation with the values and the availability that heads get."""
         for signal, features in self._opened.items():
             values = self.values[signal]
@@ -258,7 +262,7 @@ class _FoldInputs:
 
     def _patch_ablations(
         self, signal: str, features: _OpenedFeatures
-    ) -> Iterator[tuple[Ablation, dict[str, Floats], dict[str, Bools]]]:
+    ) -> Iterator[tuple[Ablation, dict[str, Float32Array], dict[str, BoolArray]]]:
         values = self.values[signal]
         if self._pooling == "attention":
             # Patches are tokens: one of them is masked.
@@ -270,17 +274,19 @@ class _FoldInputs:
         for patch, ablated in enumerate(features.without_patches(values, self._rows, self._pooling)):
             yield Ablation(signal, Part.PATCH, patch), {**self.values, signal: ablated}, self.available
 
-    def _train_mean(self, key: InputKey) -> Floats:
+    def _train_mean(self, key: InputKey) -> Float32Array:
         """Mean of a signal's inputs over the training windows in which it is available."""
         inputs, mask = self._study.inputs[key][self._train], self._study.available(key)
         if mask is not None and not (available := mask[self._train].any(axis=1)).all():
             inputs = inputs[available]
-        mean: Floats = inputs.mean(axis=0, dtype=np.float64).astype(np.float32)
+        mean: Float32Array = inputs.mean(axis=0, dtype=np.float64).astype(np.float32)
         return mean
 
 
 @torch.no_grad()
-def _probability(heads: Sequence[Head], values: Mapping[str, Floats], available: Mapping[str, Bools]) -> Floats:
+def _probability(
+    heads: Sequence[Head], values: Mapping[str, Float32Array], available: Mapping[str, BoolArray]
+) -> Float32Array:
     """Mean of the heads' probabilities, ``[row, class]``."""
     n = len(next(iter(values.values())))
     parts = []

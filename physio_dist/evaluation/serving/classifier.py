@@ -27,6 +27,7 @@ from physio_dist.models.export import load_export, read_export_config
 from physio_dist.models.fusion.head import Head
 from physio_dist.models.fusion.heads import build_head, input_kind
 from physio_dist.models.fusion.pooling import make_tokens
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Float64Array
 from physio_dist.signals.montage import select
 from physio_dist.signals.recording import MICROVOLTS, RecordError, Recording, Signal
 from physio_dist.signals.windows import Window, WindowSpec, windows_of
@@ -57,12 +58,12 @@ class Prediction:
         notes: what was done to the signals that a reader has to know.
     """
 
-    start_s: npt.NDArray[np.float64]
-    probability: npt.NDArray[np.float32]
+    start_s: Float64Array
+    probability: Float32Array
     classes: tuple[str, ...]
-    valid: dict[str, npt.NDArray[np.bool_]]
+    valid: dict[str, BoolArray]
     channels: dict[str, tuple[str, ...]]
-    usable: npt.NDArray[np.bool_]
+    usable: BoolArray
     notes: tuple[str, ...]
 
     def rows(self) -> list[dict[str, str]]:
@@ -260,13 +261,11 @@ class FusionClassifier:
                 notes.append(f"the {name.upper()} is sampled at {signal.rate:g} Hz: resampled to {window.rate} Hz")
         return window, notes
 
-    def _valid(self, one: Window, signal: str) -> npt.NDArray[np.bool_]:
+    def _valid(self, one: Window, signal: str) -> BoolArray:
         nothing = np.zeros(len(self.window.channels_of(signal)), dtype=np.bool_)
         return one.valid.get(signal, nothing)
 
-    def _probability(
-        self, cut: Sequence[Window], still: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> npt.NDArray[np.float32]:
+    def _probability(self, cut: Sequence[Window], still: Mapping[str, tuple[Tensor, Tensor]]) -> Float32Array:
         """float32 ``[window, class]``."""
         features, each = self._features(cut), []
         given: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
@@ -280,7 +279,7 @@ class FusionClassifier:
             with one_thread(), torch.inference_mode():
                 # A head that has diverged knows nothing.
                 each.append(head(*given[kind]).softmax(-1).nan_to_num(1.0 / len(self.classes)))
-        found: npt.NDArray[np.float32] = torch.stack(each).double().mean(dim=0).float().numpy()
+        found: Float32Array = torch.stack(each).double().mean(dim=0).float().numpy()
         return found
 
     def _features(self, cut: Sequence[Window]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.linalg import eigh
 from torch import Tensor
+
+from physio_dist.runtime.arrays import Float32Array
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Reduction:
         strength: float32 ``[k]``, variance along each.
     """
 
-    mean: npt.NDArray[np.float32]
-    scale: npt.NDArray[np.float32]
-    axes: npt.NDArray[np.float32]
-    strength: npt.NDArray[np.float32]
+    mean: Float32Array
+    scale: Float32Array
+    axes: Float32Array
+    strength: Float32Array
 
 
-def fit_reduction(rows: npt.NDArray[np.float32], max_components: int) -> Reduction:
+def fit_reduction(rows: Float32Array, max_components: int) -> Reduction:
     """Statistics and the first ``max_components`` principal axes of ``rows`` ``[row, f]``.
 
     A feature that is constant in them is only centred.

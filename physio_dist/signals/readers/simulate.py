@@ -21,10 +21,9 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from physio_dist.errors import UserError, nearest
-from physio_dist.runtime.arrays import Float32Array
+from physio_dist.runtime.arrays import Float32Array, IntpArray
 from physio_dist.signals.montage import ECG_12, EEG_19, LEAD_MATRIX, LIMB
 from physio_dist.signals.recording import LazySignals, RecordError, Recording, Signal
 from physio_dist.signals.simulators import ecg as model
@@ -178,7 +177,7 @@ def _rng(seed: int, person: int, purpose: _Purpose, *trial: int) -> np.random.Ge
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(person, purpose, *trial))))
 
 
-def _states(spec: Specification, person: int) -> NDArray[np.intp]:
+def _states(spec: Specification, person: int) -> IntpArray:
     """The arousal of each of a person's records, shuffled; of an odd number either state may have one more."""
     rng = _rng(spec.seed, person, _Purpose.STATES)
     return rng.permutation((np.arange(spec.trials) + rng.integers(2)) % 2)

@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from physio_dist.runtime.arrays import BoolArray, Float32Array, Float64Array
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Float64Array, IntpArray
 
 ELECTRODES = ("RA", "LA", "LL", "V1", "V2", "V3", "V4", "V5", "V6")
 
@@ -166,7 +165,7 @@ def dipole_of(heart: Heart, beats: Float64Array, ectopic: BoolArray, times: Floa
     return np.ascontiguousarray(total.T)
 
 
-def _look_up(table: Float32Array, at: Float64Array, start: float, kind: NDArray[np.intp]) -> Float32Array:
+def _look_up(table: Float32Array, at: Float64Array, start: float, kind: IntpArray) -> Float32Array:
     entries = table.shape[1]
     index = ((at - start) * (1.0 / _STEP)).astype(np.intp)
     # Outside of its table a wave is over: first and last entry are as good as zero.

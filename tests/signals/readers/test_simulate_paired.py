@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from scipy.signal import butter, find_peaks, sosfiltfilt, welch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -15,13 +14,13 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from physio_dist.runtime.arrays import Float64Array, IntpArray
 from physio_dist.signals.montage import EEG_19
 from physio_dist.signals.readers import reader
 from physio_dist.signals.readers.simulate import SEPARATION, best_auc
 from physio_dist.signals.recording import LazySignals, Recording, Signal
 from physio_dist.signals.windows import Window, WindowSpec, waveform_hash, windows_of
 
-Array = NDArray[np.float64]
 BOTH = WindowSpec(signals=("ecg", "eeg"))
 STUDY = "people=120,trials=4,windows=1,seed=2"
 
@@ -35,14 +34,14 @@ def rows(*names: str) -> list[int]:
     return [EEG_19.index(name) for name in names]
 
 
-def beats_of(lead: Array) -> NDArray[np.intp]:
+def beats_of(lead: Float64Array) -> IntpArray:
     """The samples at which lead II is steepest."""
     slope = np.convolve(np.diff(lead) ** 2, np.ones(12) / 12, "same")
-    found: NDArray[np.intp] = find_peaks(slope, height=0.25 * np.percentile(slope, 98), distance=60)[0]
+    found: IntpArray = find_peaks(slope, height=0.25 * np.percentile(slope, 98), distance=60)[0]
     return found
 
 
-def correlation(a: Array, b: Array) -> float:
+def correlation(a: Float64Array, b: Float64Array) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
@@ -56,7 +55,7 @@ def heart_features(window: Window) -> list[float]:
     ]  # fmt: skip
 
 
-def band_powers(eeg: Array) -> Array:
+def band_powers(eeg: Float64Array) -> Float64Array:
     """Logarithms of the power of delta, theta, alpha, beta and low gamma, ``[5, channel]``."""
     frequency, power = welch(eeg, 200, nperseg=400)
     edges = (1, 4, 8, 13, 30, 45)
@@ -69,12 +68,12 @@ class Study:
     """What can be measured in many people, and the truth."""
 
     windows: list[Window]
-    heart: Array
-    bands: Array
-    arousal: Array
-    ecg: Array
-    eeg: Array
-    person: NDArray[np.intp]
+    heart: Float64Array
+    bands: Float64Array
+    arousal: Float64Array
+    ecg: Float64Array
+    eeg: Float64Array
+    person: IntpArray
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +252,7 @@ def test_eeg_passes_the_quality_check(study: Study) -> None:
     assert 20 < np.median(np.abs(data).max(axis=2)) < 60
 
 
-def within(values: Array, person: NDArray[np.intp]) -> Array:
+def within(values: Float64Array, person: IntpArray) -> Float64Array:
     """Values minus their person's mean."""
     sums = np.bincount(person, values)
     return values - (sums / np.maximum(np.bincount(person), 1))[person]
@@ -277,7 +276,7 @@ def test_each_drive_moves_its_own_modality_across_and_within_persons(study: Stud
 
 
 def test_given_the_state_neither_modality_knows_of_the_others_drive(study: Study) -> None:
-    def given_state(values: Array) -> Array:
+    def given_state(values: Float64Array) -> Float64Array:
         return values - np.where(study.arousal > 0, values[study.arousal > 0].mean(), values[study.arousal == 0].mean())
 
     chance = 3.5 / np.sqrt(len(study.ecg))
@@ -290,7 +289,7 @@ def test_given_the_state_neither_modality_knows_of_the_others_drive(study: Study
 
 
 def test_both_modalities_tell_more_of_unseen_people_than_either(study: Study) -> None:
-    def auc(features: Array) -> float:
+    def auc(features: Float64Array) -> float:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=1000))
         told = cross_val_predict(
             model, features, study.arousal, groups=study.person, cv=GroupKFold(6), method="predict_proba"

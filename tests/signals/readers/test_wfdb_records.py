@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import wfdb
-from numpy.typing import NDArray
 
 from physio_dist.errors import UserError
+from physio_dist.runtime.arrays import Int16Array, Int64Array
 from physio_dist.signals.montage import ECG_12
 from physio_dist.signals.readers import reader
 from physio_dist.signals.recording import RecordError, Recording
@@ -19,7 +19,6 @@ from physio_dist.signals.windows import WindowSpec, waveform_hash, windows_of
 
 Write = Callable[..., None]
 Real = Callable[..., Path]
-Digital = NDArray[np.int16]
 
 
 def read(folder: Path, record: str = "r") -> Recording:
@@ -49,7 +48,7 @@ def edit(folder: Path, name: str, *changes: tuple[str, str]) -> None:
         ("1000000/V", 1.0),
     ],
 )
-def test_gain_and_unit(tmp_path: Path, write_wfdb: Write, digital: Digital, gain: str, microvolts: float) -> None:
+def test_gain_and_unit(tmp_path: Path, write_wfdb: Write, digital: Int16Array, gain: str, microvolts: float) -> None:
     write_wfdb(tmp_path, "r", digital, gain=gain)
     signal = read(tmp_path).signals["ecg"]
     np.testing.assert_allclose(signal.data, digital * microvolts, rtol=1e-5)
@@ -57,7 +56,7 @@ def test_gain_and_unit(tmp_path: Path, write_wfdb: Write, digital: Digital, gain
     assert signal.channels == ECG_12
 
 
-def test_baseline_is_taken_off_or_else_the_adc_zero(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_baseline_is_taken_off_or_else_the_adc_zero(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     write_wfdb(tmp_path, "r", digital, gain="1000(-77)/mV")
     np.testing.assert_allclose(read(tmp_path).signals["ecg"].data, digital + 77.0, atol=0.01)
     write_wfdb(tmp_path, "r", digital, gain="1000/mV")
@@ -65,7 +64,7 @@ def test_baseline_is_taken_off_or_else_the_adc_zero(tmp_path: Path, write_wfdb: 
     np.testing.assert_allclose(read(tmp_path).signals["ecg"].data[0], digital[0] - 50.0, atol=0.01)
 
 
-def test_sentinel_and_rails_are_no_values(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_sentinel_and_rails_are_no_values(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     digital[3, 10:20] = -32768
     digital[4, 30:40] = 32767
     digital[5, 50:60] = -32767
@@ -75,7 +74,7 @@ def test_sentinel_and_rails_are_no_values(tmp_path: Path, write_wfdb: Write, dig
     assert missing[3, 10:20].all() and missing[4, 30:40].all() and missing[5, 50:60].all()
 
 
-def test_dat_and_mat_hold_the_same_waveform(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_dat_and_mat_hold_the_same_waveform(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     write_wfdb(tmp_path, "a", digital)
     write_wfdb(tmp_path, "b", digital, suffix=".mat", leads=tuple(lead.upper() for lead in ECG_12))
     write_wfdb(tmp_path, "c", (digital // 5).astype(np.int16), gain="200/mV")
@@ -110,7 +109,7 @@ def test_other_formats_that_the_library_writes_or_reads(tmp_path: Path, fmt: str
         read(tmp_path)
 
 
-def _pack_three_in_four(folder: Path, fmt: str, samples: NDArray[np.int64]) -> None:
+def _pack_three_in_four(folder: Path, fmt: str, samples: Int64Array) -> None:
     """Formats 310 and 311: three ten-bit samples in four bytes (WFDB manual, signal-5)."""
     flat = (samples.reshape(-1, 3) & 0x3FF).astype(np.uint32)
     a, b, c = flat.T
@@ -130,7 +129,7 @@ def _pack_three_in_four(folder: Path, fmt: str, samples: NDArray[np.int64]) -> N
     )
 
 
-def test_labels_are_codes_and_nothing_else(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_labels_are_codes_and_nothing_else(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     comments = "# Age: 57\n#Sex: female\n# Dx: 426177001,59118001\n# Rx: aspirin\n# Name: Jane Doe\n# 1 January, seen"
     write_wfdb(tmp_path, "r", digital, comments=comments)
     record = read(tmp_path)
@@ -145,7 +144,7 @@ def test_labels_are_codes_and_nothing_else(tmp_path: Path, write_wfdb: Write, di
 
 
 def test_person_is_known_from_the_path_where_corpora_put_it_there(
-    tmp_path: Path, write_wfdb: Write, digital: Digital
+    tmp_path: Path, write_wfdb: Write, digital: Int16Array
 ) -> None:
     write_wfdb(tmp_path / "files/p1000/p10000032/s40689238", "40689238", digital)
     (record,) = reader("wfdb").records(str(tmp_path))
@@ -153,7 +152,7 @@ def test_person_is_known_from_the_path_where_corpora_put_it_there(
     assert read(tmp_path, record).person == "p10000032"
 
 
-def test_records_are_found_below_and_sorted(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_records_are_found_below_and_sorted(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     for name in ("b/2", "b/10", "a", "c/d/e"):
         path = tmp_path / name
         write_wfdb(path.parent, path.name, digital)
@@ -163,7 +162,7 @@ def test_records_are_found_below_and_sorted(tmp_path: Path, write_wfdb: Write, d
     assert reader("wfdb").read(str(tmp_path / "a.hea"), "a").signals["ecg"].data.shape == (12, 5000)
 
 
-def test_records_files_are_followed(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_records_files_are_followed(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     for name in ("g1/a", "g1/extra", "g2/b", "g3/c"):
         path = tmp_path / name
         write_wfdb(path.parent, path.name, digital)
@@ -178,14 +177,14 @@ def test_records_files_are_followed(tmp_path: Path, write_wfdb: Write, digital: 
 
 
 @pytest.mark.parametrize("record", ["../r", "/etc/r", "a/../../r", "", "..", "a\\..\\r"])
-def test_ids_stay_inside_the_folder(tmp_path: Path, write_wfdb: Write, digital: Digital, record: str) -> None:
+def test_ids_stay_inside_the_folder(tmp_path: Path, write_wfdb: Write, digital: Int16Array, record: str) -> None:
     write_wfdb(tmp_path, "r", digital)
     (tmp_path / "sub").mkdir()
     with pytest.raises(RecordError, match="out of the source folder"):
         read(tmp_path / "sub", record)
 
 
-def test_signal_files_stay_inside_the_folder(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_signal_files_stay_inside_the_folder(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     write_wfdb(tmp_path, "r", digital)
     (tmp_path / "sub").mkdir()
     shutil.copy(tmp_path / "r.hea", tmp_path / "sub")
@@ -246,7 +245,7 @@ def test_flipped_bit_in_the_samples(real: Real) -> None:
         read(folder, DAT)
 
 
-def test_checksums_that_nobody_computed(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_checksums_that_nobody_computed(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     write_wfdb(tmp_path, "r", digital)
     path = tmp_path / "r.hea"
     head, *lines = path.read_text().splitlines()
@@ -290,7 +289,7 @@ def test_header_for_four_leads_beside_data_of_twelve(real: Real) -> None:
     ],
 )
 def test_headers_that_say_too_little(
-    tmp_path: Path, write_wfdb: Write, digital: Digital, text: str, reason: str
+    tmp_path: Path, write_wfdb: Write, digital: Int16Array, text: str, reason: str
 ) -> None:
     write_wfdb(tmp_path, "r", digital)
     (tmp_path / "r.hea").write_text(text)
@@ -298,7 +297,7 @@ def test_headers_that_say_too_little(
         read(tmp_path)
 
 
-def test_reasons_hold_no_text_of_the_header(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_reasons_hold_no_text_of_the_header(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     write_wfdb(tmp_path, "r", digital)
     (tmp_path / "r.hea").write_text("r 1 500 5000 10:00:00 99/99/2020\nr.dat 16 200/mV 16 0 0 0 0 Jane Doe\n")
     with pytest.raises(RecordError) as caught:
@@ -310,7 +309,7 @@ def test_reasons_hold_no_text_of_the_header(tmp_path: Path, write_wfdb: Write, d
     assert "Jane" not in str(caught.value)
 
 
-def test_signals_that_are_no_leads_stay_out(tmp_path: Path, write_wfdb: Write, digital: Digital) -> None:
+def test_signals_that_are_no_leads_stay_out(tmp_path: Path, write_wfdb: Write, digital: Int16Array) -> None:
     write_wfdb(tmp_path, "r", digital[:3], leads=("II", "V1", "RESP"))
     edit(tmp_path, "r", ("V1", "V1"))
     path = tmp_path / "r.hea"
@@ -344,7 +343,7 @@ def test_real_leads_made_bad(real: Real, write_wfdb: Write) -> None:
     folder = real("cinc2021", MAT)
     digital = read(folder, MAT).signals["ecg"].data.astype(np.int16)
 
-    def verdict(changed: Digital, leads: tuple[str, ...] = ECG_12) -> tuple[str, ...]:
+    def verdict(changed: Int16Array, leads: tuple[str, ...] = ECG_12) -> tuple[str, ...]:
         write_wfdb(folder, "bad", changed[: len(leads)], leads=leads)
         (window,) = windows_of(read(folder, "bad"), WindowSpec(min_leads=1))
         return window.reasons

@@ -205,6 +205,7 @@ def test_the_same_set_twice_is_walked_in_two_orders() -> None:
     assert samples[:32].tolist() != samples[32:].tolist()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8))
 def test_shares_add_up_and_are_within_one_of_their_weight(total: int, weights: list[float]) -> None:
     parts = shares(total, weights)
@@ -255,6 +256,7 @@ def test_batches_never_change_between_versions() -> None:
     assert walk.take(1000).tolist() == PINNED_E
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), st.integers(0, 10**6), st.text(max_size=5))
 def test_permutation_is_one(n: int, seed: int, name: str) -> None:
     assert sorted(permutation(n, seed, name).tolist()) == list(range(n))

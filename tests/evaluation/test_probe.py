@@ -106,7 +106,7 @@ def test_finetuned_rows_learn_and_leave_the_encoder_alone(place: Path) -> None:
     held = publish_held(place)
     results = probe.probe(options(place, *words, *some, f"probe.data={held}"), quiet)
     rows = {row["name"]: row for row in results["rows"]}
-    assert set(rows) == {*probe.ROWS, *probe.TUNED}
+    assert set(rows) == {*probe.ROWS, *probe.FINETUNED}
     assert rows["finetuned"]["auc"] > 0.75 and rows["finetuned_untrained"]["auc"] > 0.75
     assert 1 <= rows["finetuned"]["per_seed"][0]["chosen"][0]["epoch"] <= 8
     assert rows["finetuned"]["sd"]["auc"] is None, "one seed has no spread"

@@ -55,16 +55,17 @@ class FusionTrial(tune.Trainable):  # type: ignore[misc]
             self._mismatch = f"physio-dist is {__version__} on node {node} and {version} where the sweep was started"
         torch.set_num_threads(threads)
         self._prepared = prepared
-        self.reset_config(config)
+        self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start the next trial in the same actor."""
-        config = {name: value for name, value in new_config.items() if name not in ("trial", "row", "fold")}
-        print(f"trial {new_config['trial']}: {config}", flush=True)
-        self._epochs: Iterator[dict[str, float]] = trials.train(
-            self._prepared, new_config["row"], config, new_config["fold"]
-        )
+        self._start(new_config)
         return True
+
+    def _start(self, config: dict[str, Any]) -> None:
+        params = {name: value for name, value in config.items() if name not in ("trial", "row", "fold")}
+        print(f"trial {config['trial']}: {params}", flush=True)
+        self._epochs: Iterator[dict[str, float]] = trials.train(self._prepared, config["row"], params, config["fold"])
 
     def step(self) -> dict[str, Any]:
         """Train for one epoch.

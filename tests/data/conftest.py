@@ -14,6 +14,9 @@ from physio_dist import storage
 from physio_dist.data.format import tar
 from physio_dist.data.format.index import SPLITS, ShardInfo, ShardSet, SignalInfo, fingerprint_of, open_set
 from physio_dist.data.format.sample_table import SampleTable, key_table, publish
+from physio_dist.data.handle import open_dataset
+from physio_dist.data.loading.cache import ShardCache
+from physio_dist.data.loading.dataset import ShardDataset
 from physio_dist.signals.montage import ECG_12
 from physio_dist.signals.readers import reader
 
@@ -71,6 +74,11 @@ def build(
         table,
     )
     return open_set(url)
+
+
+def dataset_of(tmp_path: Path, *urls: str, weights: tuple[float, ...] = ()) -> ShardDataset:
+    parts = list(zip(urls, weights or (1.0,) * len(urls), strict=True))
+    return open_dataset(parts, "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
 
 
 @pytest.fixture()

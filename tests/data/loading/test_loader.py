@@ -14,20 +14,14 @@ from physio_dist import storage
 from physio_dist.data.format.index import ShardSet
 from physio_dist.data.handle import open_dataset
 from physio_dist.data.loading import dataset, order
-from physio_dist.data.loading.buffers import BufferPool
 from physio_dist.data.loading.cache import ShardCache
 from physio_dist.data.loading.dataset import Batch, ShardDataset
 from physio_dist.data.loading.loader import LoaderPlan, PrefetchLoader, rank_batch
-from physio_dist.errors import DataError, UserError
+from physio_dist.errors import DataError
 from tests.conftest import S3
-from tests.data.conftest import signal_of
+from tests.data.conftest import dataset_of, signal_of
 
 Make = Callable[..., ShardSet]
-
-
-def source_of(tmp_path: Path, *urls: str, weights: tuple[float, ...] = ()) -> ShardDataset:
-    parts = list(zip(urls, weights or (1.0,) * len(urls), strict=True))
-    return open_dataset(parts, "ecg", ShardCache(str(tmp_path / "cache"), 1e9))
 
 
 def feed(
@@ -42,28 +36,9 @@ def threads() -> set[str]:
     return {thread.name for thread in threading.enumerate() if thread.name.startswith(("feed", "fetch"))}
 
 
-def test_read_batch_returns_samples_padding_and_keys(make_set: Make, tmp_path: Path) -> None:
-    make_set(str(tmp_path / "a"), sizes=(5, 3, 4))
-    make_set(str(tmp_path / "b"), sizes=(4,), seed=1)
-    source = source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
-    sets, ids = np.array([0, 1, 0, 0, 1]), np.array([11, 2, 0, 6, 0])
-    batch = source.read_batch(3, sets, ids, ids + 100, 7)
-    for row, (which, sample) in enumerate(zip(sets, ids, strict=True)):
-        np.testing.assert_array_equal(batch.signal[row], signal_of(int(sample), seed=int(which)))
-    assert batch.signal.shape == (7, 2, 64)
-    assert batch.signal.dtype == np.int16
-    assert batch.weight.tolist() == [1, 1, 1, 1, 1, 0, 0]
-    assert not batch.signal[5:].any()
-    assert batch.scale.tolist() == [2.0] * 5 + [1.0] * 2
-    assert batch.valid[:, 1].tolist() == [True, True, False, False, False, True, True]
-    assert batch.positions.tolist() == [111, 102, 100, 106, 100, 0, 0]
-    assert batch.step == 3
-    assert source.keys(batch.samples) == ["s0-0011", "s1-0002", "s0-0000", "s0-0006", "s1-0000"]
-
-
 def test_rank_batch_covers_exactly_the_split(make_set: Make, tmp_path: Path) -> None:
     shards = make_set(str(tmp_path / "a"), sizes=(9, 0, 11, 4), every=3)
-    source = source_of(tmp_path, shards.url)
+    source = dataset_of(tmp_path, shards.url)
     held = {i for i in range(24) if i % 3 == 2}
     for split, wanted in (("train", set(range(24)) - held), ("val", held)):
         order, members = source.order(split, 4, 0), source.members(split)
@@ -74,7 +49,7 @@ def test_rank_batch_covers_exactly_the_split(make_set: Make, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
 def test_rank_batch_of_all_ranks_is_the_global_batch(make_set: Make, tmp_path: Path, world: int) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10, 10)).url)
+    source = dataset_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10, 10)).url)
     whole = rank_batch(source.order("train", 7, 1), source.members("train"), 4, 0, 1)
     parts = [rank_batch(source.order("train", 7, 1), source.members("train"), 4, rank, world) for rank in range(world)]
     # Within its slice a rank has them in an order of its own.
@@ -91,12 +66,12 @@ def test_loader_order_does_not_depend_on_the_location_of_the_set(make_set: Make,
     shutil.copytree(s3_here.folder / "set", tmp_path / "copy")
     told = []
     for place in (url, str(tmp_path / "copy"), f"{tmp_path}/copy/index.json"):
-        source = source_of(tmp_path, place)
+        source = dataset_of(tmp_path, place)
         with feed(source, 5, 0, 6) as batches:
             told.append([source.keys(batch.samples) for batch in batches])
     assert told[0] == told[1] == told[2]
     make_set(str(tmp_path / "other"), sizes=(10, 10), seed=1)
-    source = source_of(tmp_path, str(tmp_path / "other"))
+    source = dataset_of(tmp_path, str(tmp_path / "other"))
     with feed(source, 5, 0, 6) as batches:
         other = [[int(sample) for sample in batch.samples[1]] for batch in batches]
     assert other != [[int(key.split("-")[1]) for key in keys] for keys in told[0]]
@@ -104,18 +79,18 @@ def test_loader_order_does_not_depend_on_the_location_of_the_set(make_set: Make,
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 19, 20])
 def test_loader_gives_the_same_batches_from_any_start(make_set: Make, tmp_path: Path, start: int) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    source = dataset_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
     with feed(source, 4, 0, 20) as batches:
         whole = list(batches)
     assert [batch.step for batch in whole] == list(range(20))
-    with feed(source_of(tmp_path, str(tmp_path / "a")), 4, start, 20) as batches:
+    with feed(dataset_of(tmp_path, str(tmp_path / "a")), 4, start, 20) as batches:
         for batch, wanted in zip(batches, whole[start:], strict=True):
             np.testing.assert_array_equal(batch.signal, wanted.signal)
             np.testing.assert_array_equal(batch.positions, wanted.positions)
 
 
 def test_loader_pads_short_slices(make_set: Make, tmp_path: Path) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    source = dataset_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
     weights = []
     for rank in range(3):
         with feed(source, 4, 0, 1, rank, 3) as batches:
@@ -126,7 +101,7 @@ def test_loader_pads_short_slices(make_set: Make, tmp_path: Path) -> None:
 def test_loader_draws_from_a_mixture_by_weight(make_set: Make, tmp_path: Path) -> None:
     make_set(str(tmp_path / "a"), sizes=(20,))
     make_set(str(tmp_path / "b"), sizes=(20,), seed=1)
-    source = source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"), weights=(3.0, 1.0))
+    source = dataset_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"), weights=(3.0, 1.0))
     with feed(source, 8, 0, 9) as batches:
         for batch in batches:
             assert np.bincount(batch.samples[0]).tolist() == [6, 2]
@@ -135,7 +110,7 @@ def test_loader_draws_from_a_mixture_by_weight(make_set: Make, tmp_path: Path) -
 def test_loader_raises_on_truncated_shard(
     make_set: Make, tmp_path: Path, flip_bit: Callable[[Path, int], None]
 ) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10, 10)).url)
+    source = dataset_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10, 10)).url)
     flip_bit(tmp_path / "a" / "ecg-000001.tar", 900)
     with pytest.raises(DataError, match=r"ecg-000001\.tar disagrees"), feed(source, 7, 0, 50) as batches:
         list(batches)
@@ -143,7 +118,7 @@ def test_loader_raises_on_truncated_shard(
 
 
 def test_loader_raises_errors_of_prepare(make_set: Make, tmp_path: Path) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    source = dataset_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
 
     def prepare(batch: Batch) -> Batch:
         if batch.step == 2:
@@ -161,7 +136,7 @@ def test_loader_raises_errors_of_prepare(make_set: Make, tmp_path: Path) -> None
 
 
 def test_loader_left_early_ends_its_threads(make_set: Make, tmp_path: Path) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    source = dataset_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
     with feed(source, 4, 0, 10_000) as batches:
         assert next(iter(batches)).step == 0
         assert "feed" in threads()
@@ -190,7 +165,7 @@ def contents(source: ShardDataset, batch: int, steps: int) -> list[np.ndarray]:
 def test_loader_fetches_each_shard_once_if_the_cache_holds_the_set(
     make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = source_of(tmp_path, make_set(s3_here.bucket, sizes=(8,) * 6, every=100).url)
+    source = dataset_of(tmp_path, make_set(s3_here.bucket, sizes=(8,) * 6, every=100).url)
     told = fetches(monkeypatch)
     contents(source, 2, 3 * 24)
     assert sorted(shard for shard, _ in told) == [f"{n:02d}" for n in range(6)]
@@ -203,7 +178,7 @@ def test_loader_fetches_evicted_shards_once_an_epoch(
     # One lane that shuffles over two shards' worth, in a cache of four: what is done with goes, what is needed stays.
     monkeypatch.setattr(order, "WINDOW", 16)
     shards = make_set(s3_here.bucket, sizes=(8,) * 12, every=1000)
-    whole = contents(source_of(tmp_path, shards.url), 1, 3 * 96)
+    whole = contents(dataset_of(tmp_path, shards.url), 1, 3 * 96)
     cache = ShardCache(str(tmp_path / "small"), 4.5 * shards.shards[0].filesize)
     told = fetches(monkeypatch)
     again = contents(open_dataset([(shards.url, 1.0)], "ecg", cache), 1, 3 * 96)
@@ -218,7 +193,7 @@ def test_loader_reads_single_samples_if_the_cache_is_full(
     make_set: Make, s3_here: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = make_set(s3_here.bucket, sizes=(8,) * 6, every=100)
-    whole = contents(source_of(tmp_path, shards.url), 5, 20)
+    whole = contents(dataset_of(tmp_path, shards.url), 5, 20)
     cache = ShardCache(str(tmp_path / "small"), 2.5 * shards.shards[0].filesize)
     told = fetches(monkeypatch)
     again = contents(open_dataset([(shards.url, 1.0)], "ecg", cache), 5, 20)
@@ -228,72 +203,8 @@ def test_loader_reads_single_samples_if_the_cache_is_full(
     assert len(told) == 2
 
 
-@pytest.mark.parametrize("size", [0.5, 1e6])
-def test_single_read_raises_on_sample_with_another_checksum(
-    make_set: Make, s3_here: S3, tmp_path: Path, flip_bit: Callable[[Path, int], None], size: float,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    shards = make_set(s3_here.bucket, sizes=(8,))
-    cache = ShardCache(str(tmp_path / "small"), size * shards.shards[0].filesize)
-    source = open_dataset([(shards.url, 1.0)], "ecg", cache)
-    nothing, third = np.zeros(1, np.int64), np.array([3])
-    flip_bit(s3_here.folder / "ecg-000000.tar", int(source.sample_tables[0].offset["ecg"][3]) + 9)
-    disagrees = pytest.raises(DataError, match=r"ecg-000000\.tar disagrees .*s0-0003")
-    with caplog.at_level("WARNING", "physio_dist"), disagrees:
-        source.read_batch(0, nothing, third, third, 1, fetching=size < 1)
-    assert "reading sample s0-0003 again" in caplog.text
-    np.testing.assert_array_equal(
-        source.read_batch(0, nothing, third - 1, third, 1, fetching=size < 1).signal[0], signal_of(2)
-    )
-    assert not cache.held(shards, 0)
-
-
-def test_order_raises_on_split_smaller_than_a_batch(make_set: Make, tmp_path: Path) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(8,)).url)
-    with pytest.raises(UserError, match=r"/a: split val holds 2 samples, fewer than the 5"):
-        source.order("val", 5, 0)
-    with pytest.raises(UserError, match="split test holds 0 samples"):
-        source.order("test", 1, 0)
-
-
-@pytest.mark.parametrize(("other", "told"), [({"length": 32}, "window length 32 against 64")])
-def test_open_dataset_raises_on_incompatible_sets(
-    make_set: Make, tmp_path: Path, other: dict[str, int], told: str
-) -> None:
-    make_set(str(tmp_path / "a"))
-    make_set(str(tmp_path / "b"), **other)
-    with pytest.raises(UserError, match=f"/b and .*/a cannot be mixed: {told}"):
-        source_of(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
-
-
-def test_open_dataset_raises_on_missing_signal(make_set: Make, tmp_path: Path) -> None:
-    make_set(str(tmp_path / "a"))
-    with pytest.raises(UserError, match="holds no eeg signal; it has: ecg"):
-        open_dataset([(str(tmp_path / "a"), 1.0)], "eeg", ShardCache(str(tmp_path / "cache"), 1e9))
-
-
-def test_release_reuses_memory_once_and_kept_batches_keep_theirs(make_set: Make, tmp_path: Path) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(9,)).url)
-
-    def read(sample: int) -> Batch:
-        ids = np.array([sample])
-        return source.read_batch(0, ids * 0, ids, ids, 1)
-
-    kept, released = read(0), read(1)
-    place = released.signal.ctypes.data
-    released.release()
-    again = read(2)
-    assert again.signal.ctypes.data == place
-    # A second release of the first user takes nothing from the second one.
-    released.release()
-    later = [read(sample) for sample in range(9)]
-    assert len({batch.signal.ctypes.data for batch in (kept, again, *later)}) == 11
-    for sample, batch in ((0, kept), (2, again), *enumerate(later)):
-        np.testing.assert_array_equal(batch.signal[0], signal_of(sample))
-
-
 def test_loader_without_releases_delivers_batches_that_can_be_kept(make_set: Make, tmp_path: Path) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    source = dataset_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
     with feed(source, 4, 0, 12) as batches:
         kept = list(batches)
     for batch in kept:
@@ -302,7 +213,7 @@ def test_loader_without_releases_delivers_batches_that_can_be_kept(make_set: Mak
 
 
 def test_loader_reuses_memory_of_released_batches(make_set: Make, tmp_path: Path) -> None:
-    source = source_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
+    source = dataset_of(tmp_path, make_set(str(tmp_path / "a"), sizes=(10, 10)).url)
     places = set()
     with feed(source, 4, 0, 40) as batches:
         for batch in batches:
@@ -311,14 +222,3 @@ def test_loader_reuses_memory_of_released_batches(make_set: Make, tmp_path: Path
             places.add(batch.signal.ctypes.data)
             batch.release()
     assert len(places) <= dataset._BUFFERS
-
-
-def test_pool_keeps_no_more_arrays_than_its_size() -> None:
-    pool = BufferPool(2)
-    acquired = [pool.acquire((1, 1, 4)) for _ in range(5)]
-    places = [array.ctypes.data for array, _ in acquired]
-    for _, release in acquired:
-        release()
-    again = [pool.acquire((1, 1, 4))[0] for _ in range(2)]
-    assert sorted(array.ctypes.data for array in again) == sorted(places[-2:])
-    assert pool.acquire((2, 1, 4))[0].shape == (2, 1, 4)

@@ -13,7 +13,7 @@ from physio_dist.errors import UserError
 from physio_dist.report import pretraining, sweep, sweep_summary
 from physio_dist.report.components import Section, Summary, style
 from physio_dist.report.run_data import Reader, Run, load_run
-from physio_dist.report.sweep_data import HeldOut, Sweep, load_sweep
+from physio_dist.report.sweep_data import Sweep, load_sweep
 from physio_dist.runs.run_dir import METRICS
 from physio_dist.runs.sweep_results import RESULTS
 
@@ -73,9 +73,8 @@ def _pretraining(run: Run) -> _Chapter:
 
 
 def _sweep(loaded: Sweep) -> _Chapter:
-    held = None if loaded.predictions is None else HeldOut.of(loaded.predictions)
     with style():
-        sections = [section(loaded, held) for section in sweep.SECTIONS]
+        sections = [section(loaded) for section in sweep.SECTIONS]
     if sweep_summary.is_leaky(loaded):
         sections = [sweep_summary.mark_leaky(section) for section in sections]
-    return _Chapter(sweep_summary.summarise(loaded, held), sections, loaded.results.notes)
+    return _Chapter(sweep_summary.summarise(loaded), sections, loaded.results.notes)

@@ -42,7 +42,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def baselines(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def baselines(sweep: Sweep) -> ui.Section:
     """Every row with all its scores, against chance and, on simulated data, against the best possible."""
     rows = sweep.real_rows
     lines = [
@@ -59,7 +59,7 @@ def baselines(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     if any(math.isfinite(line.value) for line in lines):
         figures = [ui.Figure([plots.forest(lines, CHANCE, _forest_alt(rows))], _forest_caption(sweep), wide=True)]
     tables = [table for table in (_score_table(sweep, rows), published(sweep)) if table is not None]
-    if (table := _gain_table(sweep, held)) is not None:
+    if (table := _gain_table(sweep)) is not None:
         tables.append(table)
     absent = [label_of(name) for name in ROWS if sweep.row(name) is None]
     notes = [f"results.json has no row for: {', '.join(absent)}."] if absent else []
@@ -72,8 +72,9 @@ def baselines(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     return ui.Section("Results", "results", figures=figures, tables=tables, notes=notes)
 
 
-def curves(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def curves(sweep: Sweep) -> ui.Section:
     """ROC curves of all rows, one panel a class; of two classes also precision over recall."""
+    held = sweep.held
     if held is None:
         return _without_predictions("Curves", "curves", "no curve can be drawn")
     predictions, k = held.predictions, len(sweep.classes)
@@ -114,9 +115,8 @@ def curves(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     return ui.Section("Curves", "curves", figures=[ui.Figure(images, caption)], notes=notes)
 
 
-def confusion(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def confusion(sweep: Sweep) -> ui.Section:
     """Confusion matrices of the hand-made, the single and the fused rows."""
-    del held
     rows = [row for name in ROWS[2:] if (row := sweep.row(name)) is not None]
     tables: list[tuple[str, Ints]] = [(row.name, np.array(row.confusion)) for row in rows if row.confusion]
     if not tables:
@@ -132,8 +132,9 @@ def confusion(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     return ui.Section("Confusion", "confusion", figures=[figure])
 
 
-def people(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def people(sweep: Sweep) -> ui.Section:
     """On how many people fusion beats the better single modality."""
+    held = sweep.held
     if held is None:
         return _without_predictions("People", "people", "nothing can be said about each person")
     scores = held.people
@@ -170,9 +171,8 @@ def people(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     return ui.Section("People", "people", text=text, figures=[ui.Figure(images, caption, wide=wide)], details=details)
 
 
-def control(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def control(sweep: Sweep) -> ui.Section:
     """AUCs under permuted labels with the observed one."""
-    del held
     title, anchor = "Permuted labels", "permuted"
     auc, permuted, fused = sweep.permuted_auc, sweep.results.permuted, sweep.row("fused")
     if permuted is None or not auc.size:
@@ -197,9 +197,8 @@ def control(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     return ui.Section(title, anchor, figures=[ui.Figure([image], caption.strip(), wide=True)])
 
 
-def dataset(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def dataset(sweep: Sweep) -> ui.Section:
     """The shard sets and the frozen encoders."""
-    del held
     section = ui.dataset(sweep)
     if not sweep.results.encoders:
         return section
@@ -215,9 +214,8 @@ def dataset(sweep: Sweep, held: HeldOut | None) -> ui.Section:
     return ui.Section(section.title, section.anchor, tables=tables, notes=notes)
 
 
-def configuration(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def configuration(sweep: Sweep) -> ui.Section:
     """The options a reader asks for first, and the whole resolved file folded away."""
-    del held
     return ui.configuration_section(sweep, OPTIONS)
 
 
@@ -304,9 +302,9 @@ def _score_table(sweep: Sweep, rows: list[ResultRow]) -> ui.Table:
     return ui.Table(head, lines, " ".join(text.strip() for text, said in sentences.items() if said))
 
 
-def _gain_table(sweep: Sweep, held: HeldOut | None) -> ui.Table | None:
+def _gain_table(sweep: Sweep) -> ui.Table | None:
     """Differences between the fused row and the others on the same resampled people."""
-    named = [row.name for row in sweep.real_rows]
+    named, held = [row.name for row in sweep.real_rows], sweep.held
     differences = {} if held is None else held.differences
     differences = {pair: change for pair in compared_rows(named) if (change := differences.get(pair)) is not None}
     if held is None or not differences:
@@ -364,7 +362,7 @@ def _people_listing(held: HeldOut) -> str:
 
 
 # In the order of the page.
-SECTIONS: tuple[Callable[[Sweep, HeldOut | None], ui.Section], ...] = (
+SECTIONS: tuple[Callable[[Sweep], ui.Section], ...] = (
     baselines, curves, confusion, sweep_analysis.calibration, people, sweep_analysis.occlusion, sweep_analysis.features,
     sweep_search.search, control, dataset, configuration,
 )  # fmt: skip

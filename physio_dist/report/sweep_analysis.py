@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from physio_dist.report import components as ui
 from physio_dist.report.run_data import Floats
-from physio_dist.report.sweep_data import HeldOut, Reliability, Sweep, reliability
+from physio_dist.report.sweep_data import Reliability, Sweep, reliability
 from physio_dist.report.sweep_plots import colour_of, label_of
 from physio_dist.runs.sweep_results import (
     EMBEDDING,
@@ -35,8 +35,9 @@ _TURNS = 8
 _BEFORE = "a sweep of this version writes it when it is done"
 
 
-def calibration(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def calibration(sweep: Sweep) -> ui.Section:
     """Reliability curves of every row but the majority and the bounds."""
+    held = sweep.held
     title, anchor = "Calibration", "calibration"
     if held is None:
         return ui.Section(
@@ -74,9 +75,8 @@ def _listing(name: str, bins: Reliability) -> str:
     return "\n".join(lines)
 
 
-def occlusion(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def occlusion(sweep: Sweep) -> ui.Section:
     """AUC of the fused row lost without each signal, channel and second."""
-    del held
     title, anchor, results = "Occlusion", "occlusion", sweep.results.occlusion
     if results is None or not any(math.isfinite(effect.auc_drop) for effect in results.signals):
         missing = f"results.json holds no occlusion analysis; {_BEFORE}."
@@ -152,9 +152,8 @@ def _top(entries: Sequence[Occlusion]) -> str:
     return ", ".join(f"{effect.label} {effect.auc_drop:+.3f}" for effect in largest)
 
 
-def features(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def features(sweep: Sweep) -> ui.Section:
     """Frozen features on a plane, by person and by label."""
-    del held
     title, anchor = "Frozen features", "features"
     if not sweep.planes:
         return ui.Section(title, anchor, missing=f"The run holds no {EMBEDDING}; {_BEFORE}.")

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +91,11 @@ class Sweep(RunInfo):
     trials: list[TrialResult] = field(default_factory=list)
     unfinished: bool = False
     planes: dict[str, Plane] = field(default_factory=dict)
+
+    @cached_property
+    def held(self) -> HeldOut | None:
+        """Statistics of the predictions; None without predictions."""
+        return None if self.predictions is None else HeldOut.of(self.predictions)
 
     def row(self, name: str) -> ResultRow | None:
         """The row of this name, or None."""

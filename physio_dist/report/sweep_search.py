@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from physio_dist.report import components as ui
 from physio_dist.report.run_data import Floats
-from physio_dist.report.sweep_data import ROWS, HeldOut, Sweep
+from physio_dist.report.sweep_data import ROWS, Sweep
 from physio_dist.report.sweep_plots import colour_of, label_of
 from physio_dist.runs.sweep_results import TRIALS, FoldResult, ResultRow, TrialResult
 from physio_dist.runs.typed_json import printable
@@ -46,9 +46,8 @@ LOGARITHMIC = ("lr", "weight_decay")
 FAN = 0.62
 
 
-def search(sweep: Sweep, held: HeldOut | None) -> ui.Section:
+def search(sweep: Sweep) -> ui.Section:
     """Parallel coordinates of the fused row's trials, learning curves, the other rows' trials, what was chosen."""
-    del held
     if not sweep.trials:
         return ui.Section(TITLE, ANCHOR, missing=f"The run holds no {TRIALS}, so its configurations are not drawn.")
     rows = [name for name in reversed(ROWS) if any(trial.row == name for trial in sweep.trials)]

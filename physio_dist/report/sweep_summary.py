@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from physio_dist.report import components as ui
-from physio_dist.report.sweep_data import HeldOut, Sweep
+from physio_dist.report.sweep_data import Sweep
 from physio_dist.report.sweep_plots import label_of
 from physio_dist.runs.sweep_results import ResultRow
 from physio_dist.stats.bootstrap import Difference
@@ -24,15 +24,15 @@ LEAKY_BADGE = (
 _METRICS = {"auc": "ROC\u2011AUC", "f1": "F1", "macro_f1": "Macro F1"}
 
 
-def summarise(sweep: Sweep, held: HeldOut | None) -> ui.Summary:
+def summarise(sweep: Sweep) -> ui.Summary:
     """The summary of a sweep; whatever it does not tell is left out or shown as a dash."""
     badge, text = ui.badge_of(sweep.simulated())
     if is_leaky(sweep):
         badge, text = " ".join(filter(None, ("LEAKY", badge))), " ".join(filter(None, (LEAKY_BADGE, text)))
-    verdicts = [_headline(sweep), _others(sweep), *_gain(sweep, held), *_one_signal(sweep), _reached(sweep)]
+    verdicts = [_headline(sweep), _others(sweep), *_gain(sweep), *_one_signal(sweep), _reached(sweep)]
     verdicts.append(_control(sweep))
     findings = [verdict for verdict in verdicts if verdict]
-    return ui.Summary(sweep.name, badge, text, findings, _facts(sweep, held), None, kicker="sweep of a fusion head")
+    return ui.Summary(sweep.name, badge, text, findings, _facts(sweep), None, kicker="sweep of a fusion head")
 
 
 def classes_in_words(sweep: Sweep) -> str:
@@ -86,7 +86,7 @@ def _others(sweep: Sweep) -> str:
     return f"Against it: {', '.join(scores)}." if scores else ""
 
 
-def _gain(sweep: Sweep, held: HeldOut | None) -> list[str]:
+def _gain(sweep: Sweep) -> list[str]:
     """Fused against the better single signal, the hand-made features and the untrained encoders: a sentence each."""
     fused, best = sweep.row("fused"), better_single(sweep)
     if fused is None or not math.isfinite(fused.auc):
@@ -96,7 +96,7 @@ def _gain(sweep: Sweep, held: HeldOut | None) -> list[str]:
     for name, called in (("handmade", "hand-made features"), ("untrained", "untrained encoders of the same shape")):
         if (row := sweep.row(name)) is not None and math.isfinite(row.auc):
             against.append((row, called))
-    differences = {} if held is None else held.differences
+    differences = {} if sweep.held is None else sweep.held.differences
     for row, called in against:
         text = f"Fused minus {called}: {ui.signed(fused.auc - row.auc)}"
         change = differences.get(("fused", row.name))
@@ -156,7 +156,7 @@ def _control(sweep: Sweep) -> str:
     )
 
 
-def _facts(sweep: Sweep, held: HeldOut | None) -> list[ui.Fact]:
+def _facts(sweep: Sweep) -> list[ui.Fact]:
     facts = []
     windows, people = sweep.results.windows, sweep.results.people
     if windows is not None:
@@ -167,8 +167,8 @@ def _facts(sweep: Sweep, held: HeldOut | None) -> list[ui.Fact]:
         facts.append(ui.Fact("Held-out people", f"{people:,}", "never in training or selection of their fold"))
     if sweep.classes:
         more = ", ".join(sweep.classes)
-        if held is not None:
-            count = np.bincount(held.predictions.label, minlength=len(sweep.classes))
+        if sweep.predictions is not None:
+            count = np.bincount(sweep.predictions.label, minlength=len(sweep.classes))
             more = ", ".join(f"{name} {n:,}" for name, n in zip(sweep.classes, count, strict=True))
         facts.append(ui.Fact("Classes", f"{len(sweep.classes)}", more))
     facts.append(ui.Fact("Protocol", sweep.results.protocol or "–", protocol_in_words(sweep)))

@@ -50,7 +50,7 @@ def run(tmp_path: Path) -> RunDir:
     return begun(str(tmp_path / "sweep"))
 
 
-def test_every_row_tries_the_same_configurations() -> None:
+def test_plan_has_same_configs_for_every_row() -> None:
     trials = plan(options(), ["0", "1"])
     assert [trial.name for trial in trials] == [f"{row}-{n}" for n in ("000", "001") for row in SEARCHED]
     for number in range(2):
@@ -59,7 +59,7 @@ def test_every_row_tries_the_same_configurations() -> None:
     assert trials[0].config != trials[4].config
 
 
-def test_a_line_of_trials_jsonl(run: RunDir) -> None:
+def test_to_line_has_documented_fields(run: RunDir) -> None:
     book = ledger(run)
     epochs(book, "ecg-001", 0.5, 0.75, 0.7)
     book.end("ecg-001", {"0": 2, "1": 3})
@@ -76,7 +76,7 @@ def test_a_line_of_trials_jsonl(run: RunDir) -> None:
     book.close()
 
 
-def test_a_damaged_line_is_of_a_trial_that_runs_again(run: RunDir) -> None:
+def test_trial_log_ignores_damaged_line(run: RunDir) -> None:
     book = ledger(run)
     for name in ("ecg-000", "ecg-001"):
         epochs(book, name, *[0.5] * EPOCHS)
@@ -90,7 +90,7 @@ def test_a_damaged_line_is_of_a_trial_that_runs_again(run: RunDir) -> None:
         again.close()
 
 
-def test_records_come_back_as_they_went(run: RunDir) -> None:
+def test_from_line_is_inverse_of_to_line(run: RunDir) -> None:
     history = [
         {"epoch": 1, "val_auc": 0.1 + 0.2, "fold_0": 1 / 3, "fold_1": math.nan},
         {"epoch": 2, "val_auc": math.nan, "fold_0": math.nan, "fold_1": math.nan},
@@ -103,7 +103,7 @@ def test_records_come_back_as_they_went(run: RunDir) -> None:
     assert trial_log.best(history[1:]) is None
 
 
-def test_an_interrupted_sweep_goes_on_with_what_has_ended(run: RunDir) -> None:
+def test_trial_log_keeps_ended_trials_of_earlier_attempt(run: RunDir) -> None:
     first = ledger(run)
     assert len(first.pending) == 8
     epochs(first, "fused-000", *[0.6] * EPOCHS)
@@ -129,7 +129,7 @@ def test_an_interrupted_sweep_goes_on_with_what_has_ended(run: RunDir) -> None:
     again.close()
 
 
-def test_a_trial_that_starts_again_forgets_its_first_try(run: RunDir) -> None:
+def test_restarted_trial_discards_earlier_epochs(run: RunDir) -> None:
     book = ledger(run)
     epochs(book, "eeg-000", 0.9, 0.9)
     epochs(book, "eeg-000", 0.6)
@@ -140,7 +140,7 @@ def test_a_trial_that_starts_again_forgets_its_first_try(run: RunDir) -> None:
     assert len(events(run, "eeg-000").Scalars("val_auc")) == 1
 
 
-def test_after_a_failure_nothing_counts_as_ended(run: RunDir) -> None:
+def test_trial_log_keeps_first_failure_and_no_later_trial(run: RunDir) -> None:
     book = ledger(run)
     epochs(book, "eeg-000", 0.6)
     epochs(book, "ecg-000", 0.6)
@@ -161,7 +161,7 @@ def events(run: RunDir, name: str) -> EventAccumulator:
     return found
 
 
-def test_tensorboard_has_every_epoch_and_the_hyperparameters(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_has_every_epoch_and_hyperparameters(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_log, "_FLUSH_S", 0.0)
     book = ledger(run)
     epochs(book, "ecg-000", 0.5, 0.75)
@@ -178,7 +178,7 @@ def test_tensorboard_has_every_epoch_and_the_hyperparameters(run: RunDir, monkey
     assert all(name.encode() in plugin.content for name in ("row", "pooling", "lr", "weight_decay"))
 
 
-def test_progress_is_told_where_there_is_no_terminal(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_log_reports_progress_without_terminal(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_log, "_REPORT_S", 0.0)
     said: list[str] = []
     book = ledger(run, said)
@@ -190,7 +190,7 @@ def test_progress_is_told_where_there_is_no_terminal(run: RunDir, monkeypatch: p
     assert said[-1].startswith("1 of 8 trials done, 1 running; best validation AUC fused 0.750; 00:00:0")
 
 
-def test_a_sweep_in_a_bucket_is_sent_while_it_runs(s3_here: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_log_in_bucket_is_synced_while_trials_run(s3_here: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_log, "_SYNC_S", 0.0)
     monkeypatch.setattr(trial_log, "_FLUSH_S", 0.0)
     run = begun(f"{s3_here.bucket}/runs/sweep")
@@ -214,7 +214,7 @@ def inputs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return now
 
 
-def test_a_finished_sweep_of_other_inputs_is_not_told_as_this_one(run: RunDir, inputs: dict[str, Any]) -> None:
+def test_finished_refuses_sweep_of_other_inputs(run: RunDir, inputs: dict[str, Any]) -> None:
     storage.write_bytes(run.file(CONFIG), config.to_yaml(options()).encode())
     storage.write_json(run.file(trial_log.RESULTS), {"rows": []})
     storage.write_json(run.file(trial_log.DATA), facts())
@@ -233,11 +233,11 @@ def test_a_finished_sweep_of_other_inputs_is_not_told_as_this_one(run: RunDir, i
         ({"0": "a", "1": "b"}, {"0": "a", "1": "b"}), ({"0": "a", "1": None}, None),
     ],
 )  # fmt: skip
-def test_hashes_of_encoders_compare_however_they_are_told(of: Any, told: Any) -> None:
+def test_sha256_of_encoder_accepts_all_forms(of: Any, told: Any) -> None:
     assert trial_log._sha256(of) == told
 
 
-def test_encoders_by_fold_are_the_same_the_next_time(run: RunDir) -> None:
+def test_finished_compares_encoders_by_fold(run: RunDir) -> None:
     given = options("tune.encoders.eeg={0: /a, 1: /b}")
     storage.write_bytes(run.file(CONFIG), config.to_yaml(given).encode())
     assert trial_log.finished(run, given) is None
@@ -245,7 +245,7 @@ def test_encoders_by_fold_are_the_same_the_next_time(run: RunDir) -> None:
         trial_log.finished(run, options("tune.encoders.eeg={0: /a, 1: /c}"))
 
 
-def test_encoders_by_a_pattern_are_compared_fold_by_fold(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_compares_encoder_patterns_by_fold(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options("tune.encoders.ecg=/ecg-{fold}")
     assert given.tune.encoders["ecg"].url == "/ecg-{fold}"
     monkeypatch.setattr(trial_log, "open_set", lambda _: SimpleNamespace(fingerprint="f"))
@@ -264,7 +264,7 @@ def test_encoders_by_a_pattern_are_compared_fold_by_fold(run: RunDir, monkeypatc
         trial_log.finished(run, given)
 
 
-def test_only_the_same_sweep_is_gone_on_with(run: RunDir, inputs: dict[str, Any]) -> None:
+def test_finished_refuses_other_options(run: RunDir, inputs: dict[str, Any]) -> None:
     assert trial_log.finished(run, options()) is None
     storage.write_bytes(run.file(CONFIG), config.to_yaml(options()).encode())
     moved = ("run.dir=/elsewhere", "tune.cpus=2", "tune.ray_storage=/s", "tune.feature_cache=/f")
@@ -278,7 +278,7 @@ def test_only_the_same_sweep_is_gone_on_with(run: RunDir, inputs: dict[str, Any]
         trial_log.finished(run, options())
 
 
-def test_a_run_of_pretraining_is_no_sweep(run: RunDir) -> None:
+def test_finished_refuses_pretraining_run(run: RunDir) -> None:
     given = config.load(config.PretrainConfig, None, ["data.index=/d"])
     storage.write_bytes(run.file(CONFIG), config.to_yaml(given).encode())
     with pytest.raises(UserError, match="is a run of pretraining: choose another"):
@@ -298,7 +298,7 @@ def facts(data: str = "f", ecg: str = "e") -> dict[str, Any]:
         (facts("x", "x"), "tune.data and tune.encoders.ecg"),
     ],
 )
-def test_other_inputs_at_the_same_url_are_refused(run: RunDir, now: dict[str, Any], named: str) -> None:
+def test_changed_inputs_at_same_url_are_refused(run: RunDir, now: dict[str, Any], named: str) -> None:
     trial_log.refuse_other_inputs(run, facts())
     storage.write_json(run.file(trial_log.DATA), facts())
     trial_log.refuse_other_inputs(run, facts())
@@ -306,7 +306,7 @@ def test_other_inputs_at_the_same_url_are_refused(run: RunDir, now: dict[str, An
         trial_log.refuse_other_inputs(run, now)
 
 
-def test_the_table(run: RunDir) -> None:
+def test_table_formats_results(run: RunDir) -> None:
     row = {"name": "fused", "accuracy": 0.71, "balanced_accuracy": 0.6, "macro_f1": 0.59, "auc": 0.8125, "pr_auc": None}
     bound = {**row, "name": "bound_ecg", "auc_ci": None, "auc": None}
     results = {

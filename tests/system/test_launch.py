@@ -75,7 +75,7 @@ def wait_for_checkpoint(run: Run, step: int, process: subprocess.Popen[bytes]) -
     assert process.poll() is None, run.said()
 
 
-def test_a_submitted_job_trains_as_the_deepspeed_launcher_does(
+def test_submitted_job_equals_run_of_deepspeed_launcher(
     ray_run: Make, undisturbed: Callable[..., Run], checkout: Path, ray_nodes: Cluster
 ) -> None:
     run, reference = ray_run("zero.stage=1"), undisturbed("zero.stage=1")
@@ -103,7 +103,7 @@ def test_a_submitted_job_trains_as_the_deepspeed_launcher_does(
     assert ray_nodes.env["RAY_AUTH_TOKEN"] not in records
 
 
-def test_kill_9_of_a_worker_right_after_a_checkpoint(ray_run: Make, undisturbed: Callable[..., Run]) -> None:
+def test_worker_killed_after_checkpoint_repeats_no_step(ray_run: Make, undisturbed: Callable[..., Run]) -> None:
     run, reference = ray_run("zero.stage=1"), undisturbed("zero.stage=1")
     assert run.cluster is not None
     process = run.start()
@@ -147,7 +147,7 @@ def without_ray(run: RayRun) -> Run:
     return Run(run.folder, run.name, run.index, run.options)
 
 
-def test_ctrl_c_saves_and_ends_with_75_and_any_launcher_goes_on(
+def test_ctrl_c_saves_and_ends_with_75_and_any_launcher_continues(
     ray_run: Make, undisturbed: Callable[..., Run], own_cluster: dict[str, str]
 ) -> None:
     run = ray_run(*LONG)
@@ -158,7 +158,7 @@ def test_ctrl_c_saves_and_ends_with_75_and_any_launcher_goes_on(
     agree(run, undisturbed(*LONG))
 
 
-def test_a_signal_before_training_ends_with_75_at_once(ray_run: Make) -> None:
+def test_signal_before_training_ends_with_75(ray_run: Make) -> None:
     """While it waits for room, and while Ray starts the workers."""
     run = ray_run("cluster.placement_timeout_s=600")
     for ranks, said in ((3, "waiting up to "), (2, "2 rank(s) of 1 CPU(s), up to ")):
@@ -174,7 +174,7 @@ def test_a_signal_before_training_ends_with_75_at_once(ray_run: Make) -> None:
     assert not run.path.exists()
 
 
-def test_a_stopped_job_saves_first(ray_run: Make, checkout: Path, ray_nodes: Cluster) -> None:
+def test_stopped_job_saves_first(ray_run: Make, checkout: Path, ray_nodes: Cluster) -> None:
     run = ray_run("train.steps=100000", "train.save_every=100000")
     run.code = checkout
     process = run.start(launcher="job")
@@ -191,7 +191,7 @@ def test_a_stopped_job_saves_first(ray_run: Make, checkout: Path, ray_nodes: Clu
     assert run.told()[-1] == f"stopped: stopped (SIGTERM) after saving step {saved} (exit status 75)"
 
 
-def test_a_driver_that_is_terminated_saves_a_killed_one_takes_its_ranks_along_and_the_next_goes_on(
+def test_terminated_driver_saves_and_killed_driver_ends_its_ranks(
     ray_run: Make, undisturbed: Callable[..., Run], ray_nodes: Cluster
 ) -> None:
     run, reference = ray_run(*LONG), undisturbed(*LONG)
@@ -211,7 +211,7 @@ def test_a_driver_that_is_terminated_saves_a_killed_one_takes_its_ranks_along_an
     agree(run, reference)
 
 
-def test_a_run_that_loses_its_workers_too_often_is_given_up(ray_run: Make, ray_nodes: Cluster) -> None:
+def test_run_ends_after_max_failures(ray_run: Make, ray_nodes: Cluster) -> None:
     """Before that, Ray's own metrics show it."""
     run = ray_run("cluster.max_failures=0", "train.steps=100000", "train.save_every=50")
     process = run.start()
@@ -228,7 +228,7 @@ def test_a_run_that_loses_its_workers_too_often_is_given_up(ray_run: Make, ray_n
     assert "goes on from the newest checkpoint" in run.told()[-1]
 
 
-def test_an_error_of_the_user_is_told_once_and_not_tried_again(ray_run: Make, tmp_path: Path) -> None:
+def test_user_error_is_reported_once_and_not_retried(ray_run: Make, tmp_path: Path) -> None:
     run = ray_run()
     run.index = str(tmp_path / "nowhere")
     assert run() == 2
@@ -240,7 +240,7 @@ def test_an_error_of_the_user_is_told_once_and_not_tried_again(ray_run: Make, tm
     assert "UserError" not in run.said()
 
 
-def test_data_that_disagrees_with_its_index_ends_the_run_with_3(ray_run: Make, simulated: str, tmp_path: Path) -> None:
+def test_data_that_differs_from_index_ends_run_with_3(ray_run: Make, simulated: str, tmp_path: Path) -> None:
     """Only the rank that reads the shard finds it; the other one waits for it in vain."""
     run = ray_run("train.steps=100000", "train.val_samples=0")
     broken = tmp_path / "broken"
@@ -256,7 +256,7 @@ def test_data_that_disagrees_with_its_index_ends_the_run_with_3(ray_run: Make, s
     assert shard.name in message
 
 
-def test_a_run_in_a_bucket(s3: S3, ray_run: Make, undisturbed: Callable[..., Run]) -> None:
+def test_run_in_bucket_equals_local_run(s3: S3, ray_run: Make, undisturbed: Callable[..., Run]) -> None:
     """The nodes have the credentials; the driver has none."""
     run, reference = ray_run("zero.stage=1"), undisturbed("zero.stage=1")
     run.run_dir = f"{s3.bucket}/runs"
@@ -275,7 +275,7 @@ def losing(ray_nodes: Cluster) -> Iterator[Callable[[], None]]:
         ray_nodes.add_node()
 
 
-def test_a_range_of_workers_takes_what_there_is_and_a_lost_node_costs_only_time(
+def test_elastic_run_takes_available_nodes_and_survives_lost_node(
     ray_run: Make, undisturbed: Callable[..., Run], losing: Callable[[], None]
 ) -> None:
     exact = ("zero.stage=1", "train.precision=fp32", "model.dropout=0")
@@ -297,7 +297,7 @@ def test_a_range_of_workers_takes_what_there_is_and_a_lost_node_costs_only_time(
     np.testing.assert_allclose(ours, [line["loss"] for line in reference.metrics().values()], atol=1e-3)
 
 
-def test_a_node_that_does_not_come_back_is_waited_for_aloud(ray_run: Make, losing: Callable[[], None]) -> None:
+def test_driver_reports_while_it_waits_for_lost_node(ray_run: Make, losing: Callable[[], None]) -> None:
     run = ray_run("train.steps=100000")
     process = run.start()
     try:
@@ -312,7 +312,7 @@ def test_a_node_that_does_not_come_back_is_waited_for_aloud(ray_run: Make, losin
     assert "goes on from the newest checkpoint" in run.told()[-1]
 
 
-def test_too_few_resources_are_told_with_what_is_there(ray_run: Make) -> None:
+def test_shortage_message_lists_available_resources(ray_run: Make) -> None:
     run = ray_run()
     assert run(ranks=3) == 2
     assert run.told()[-1].startswith(
@@ -331,7 +331,7 @@ def test_more_ranks_than_samples_are_refused(ray_run: Make) -> None:
 
 
 @pytest.mark.parametrize("option", ["run.dir=runs", "data.index=set", "data.cache_dir=cache", "resume=runs/old"])
-def test_what_would_vanish_with_a_job_is_refused(tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_inside_ray_job_is_refused(tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A submitted job meets it in test_convert_ray.py."""
     monkeypatch.setenv(job_paths._JOB, "{}")
     absolute = (f"run.dir={tmp_path}", f"data.index={tmp_path}", f"data.cache_dir={tmp_path}")
@@ -354,7 +354,7 @@ def refused(address: str, tmp_path: Path) -> str:
     return line
 
 
-def test_no_cluster_at_the_address(tmp_path: Path) -> None:
+def test_launch_without_cluster_at_address_is_refused(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -364,7 +364,7 @@ def test_no_cluster_at_the_address(tmp_path: Path) -> None:
         assert f"no Ray cluster answers at {address} (timed out)" in refused(address, tmp_path)
 
 
-def test_what_answers_is_no_cluster(tmp_path: Path, s3_server: S3, ray_nodes: Cluster) -> None:
+def test_server_that_is_no_cluster_is_refused(tmp_path: Path, s3_server: S3, ray_nodes: Cluster) -> None:
     # The one speaks the protocol beneath Ray's, the other does not.
     for address in (f"127.0.0.1:{s3_server.port}", ray_nodes.dashboard.removeprefix("http://")):
         assert f"what answers at {address} is no Ray cluster" in refused(address, tmp_path)
@@ -373,7 +373,7 @@ def test_what_answers_is_no_cluster(tmp_path: Path, s3_server: S3, ray_nodes: Cl
         cluster._probe("http://127.0.0.1:8265", "RAY_ADDRESS")
 
 
-def test_a_cluster_that_wants_a_token(ray_nodes: Cluster, ray_run: Make) -> None:
+def test_wrong_token_is_refused(ray_nodes: Cluster, ray_run: Make) -> None:
     run = ray_run()
     run.env = {"RAY_AUTH_TOKEN": "b" * 64}
     assert run() == 2
@@ -402,6 +402,6 @@ assert state.losses == ["rank 0: gone"] and not state.notes, state
 """
 
 
-def test_ranks_that_are_lost_are_not_asked_to_save(ray_nodes: Cluster) -> None:
+def test_resize_after_loss_requests_no_checkpoint(ray_nodes: Cluster) -> None:
     command = [sys.executable, "-c", LOSING]
     subprocess.run(command, env={**os.environ, **ray_nodes.env}, check=True, timeout=120)

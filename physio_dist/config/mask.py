@@ -13,7 +13,7 @@ _RATIO = Range(0.0, 1.0, "it must be at least 0 and below 1", open_high=True)
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """What the dual mask hides of a window (:mod:`physio_dist.objectives.dual_mask`).
+    """Shares and shapes that the dual mask hides of a window (:mod:`physio_dist.objectives.dual_mask`).
 
     Raises:
         UserError: nothing or everything would be hidden, or options do not go together.

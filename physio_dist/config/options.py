@@ -173,7 +173,7 @@ def to_plain(options: Any) -> dict[str, Any]:
 
 
 def plain_value(item: dataclasses.Field[Any], value: Any) -> Any:
-    """What YAML holds of one field's value."""
+    """One field's value as YAML holds it."""
     if item.metadata.get("plain") is not None:
         return item.metadata["plain"](value)
     return to_plain(value) if dataclasses.is_dataclass(value) else value

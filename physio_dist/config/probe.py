@@ -23,7 +23,7 @@ def _parse_runs(name: str, value: Any) -> list[str]:
 
 @dataclass
 class ProbeOptions:
-    """What is probed, and how."""
+    """Task, data and protocol of a probe."""
 
     task: str = option(
         "labels",

@@ -27,7 +27,7 @@ from physio_dist.models.cbramod import CBRAMOD
 from physio_dist.ray_backend import cluster
 from physio_dist.ray_backend.tune_trials import run_trials
 from physio_dist.runs import job_paths
-from physio_dist.runs.lease import Lease, end_process, wait_for_its_end
+from physio_dist.runs.lease import Lease, end_process, wait_until_free
 from physio_dist.runs.run_dir import CONFIG, RunDir
 from physio_dist.runtime import exit_status
 from physio_dist.runtime.processes import cores
@@ -55,7 +55,7 @@ def run(options: TuneConfig, say: Callable[[str], None]) -> None:
     options = _resolve_paths(options)
     directory = RunDir(storage.join(options.run.dir, options.run.name), 0)
     # Before features are computed, which may take long.
-    wait_for_its_end(directory.url, say)
+    wait_until_free(directory.url, say)
     if (results := trial_log.finished(directory, options)) is not None:
         _print_results(directory, results, say, "finished already")
         return

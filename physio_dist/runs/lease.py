@@ -1,4 +1,4 @@
-"""One writer a run: a lease in the run's directory, renewed by heartbeats.
+"""Lease that keeps a run to one writer: a file in the run's directory, renewed by heartbeats.
 
 It compares nobody's clock: a holder on this host is looked up in the process table, one elsewhere is alive as long as
 its beat is seen to change. Its counter of attempts is what orders the starts of a run.
@@ -24,8 +24,8 @@ from physio_dist.errors import UserError
 NAME = "lease.json"
 _BEAT_S = 10.0
 # For a beat of a holder on another host. One on this host, whose launcher was just ended, may still be saving.
-_PATIENCE_S = 30.0
-_PATIENCE_HERE_S = 15.0
+_REMOTE_WAIT_S = 30.0
+_LOCAL_WAIT_S = 15.0
 
 
 def _host() -> str:
@@ -36,15 +36,18 @@ def _host() -> str:
     return f"{socket.gethostname()} {namespace}".strip()
 
 
-def wait_for_its_end(run: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """What the last holder of a run's lease left, once it is gone.
+def wait_until_free(run: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Wait until a run's lease is released or its holder is dead.
+
+    Returns:
+        The last holder's document, empty where there is none.
 
     Raises:
         UserError: it lives.
     """
     url = storage.join(run, NAME)
     first = _read(url)
-    told = False
+    logged = False
     began = time.monotonic()
     while True:
         now = _read(url)
@@ -53,13 +56,13 @@ def wait_for_its_end(run: str, say: Callable[[str], None]) -> dict[str, Any]:
         elsewhere = now.get("host") != _host()
         if elsewhere and now.get("beat") != first.get("beat"):
             raise UserError(_refusal(run, now))
-        if time.monotonic() - began > (_PATIENCE_S if elsewhere else _PATIENCE_HERE_S):
+        if time.monotonic() - began > (_REMOTE_WAIT_S if elsewhere else _LOCAL_WAIT_S):
             if elsewhere:
                 return now
             raise UserError(_refusal(run, now))
-        if not told:
+        if not logged:
             say(f"waiting for the run's other process to end (pid {now.get('pid')} on {now.get('host')})")
-            told = True
+            logged = True
         time.sleep(0.5)
 
 
@@ -104,7 +107,7 @@ class Lease:
         self._on_loss = on_loss
         self._token = uuid.uuid4().hex
         self._ended = threading.Event()
-        previous = wait_for_its_end(url, say)
+        previous = wait_until_free(url, say)
         self.attempt = int(previous.get("attempt", 0)) + 1
         self._beat = 0
         self._write(released=False)
@@ -112,7 +115,7 @@ class Lease:
         time.sleep(0.3 if storage.is_local(self._url) else 1.5)
         if _read(self._url).get("token") != self._token:
             raise UserError(f"another process has just started this run ({url}); only one can write it")
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -143,7 +146,7 @@ class Lease:
             },
         )  # fmt: skip
 
-    def _keep(self) -> None:
+    def _renew(self) -> None:
         while not self._ended.wait(_BEAT_S):
             try:
                 if _read(self._url).get("token") != self._token:

@@ -1,4 +1,4 @@
-"""The directory of a run: what grows line by line, and what is compared when the run goes on.
+"""Run directory: files that grow by lines, and the configuration compared on resume.
 
 Objects in a bucket cannot be appended to, so for a remote run the growing files are spooled on the node and sent when
 :meth:`RunDir.sync` is called, which is before each checkpoint is committed.
@@ -90,9 +90,9 @@ class RunDir:
             old = storage.read_bytes(self.file(name)).decode("utf-8", errors="replace")
         except storage.NotFoundError:
             old = ""
-        kept = "".join(line + "\n" for line in old.splitlines() if _step_of(line, keep_up_to))
+        text = "".join(line + "\n" for line in old.splitlines() if _is_current_line(line, keep_up_to))
         path = self.spool / name
-        storage.write_bytes(str(path), kept.encode())
+        storage.write_bytes(str(path), text.encode())
         self._growing[name] = path.open("a", encoding="utf-8")
 
     def add_line(self, name: str, line: dict[str, Any]) -> None:
@@ -129,8 +129,8 @@ class RunDir:
             shutil.rmtree(self.spool.parent, ignore_errors=True)
 
 
-def _step_of(line: str, up_to: int | None) -> bool:
-    """Whether a line is kept: it is whole, and of a step that counts."""
+def _is_current_line(line: str, up_to: int | None) -> bool:
+    """Whether a line is complete and of a step up to ``up_to``."""
     try:
         document = json.loads(line)
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""What a rank writes while it trains: metrics, traces, what the run is made of, and lines for a person."""
+"""Logging of a training run: metrics, TensorBoard, sample traces, a tracker, and progress on the console."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class RunLogger:
         self.first = place.rank == 0
         self.newest: dict[str, Any] = {}
         self._trace_name = f"trace/rank-{place.rank}.jsonl"
-        self._board: SummaryWriter | None = None
+        self._tensorboard: SummaryWriter | None = None
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
 
@@ -76,8 +76,8 @@ class RunLogger:
         if not self.first:
             return
         self.run_dir.open_lines(METRICS, keep_up_to=start)
-        board = self.run_dir.spool / "tensorboard"
-        self._board = SummaryWriter(str(board), purge_step=start + 1 if start else None, flush_secs=10)
+        folder = self.run_dir.spool / "tensorboard"
+        self._tensorboard = SummaryWriter(str(folder), purge_step=start + 1 if start else None, flush_secs=10)
         self._tracker = open_tracker(self.options, self.run_dir, self.say)
         storage.write_json(self.run_dir.file(DATA), to_json(DataFacts(self.data.indexes)))
         # Fusion must be able to tell later whether a person of its test set was seen here.
@@ -99,7 +99,7 @@ class RunLogger:
         storage.write_json(name, [*earlier, to_json(attempt)])
 
     def log_banner(self, start: int, micro: int, passes: int, parameters: int, device: torch.device) -> None:
-        """Say what is about to happen."""
+        """Print model, data and batch sizes before training starts."""
         options, data = self.options, self.data
         simulated = " SIMULATED" if data.simulated else ""
         epochs = options.train.steps * options.train.global_batch / max(data.windows, 1)
@@ -118,7 +118,7 @@ class RunLogger:
             self._progress = Progress(options.train.steps, "step", initial=start, log=self.say)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Take a line of metrics (first rank)."""
+        """Write a line of metrics (first rank)."""
         clean = to_json(line)
         self.newest = clean
         self.run_dir.add_line(METRICS, clean)
@@ -126,18 +126,18 @@ class RunLogger:
             name: value for name, value in clean.items()
             if isinstance(value, int | float) and name not in ("step", "time")
         }  # fmt: skip
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in numbers.items():
-                self._board.add_scalar(name, value, line["step"])
+                self._tensorboard.add_scalar(name, value, line["step"])
         if self._tracker is not None:
             self._tracker.log(numbers, line["step"])
 
     def trace(self, step: int, keys: list[str]) -> None:
-        """Note what this rank trained on."""
+        """Write the sample keys of this rank's step."""
         self.run_dir.add_line(self._trace_name, {"step": step, "attempt": self.attempt, "keys": keys})
 
     def examples(self, data: bytes) -> None:
-        """Keep the newest validation's held-out windows."""
+        """Write the newest validation's held-out windows."""
         storage.write_bytes(self.run_dir.file(EXAMPLES), data)
 
     def log_progress(self, step: int, loss: float, rate: float, wait: float) -> None:
@@ -146,21 +146,21 @@ class RunLogger:
             self._progress.report(step, f"loss {loss:.4f}, {rate:.0f} samples/s, data wait {wait:.1%}")
 
     def flush(self) -> None:
-        """Have everything so far in files."""
-        if self._board is not None:
-            self._board.flush()
+        """Flush TensorBoard's files."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
 
     def close(self) -> None:
-        """Send the rest."""
+        """Close all files and send the rest."""
         if self._progress is not None:
             self._progress.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._tracker is not None:
             self._tracker.close()
         self.run_dir.close()
 
 
 def device_name(device: torch.device) -> str:
-    """Of the GPU, or ``cpu``."""
+    """Name of the GPU, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""MLflow or Weights & Biases, where a run asks for one (``train.tracker``); each through its own library.
+"""Experiment trackers (``train.tracker``): MLflow or Weights & Biases, through their own libraries.
 
 Where they send to and as whom is theirs to know, from their own environment variables (``MLFLOW_TRACKING_URI``,
 ``WANDB_MODE`` and the like). They get the options and the numbers of the metrics, nothing of the environment.
@@ -22,13 +22,13 @@ _NOTE = "tracker.json"
 
 
 class Tracker(Protocol):
-    """Takes numbers."""
+    """Interface of an experiment tracker."""
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """Of a step."""
+        """Log the metrics of a step."""
 
     def close(self) -> None:
-        """The run, or this start of it, has ended."""
+        """End the tracker's run."""
 
 
 def check_tracker(name: str) -> None:
@@ -47,19 +47,19 @@ def open_tracker(options: PretrainConfig, run_dir: RunDir, say: Callable[[str], 
     if kind == "none":
         return None
     library = importlib.import_module(kind)
-    known = _known(run_dir, kind)
+    earlier = _earlier_run(run_dir, kind)
     try:
-        inner = (_MLflow if kind == "mlflow" else _Wandb)(library, options, known)
+        inner = (_MLflow if kind == "mlflow" else _Wandb)(library, options, earlier)
     except Exception as error:
         # An address may hold a password.
         why = re.sub(r"://[^/@\s]+@", "://", f"{type(error).__name__}: {error}")[:300]
         raise UserError(f"train.tracker={kind} cannot be opened ({why}); train.tracker=none does without") from None
-    if known is None:
+    if earlier is None:
         storage.write_json(run_dir.file(_NOTE), {"tracker": kind, "run": inner.run})
     return _Lenient(inner, kind, say)
 
 
-def _known(run_dir: RunDir, kind: str) -> str | None:
+def _earlier_run(run_dir: RunDir, kind: str) -> str | None:
     try:
         note = storage.read_json(run_dir.file(_NOTE))
     except storage.NotFoundError:
@@ -68,19 +68,19 @@ def _known(run_dir: RunDir, kind: str) -> str | None:
 
 
 class _Lenient:
-    """A tracker that is away must not end a run; it is said once."""
+    """Keeps the run going when a tracker fails; warns once."""
 
     def __init__(self, inner: Tracker, kind: str, say: Callable[[str], None]) -> None:
-        self._inner, self._kind, self._say, self._told = inner, kind, say, False
+        self._inner, self._kind, self._say, self._warned = inner, kind, say, False
 
     def _try(self, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:
-            if not self._told:
+            if not self._warned:
                 # Not its message, which may hold what only the tracker's own log should.
                 self._say(f"warning: {self._kind} takes no metrics ({type(error).__name__}); the run goes on without")
-            self._told = True
+            self._warned = True
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self._try(lambda: self._inner.log(numbers, step))
@@ -90,15 +90,15 @@ class _Lenient:
 
 
 class _MLflow:
-    def __init__(self, library: Any, options: PretrainConfig, known: str | None) -> None:
+    def __init__(self, library: Any, options: PretrainConfig, earlier: str | None) -> None:
         self._library = library
-        if known is None:
+        if earlier is None:
             library.set_experiment("physio-dist")
             self.run = str(library.start_run(run_name=options.run.name).info.run_id)
             library.log_params(flatten(options))
         else:
-            self.run = known
-            library.start_run(run_id=known)
+            self.run = earlier
+            library.start_run(run_id=earlier)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self._library.log_metrics(numbers, step=step, synchronous=False)
@@ -108,8 +108,8 @@ class _MLflow:
 
 
 class _Wandb:
-    def __init__(self, library: Any, options: PretrainConfig, known: str | None) -> None:
-        self.run = known or library.util.generate_id()
+    def __init__(self, library: Any, options: PretrainConfig, earlier: str | None) -> None:
+        self.run = earlier or library.util.generate_id()
         self._run = library.init(
             project="physio-dist", name=options.run.name, id=self.run, resume="allow", config=flatten(options)
         )

@@ -1,4 +1,4 @@
-"""How our processes end: one clear message and the documented status."""
+"""Exit of our processes: one message and the documented status."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _WORDS = {0: "done", 1: "failed", 2: "wrong input or configuration", 3: "data fa
 
 
 def status_of(action: Callable[[], None]) -> int:
-    """Run ``action``, tell a person what went wrong, and give the exit status."""
+    """Run ``action``, print what went wrong, and return the exit status."""
     try:
         action()
         sys.stdout.flush()
         return EXIT_DONE
     except PhysioError as error:
-        _tell_once(str(error), error.exit_status)
+        _print_once(str(error), error.exit_status)
         return error.exit_status
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
@@ -41,13 +41,13 @@ def status_of(action: Callable[[], None]) -> int:
             return _internal_error()
         command = _command()
         extra = "ray" if command in _RAY_COMMANDS else _EXTRAS[library]
-        _tell_once(f"{command} needs {library}, which is not installed: pip install 'physio-dist[{extra}]'", EXIT_USER)
+        _print_once(f"{command} needs {library}, which is not installed: pip install 'physio-dist[{extra}]'", EXIT_USER)
         return EXIT_USER
     except SystemExit as end:
         # argparse has said what it had to say.
         return end.code if isinstance(end.code, int) else EXIT_FAULT
     except KeyboardInterrupt:
-        _tell_once("interrupted; the same command goes on where it can", EXIT_STOPPED)
+        _print_once("interrupted; the same command goes on where it can", EXIT_STOPPED)
         return EXIT_STOPPED
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does. What is still buffered must not be tried again at exit.
@@ -60,7 +60,7 @@ def status_of(action: Callable[[], None]) -> int:
 
 def _internal_error() -> int:
     traceback.print_exc()
-    _tell_once("this is a fault of physio-dist: please report it with the lines above", EXIT_FAULT)
+    _print_once("this is a fault of physio-dist: please report it with the lines above", EXIT_FAULT)
     return EXIT_FAULT
 
 
@@ -92,28 +92,28 @@ def end_rank(status: int) -> None:
     os._exit(status)
 
 
-def _tell_once(message: str, status: int) -> None:
+def _print_once(message: str, status: int) -> None:
     """Print a message; of the ranks of one launcher on one host only the first does."""
-    held = _first_of_launcher()
-    if held is not None:
+    claim = _claim_message()
+    if claim is not None:
         word = _WORDS.get(status, "failed")
         print(f"physio-dist: {word}: {message} (exit status {status})", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         # The launcher ends the other ranks when it sees one go; the one that speaks needs to be heard first.
-        time.sleep(2.0 if held is not None else 3.0)
+        time.sleep(2.0 if claim is not None else 3.0)
 
 
-_holds: list[socket.socket] = []
+_claims: list[socket.socket] = []
 
 
-def _first_of_launcher() -> object | None:
-    """Something, if no sibling rank has spoken; the claim ends with this process and leaves no file."""
+def _claim_message() -> object | None:
+    """A claim, unless a sibling rank has printed; it ends with this process and leaves no file."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or not sys.platform.startswith("linux"):
         return True
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     with contextlib.suppress(OSError):
         claim.bind(f"\0physio-dist-told-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}")
-        _holds.append(claim)
+        _claims.append(claim)
         return claim
     claim.close()
     return None

@@ -1,4 +1,4 @@
-"""What ends a rank in good order: signals, and a launcher that is gone."""
+"""Preemption: signals, or the loss of the launcher, end a rank after its step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from physio_dist.runtime import processes
 
 # A peer that is gone, or storage that hangs, must not keep a rank alive after its launcher.
 _GRACE_S = 60.0
-# Enough for the main thread to hear of a signal, if it runs.
-_HEARING_S = 1.0
+# Enough for the main thread to handle a signal, if it runs.
+_HANDLER_WAIT_S = 1.0
 
 
 class PreemptionHandler:
@@ -25,8 +25,8 @@ class PreemptionHandler:
     Before training begins there is nothing to save, and the same events end the process at once.
 
     Attributes:
-        reason: why it is to stop, if it is.
-        save: whether the step is to be saved though training goes on; the loop takes it back.
+        reason: why the rank is asked to stop, or None.
+        save: whether a checkpoint is asked for though training goes on; the loop resets it.
     """
 
     def __init__(self) -> None:
@@ -55,11 +55,11 @@ class PreemptionHandler:
         """Catch the signals of this process (main thread only), and watch the launchers above it."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGUSR1, self._on_wish)
+        signal.signal(signal.SIGUSR1, self._on_checkpoint_request)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._on_waking, args=(reader,), name="signals", daemon=True).start()
+        threading.Thread(target=self._watch_wakeup_fd, args=(reader,), name="signals", daemon=True).start()
         if "RANK" in os.environ:
             processes.die_with_parent(signal.SIGTERM)
         processes.watch_launchers(self._on_loss)
@@ -73,14 +73,14 @@ class PreemptionHandler:
             print("physio-dist: stopped before training began; the same command starts it", flush=True)
         raise SystemExit(EXIT_STOPPED)
 
-    def _on_wish(self, *_: object) -> None:
+    def _on_checkpoint_request(self, *_: object) -> None:
         self.save = True
 
-    def _on_waking(self, reader: int) -> None:
+    def _watch_wakeup_fd(self, reader: int) -> None:
         """End a process whose main thread cannot, because it waits for its peers within the communication library."""
         while number := os.read(reader, 1):
             if number[0] in (signal.SIGTERM, signal.SIGINT) and not self.training:
-                time.sleep(_HEARING_S)
+                time.sleep(_HANDLER_WAIT_S)
                 os._exit(EXIT_STOPPED)
 
     def _on_loss(self) -> None:

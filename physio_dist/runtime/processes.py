@@ -1,4 +1,4 @@
-"""A process among others: how it ends with the one that started it, and the cores it may use."""
+"""Process lifetime: ending with the parent or launcher, and the cores available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Says who hangs and where: a thread that looks at how long a rank has been at the same thing."""
+"""Hang detection: a thread that prints all stacks when a rank stays too long in one phase of a step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Watchdog:
 
     Args:
         rank: of this process.
-        stall_s: seconds without progress after which all threads' stacks go to stderr, and again after as long.
+        hang_timeout_s: seconds without progress after which all threads' stacks go to stderr, and again after as long.
     """
 
-    def __init__(self, rank: int, stall_s: float) -> None:
-        self._rank, self._stall_s = rank, stall_s
+    def __init__(self, rank: int, hang_timeout_s: float) -> None:
+        self._rank, self._hang_timeout_s = rank, hang_timeout_s
         self._at = 0, "training to begin", time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -47,12 +47,12 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        told = 0.0
-        while not self._ended.wait(min(self._stall_s / 4, 5.0)):
+        printed = 0.0
+        while not self._ended.wait(min(self._hang_timeout_s / 4, 5.0)):
             step, what, since = self._at
             now = time.monotonic()
-            if now - max(since, told) > self._stall_s:
-                told = now
+            if now - max(since, printed) > self._hang_timeout_s:
+                printed = now
                 print(
                     f"physio-dist: stalled: rank {self._rank} on {socket.gethostname()} has been in step {step} for "
                     f"{now - since:.0f} s without progress, waiting for {what}; its threads:",

@@ -1,4 +1,4 @@
-"""Every byte to or from a URL: URLs as text, errors, and files, local or remote."""
+"""Files by URL, local or remote: URLs as text, errors, reads and writes with retries."""
 
 from physio_dist.storage.errors import NotFoundError, StorageError, is_transient, refuse_secrets, to_storage_error
 from physio_dist.storage.files import (

@@ -1,4 +1,4 @@
-"""Errors of storage: which may pass, and how those that last are told."""
+"""Storage errors: which of them are transient, and messages for those that are not."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import errno
 from physio_dist.errors import UserError
 from physio_dist.storage.urls import WEB, endpoint, is_local, protocol, without_secrets
 
-# Faults of a local disk or network file system that may pass; all others (a name too long, a full disk) stay.
-_PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT)
-# Client errors by their status, yet a second try is what servers ask for.
-_PASSING_CODES = ("RequestTimeout", "IncompleteBody", "OperationAborted", "XAmzContentSHA256Mismatch")
-# Errors of clients that a second try does not mend.
-_LASTING = (
+# Transient faults of a local disk or network file system; others (a name too long, a full disk) are permanent.
+_TRANSIENT_ERRNOS = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT)
+# Client errors by their status for which servers ask for a retry.
+_TRANSIENT_CODES = ("RequestTimeout", "IncompleteBody", "OperationAborted", "XAmzContentSHA256Mismatch")
+# Client errors that a retry does not mend.
+_PERMANENT = (
     "NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "NoRegionError",
     "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError", "ClientConnectorCertificateError",
 )  # fmt: skip
@@ -39,7 +39,7 @@ def refuse_secrets(url: str) -> None:
         )
 
 
-def answer(error: BaseException) -> tuple[int | None, str]:
+def response_of(error: BaseException) -> tuple[int | None, str]:
     """The HTTP status and the S3 error code (else the server's words) behind a client's error, if there are any."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
@@ -48,7 +48,7 @@ def answer(error: BaseException) -> tuple[int | None, str]:
             if isinstance(status, int):
                 return status, str(response.get("Error", {}).get("Code", ""))
         status = getattr(candidate, "status", None)
-        if isinstance(status, int) and of_client(candidate):
+        if isinstance(status, int) and is_client_error(candidate):
             return status, str(getattr(candidate, "message", ""))
     return None, ""
 
@@ -57,29 +57,29 @@ def is_transient(error: BaseException) -> bool:
     """Whether trying again later may succeed."""
     if isinstance(error, StorageError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
-    status, code = answer(error)
+    status, code = response_of(error)
     if status is not None:
-        return (status >= 500 and status != 501) or status in (408, 429) or code in _PASSING_CODES
+        return (status >= 500 and status != 501) or status in (408, 429) or code in _TRANSIENT_CODES
     name = type(error).__name__
-    if name in _LASTING:
+    if name in _PERMANENT:
         return False
-    if of_client(error) or isinstance(error, ConnectionError | TimeoutError):
+    if is_client_error(error) or isinstance(error, ConnectionError | TimeoutError):
         return True
     if "Timeout" in name or "Connection" in name:
         return True
     # The S3 client wraps unknown faults, a reset in mid-body among them, into its own classes or a bare OSError.
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _PASSING
+        return error.errno in _TRANSIENT_ERRNOS
     return isinstance(error, OSError)
 
 
-def of_client(error: BaseException | None) -> bool:
+def is_client_error(error: BaseException | None) -> bool:
     return type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp"))
 
 
 def to_storage_error(url: str, doing: str, error: BaseException) -> StorageError:
-    """What happened, on which URL, and what to check, as an error a person can read."""
-    status, code = answer(error)
+    """Translate a client's error into one message: the action, the URL and what to check."""
+    status, code = response_of(error)
     name = type(error).__name__
     s3, web = protocol(url) in ("s3", "s3a"), protocol(url) in WEB
     where = f" (endpoint {endpoint()})" if s3 and endpoint() else ""

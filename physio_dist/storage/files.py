@@ -1,4 +1,4 @@
-"""Every byte to or from a URL.
+"""Reads and writes by URL.
 
 A URL is a local path (``runs/x``, ``file:///runs/x``) or anything fsspec opens (``s3://bucket/key``; ``https://``, to
 read). Writes are atomic: a reader sees the old object or the new one, never a part. Transient faults are tried again
@@ -27,8 +27,14 @@ from typing import Any, ParamSpec, TypeVar
 import fsspec
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential, wait_random
 
-from physio_dist.storage.errors import StorageError, is_transient, of_client, refuse_secrets, to_storage_error
-from physio_dist.storage.errors import answer as answer_of
+from physio_dist.storage.errors import (
+    StorageError,
+    is_client_error,
+    is_transient,
+    refuse_secrets,
+    response_of,
+    to_storage_error,
+)
 from physio_dist.storage.urls import WEB, is_local, local_path, protocol
 
 log = logging.getLogger("physio_dist")
@@ -110,7 +116,7 @@ def _read_range(fs: Any, path: str, start: int, end: int) -> bytes:
         answer = _ranges_client(os.getpid()).get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
     except Exception as error:
         # What fsspec's client calls it.
-        if answer_of(error)[1] in ("NoSuchKey", "404"):
+        if response_of(error)[1] in ("NoSuchKey", "404"):
             raise FileNotFoundError(path) from error
         raise
     with contextlib.closing(answer["Body"]) as body:
@@ -128,8 +134,8 @@ def _resolve(url: str) -> tuple[Any, str]:
 resolve = _resolve
 
 
-def _told(url: str, doing: str, budget: float, state: RetryCallState) -> None:
-    """Say that there is an outage, once the first tries have not mended it."""
+def _log_outage(url: str, doing: str, budget: float, state: RetryCallState) -> None:
+    """Log an outage, once the first retries have failed."""
     if state.attempt_number == 4 and state.outcome is not None:
         why = to_storage_error(url, doing, state.outcome.exception() or OSError())
         log.warning("%s; trying again for up to %.0f s", why, budget)
@@ -150,16 +156,20 @@ def _with_retry(url: str, doing: str, action: Callable[[], R]) -> R:
     try:
         result = Retrying(
             retry=retry_if_exception(is_transient),
-            before_sleep=lambda state: _told(url, doing, budget, state),
+            before_sleep=lambda state: _log_outage(url, doing, budget, state),
             wait=wait,
             stop=stop_after_delay(budget),
             reraise=True,
         )(action)
     except Exception as error:
-        if answer_of(error)[0] is not None or isinstance(error, FileNotFoundError):
+        if response_of(error)[0] is not None or isinstance(error, FileNotFoundError):
             reachable_hosts.add(peer)
         # The client calls a malformed endpoint a ValueError.
-        if isinstance(error, OSError) or of_client(error) or (isinstance(error, ValueError) and not is_local(url)):
+        if (
+            isinstance(error, OSError)
+            or is_client_error(error)
+            or (isinstance(error, ValueError) and not is_local(url))
+        ):
             raise to_storage_error(url, doing, error) from error
         raise
     reachable_hosts.add(peer)
@@ -268,7 +278,7 @@ def fetch(url: str, target: Path, nbytes: int) -> str:
             return _with_retry(url, doing, lambda: _read_range(fs, path, start, end))
         except StorageError as error:
             # The object ends before the range begins.
-            if answer_of(error.__cause__ or error)[0] == 416:
+            if response_of(error.__cause__ or error)[0] == 416:
                 return b""
             raise
 
@@ -276,7 +286,7 @@ def fetch(url: str, target: Path, nbytes: int) -> str:
     with os.fdopen(opened, "wb") as file, ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="range") as pool:
         if nbytes:
             # A full disk is met before the download, not at its end.
-            with _where_supported():
+            with _ignoring_unsupported():
                 os.posix_fallocate(file.fileno(), 0, nbytes)
         for data in _map_ahead(pool, piece, range(0, nbytes, PIECE)):
             digest.update(data)
@@ -300,7 +310,7 @@ def _map_ahead(pool: ThreadPoolExecutor, read: Callable[[int], bytes], starts: I
 
 
 @contextlib.contextmanager
-def _where_supported() -> Iterator[None]:
+def _ignoring_unsupported() -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -334,7 +344,7 @@ def names(url: str) -> list[str]:
         try:
             entries = [str(entry).rstrip("/") for entry in fs.ls(path, detail=False)]
         except (FileNotFoundError, NotADirectoryError) as error:
-            if answer_of(error)[1] == "NoSuchBucket":
+            if response_of(error)[1] == "NoSuchBucket":
                 raise
             return []
         # A file lists itself, and so does a folder that is an empty object.

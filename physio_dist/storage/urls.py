@@ -1,4 +1,4 @@
-"""URLs as text: where they lie, how they are joined, what of them may be shown."""
+"""URLs as text: joining, resolving, and removing credentials."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def join(url: str, *parts: str) -> str:
 
 
 def pointer(url: str, start: str) -> str:
-    """How a document in the folder ``start`` names ``url``: relative on one machine or in one bucket, else whole.
+    """Reference to ``url`` from a document in the folder ``start``: relative within a machine or bucket, else absolute.
 
     So both can be moved together. Links on the way are followed first, for ``..`` goes up from where a link leads.
     """
@@ -69,7 +69,7 @@ def _rooted(url: str) -> tuple[str, str]:
 
 
 def protocol(url: str) -> str:
-    """How a URL is opened: ``file``, ``s3``, ``https``."""
+    """Protocol of a URL: ``file``, ``s3``, ``https``."""
     return "file" if is_local(url) else url.split("://", 1)[0]
 
 

@@ -1,4 +1,4 @@
-"""Downloads that are kept in the user's cache, so that a sweep and the next one fetch them once."""
+"""The user's cache directory, and downloads kept there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def user_cache_dir(*parts: str) -> Path:
 
 
 def read_cached(url: str, kind: str) -> bytes | None:
-    """What was kept of a URL, or None: nothing, or not what it was when it was kept.
+    """Cached content of a URL; None where nothing is cached, or it is damaged.
 
     The name of a kept file tells its content's hash, so that one rename publishes both.
     """

@@ -170,7 +170,7 @@ def take(run: Path) -> lease.Lease:
 def test_a_live_run_is_refused_and_a_killed_ones_is_free_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "_PATIENCE_HERE_S", 1.0)
+    monkeypatch.setattr(lease, "_LOCAL_WAIT_S", 1.0)
     process = hold(tmp_path)
     try:
         with pytest.raises(UserError, match=f"is live: process {process.pid}"):
@@ -191,7 +191,7 @@ def test_a_live_run_is_refused_and_a_killed_ones_is_free_at_once(
 def test_a_holder_on_another_host_is_alive_while_its_beat_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "_PATIENCE_S", 2.0)
+    monkeypatch.setattr(lease, "_REMOTE_WAIT_S", 2.0)
     there = {"token": "x", "attempt": 4, "beat": 1, "released": False, "host": "elsewhere", "pid": 1, "started": 0.0}
     (tmp_path / lease.NAME).write_text(json.dumps(there))
     held = take(tmp_path)

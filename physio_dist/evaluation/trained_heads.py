@@ -27,8 +27,8 @@ class TrainedHeads:
     Attributes:
         choices: selected by each fold.
         heads: for each fold and each of ``Choice.members`` one head of each inner split. They stand by themselves:
-            state and ``to_dict()`` rebuild them; on the output of :func:`~physio_dist.models.fusion.pooling.make_tokens`
-            the mean of the softmax of their logits is ``probability``.
+            state and ``to_dict()`` rebuild them; the mean of the softmax of their logits, given pooled features
+            (``models/fusion/pooling.py``), is ``probability``.
         probability: for each fold float32 ``[test row, class]``, the mean over its heads.
         uncalibrated: ``probability`` at temperature 1; None without ``tune.calibrate``.
         ablated: for a signal ``probability`` with the other signals hidden from the same heads.

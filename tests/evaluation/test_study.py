@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ from safetensors.numpy import load as load_tensors
 
 from physio_dist import storage
 from physio_dist.config import TuneConfig, parse_encoders
+from physio_dist.data.format import index
+from physio_dist.data.format.sample_table import SampleTable
+from physio_dist.data.loading.cache import ShardCache
 from physio_dist.errors import UserError
 from physio_dist.evaluation.features import open_features
 from physio_dist.evaluation.handcrafted import paired_features
@@ -296,6 +302,33 @@ def test_a_study_is_prepared_from_a_set_and_encoders(made: Path) -> None:
     for row in SEARCHED:
         for kind in ("mean", "channels_mean_std"):
             assert len(list(train(study, row, {**CONFIG, "pooling": kind}))) == 2
+
+
+def test_prepare_opens_index_and_sample_table_once_and_hashes_each_shard_once(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = paired(str(tmp_path / "set"), facts_of(people=6, recordings=2, windows=2))
+    assert len(shards.shards) == 5
+    counts: Counter[str] = Counter()
+
+    def count(owner: Any, name: str, label: Callable[[Any], str | None]) -> None:
+        function = getattr(owner, name)
+
+        def counted(*arguments: Any, **more: Any) -> Any:
+            returned = function(*arguments, **more)
+            if (key := label(returned)) is not None:
+                counts[key] += 1
+            return returned
+
+        monkeypatch.setattr(owner, name, counted)
+
+    hashes = {shard.sha256: shard.url for shard in shards.shards}
+    count(index, "_open", lambda _: "index")
+    count(SampleTable, "from_bytes", lambda _: "sample table")
+    count(ShardCache, "__init__", lambda _: "cache")
+    count(hashlib, "file_digest", lambda digest: hashes.get(digest.hexdigest()))
+    prepare_study(options_of(made, data=shards.url), str(tmp_path / "features"), quiet)
+    assert counts == {"index": 1, "sample table": 1, "cache": 1, **dict.fromkeys(hashes.values(), 1)}
 
 
 def test_windows_without_a_modality_are_part_of_a_study(tmp_path: Path, made: Path) -> None:

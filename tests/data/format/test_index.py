@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from physio_dist.data.format.index import ShardSet, fingerprint_of, open_set
-from physio_dist.data.format.people import pseudonym, split_of
-from physio_dist.data.format.sample_table import key_table, publish, read_sample_table
+from physio_dist.data.format.index import ShardSet, open_set
+from physio_dist.data.format.sample_table import read_sample_table
 from physio_dist.errors import DataError, UserError
 
 Edit = Callable[[dict[str, Any]], object]
@@ -101,129 +97,8 @@ def test_open_set_raises_without_index(tmp_path: Path) -> None:
         open_set(str(tmp_path))
 
 
-def test_read_sample_table_raises_on_altered_or_missing_file(
-    make_set: Callable[..., ShardSet], tmp_path: Path, flip_bit: Callable[[Path, int], None]
-) -> None:
-    made = make_set(str(tmp_path))
-    where = tmp_path / "samples.safetensors"
-    flip_bit(where, where.stat().st_size - 3)
-    with pytest.raises(DataError, match=r"samples.safetensors disagrees with the index \(sha256\)"):
-        read_sample_table(made)
-    where.unlink()
-    with pytest.raises(DataError, match=r"samples.safetensors is missing"):
-        read_sample_table(made)
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("split", lambda s: dataclasses.replace(s, split=s.split[:-1])),
-        ("split", lambda s: dataclasses.replace(s, split=s.split.astype(np.int64))),
-        ("splits", lambda s: dataclasses.replace(s, split=s.split * 0)),
-        ("splits", lambda s: dataclasses.replace(s, split=s.split * 9)),
-        ("people", lambda s: dataclasses.replace(s, person=s.person // 2)),
-        ("person", lambda s: dataclasses.replace(s, person=s.person[:3])),
-        ("offset.ecg", lambda s: dataclasses.replace(s, offset={"ecg": s.offset["ecg"] - 10**6})),
-        ("offset.ecg", lambda s: dataclasses.replace(s, offset={"ecg": s.offset["ecg"] + 10**6})),
-        ("offset.ecg", lambda s: dataclasses.replace(s, offset={})),
-        ("valid.ecg", lambda s: dataclasses.replace(s, valid={"ecg": s.valid["ecg"][:, :1]})),
-        ("key", lambda s: dataclasses.replace(s, key=s.key[:2])),
-    ],
-)
-def test_read_sample_table_raises_on_contradiction_with_index(
-    make_set: Callable[..., ShardSet], tmp_path: Path, name: str, change: Callable[[Any], Any]
-) -> None:
-    made = make_set(str(tmp_path))
-    sample_table = change(read_sample_table(made))
-    digest = hashlib.sha256(sample_table.to_bytes()).hexdigest()
-    print_ = fingerprint_of(made.shards, made.signals, made.rate, digest)
-    publish(dataclasses.replace(made, sample_table_sha256=digest, fingerprint=print_), sample_table)
-    with pytest.raises(DataError, match=rf"contradicts the index: .*{name}"):
-        read_sample_table(open_set(str(tmp_path)))
-
-
-def test_read_sample_table_raises_on_damage_with_a_fitting_hash(
-    make_set: Callable[..., ShardSet], tmp_path: Path
-) -> None:
-    made = make_set(str(tmp_path))
-    (tmp_path / "samples.safetensors").write_bytes(b"\x80\x04nothing")
-    altered = dataclasses.replace(made, sample_table_sha256=hashlib.sha256(b"\x80\x04nothing").hexdigest())
-    with pytest.raises(DataError, match="is damaged"):
-        read_sample_table(altered)
-
-
 def test_fingerprint_depends_on_content_only(make_set: Callable[..., ShardSet], tmp_path: Path) -> None:
     a, b = make_set(str(tmp_path / "a")), make_set(str(tmp_path / "b"))
     assert a.fingerprint == b.fingerprint
     assert make_set(str(tmp_path / "c"), seed=1).fingerprint != a.fingerprint
     assert make_set(str(tmp_path / "d"), every=3).fingerprint != a.fingerprint
-
-
-@given(st.lists(st.text("abcXYZ019_-", min_size=1, max_size=20), min_size=1, max_size=20))
-def test_keys_survive_the_table(keys: list[str]) -> None:
-    table = key_table(keys)
-    assert [row.tobytes().rstrip(b"\0").decode() for row in table] == keys
-
-
-def test_split_of_never_changes_and_keeps_the_shares() -> None:
-    assert [split_of(person, 0.1, 0.1) for person in range(40)] == PINNED_SPLITS
-    codes = np.bincount([split_of(person, 0.2, 0.1) for person in range(20_000)], minlength=3) / 20_000
-    np.testing.assert_allclose(codes, [0.7, 0.2, 0.1], atol=0.01)
-    assert {split_of(person, 0, 0) for person in range(500)} == {0}
-    assert {split_of(person, 1, 0) for person in range(500)} == {1}
-    assert {split_of(person, 0, 1) for person in range(500)} == {2}
-
-
-def test_split_of_larger_share_keeps_test_people() -> None:
-    small = {person for person in range(2000) if split_of(person, 0.1, 0.1) == 2}
-    assert small < {person for person in range(2000) if split_of(person, 0.1, 0.3) == 2}
-
-
-def test_pseudonym_never_changes_and_differs_between_corpora() -> None:
-    assert f"{pseudonym('ptb', 'patient001'):016x}" == PINNED_PERSON
-    assert len({pseudonym(source, person) for source in "abc" for person in ("1", "2", "a\n1")}) == 9
-
-
-PINNED_SPLITS = [
-    0,
-    0,
-    0,
-    2,
-    2,
-    0,
-    0,
-    0,
-    2,
-    0,
-    0,
-    0,
-    1,
-    0,
-    0,
-    0,
-    0,
-    2,
-    0,
-    2,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    2,
-    2,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-]
-PINNED_PERSON = "891039d22694c0b3"

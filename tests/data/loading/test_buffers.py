@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from physio_dist.data.format.index import ShardSet
 from physio_dist.data.loading.buffers import BufferPool
-
-Make = Callable[..., ShardSet]
 
 
 def test_pool_keeps_no_more_arrays_than_its_size() -> None:

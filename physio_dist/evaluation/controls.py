@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from physio_dist.evaluation.splits import permuted
-from physio_dist.evaluation.trained_heads import Floats, Labelling, mean_probability, train_member
+from physio_dist.evaluation.trained_heads import Labelling, mean_probability, train_member
 from physio_dist.evaluation.trials import Choice, Study, reductions_of
+from physio_dist.runtime.arrays import FloatArray
 from physio_dist.runtime.seeding import seed_of
 from physio_dist.stats.scores import auc
 
@@ -49,7 +50,7 @@ def permuted_label_aucs(study: Study, choices: Sequence[Choice], repeats: int) -
     return [area for area in areas if area is not None]
 
 
-def _fold_probability(study: Study, choice: Choice, number: int, labellings: Sequence[Labelling]) -> list[Floats]:
+def _fold_probability(study: Study, choice: Choice, number: int, labellings: Sequence[Labelling]) -> list[FloatArray]:
     """Probabilities ``[test row, class]`` of a fold for each labelling, means over inner splits and members."""
     test, inner = study.folds[number].test, len(study.folds[number].inner)
     members = []

@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from physio_dist.evaluation.head_training import Heads
 from physio_dist.evaluation.trials import Choice, Study, jobs_of
 from physio_dist.models.fusion.head import Head
-
-Floats = npt.NDArray[np.floating]
-Ints = npt.NDArray[np.int64]
+from physio_dist.runtime.arrays import Float32Array, FloatArray, Int64Array
 
 # Heads trained at a time with several labellings.
 _MAX_HEADS = 64
@@ -36,9 +33,9 @@ class TrainedHeads:
 
     choices: tuple[Choice, ...]
     heads: tuple[tuple[tuple[Head, ...], ...], ...]
-    probability: list[Floats]
-    uncalibrated: list[Floats] | None = None
-    ablated: Mapping[str, list[Floats]] = field(default_factory=dict)
+    probability: list[FloatArray]
+    uncalibrated: list[FloatArray] | None = None
+    ablated: Mapping[str, list[FloatArray]] = field(default_factory=dict)
 
 
 class _View(NamedTuple):
@@ -51,7 +48,7 @@ class _View(NamedTuple):
 class Labelling(NamedTuple):
     """Targets int64 ``[n]`` of all windows, and a purpose that separates the random draws of their heads."""
 
-    label: Ints
+    label: Int64Array
     purpose: str = ""
 
 
@@ -67,7 +64,7 @@ def train_selected(study: Study, row: str, choices: Sequence[Choice], ablate: Se
     views = [_View(), *(_View(signal) for signal in ablate)]
     if study.options.tune.calibrate:
         views.append(_View(calibrated=False))
-    probability: dict[_View, list[Floats]] = {view: [] for view in views}
+    probability: dict[_View, list[FloatArray]] = {view: [] for view in views}
     heads = []
     for number, choice in enumerate(choices):
         inner = len(study.folds[number].inner)
@@ -115,7 +112,7 @@ def train_member(
         yield heads
 
 
-def mean_probability(probability: Sequence[Floats]) -> npt.NDArray[np.float32]:
+def mean_probability(probability: Sequence[FloatArray]) -> Float32Array:
     """Mean of several predictions, float32 ``[row, class]``."""
-    mean: npt.NDArray[np.float32] = np.stack(probability).mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean: Float32Array = np.stack(probability).mean(axis=0, dtype=np.float64).astype(np.float32)
     return mean

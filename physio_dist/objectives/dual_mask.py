@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from physio_dist.config.mask import MaskOptions
 from physio_dist.errors import UserError
+from physio_dist.runtime.arrays import BoolArray, Float64Array, Int64Array, UInt64Array
 from physio_dist.runtime.seeding import seed_of
 
 # Constants of splitmix64 (Steele, Lea, Flood 2014).
@@ -57,12 +57,12 @@ class DualMask:
         kept_leads: bool ``[batch, channel]``, False for dropped leads, which are neither input nor target.
     """
 
-    intra: NDArray[np.bool_]
-    inter: NDArray[np.bool_]
-    kept_leads: NDArray[np.bool_]
+    intra: BoolArray
+    inter: BoolArray
+    kept_leads: BoolArray
 
     @property
-    def hidden(self) -> NDArray[np.bool_]:
+    def hidden(self) -> BoolArray:
         """Union of both parts, ``[batch, channel, patch]``."""
         return self.intra | self.inter
 
@@ -73,8 +73,8 @@ def sample_masks(
     patches: int,
     seed: int,
     purpose: str,
-    positions: NDArray[np.int64],
-    valid: NDArray[np.bool_] | None = None,
+    positions: Int64Array,
+    valid: BoolArray | None = None,
 ) -> DualMask:
     """Sample the masks of a batch, each as a function of seed, purpose and position only.
 
@@ -130,9 +130,7 @@ def sample_masks(
     return DualMask(intra, inter, kept)
 
 
-def _draw_kept_leads(
-    config: MaskConfig, channels: int, seed: int, purpose: str, positions: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def _draw_kept_leads(config: MaskConfig, channels: int, seed: int, purpose: str, positions: Int64Array) -> BoolArray:
     """Leads that each sample keeps, bool ``[batch, channels]``."""
     draw = _uniform(seed, f"{purpose}/drop", positions, 3)
     kept = np.ones((len(positions), channels), dtype=np.bool_)
@@ -149,8 +147,8 @@ def _draw(
     patches: int,
     seed: int,
     purpose: str,
-    positions: NDArray[np.int64],
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    positions: Int64Array,
+) -> tuple[BoolArray, BoolArray]:
     """Draw ``intra`` and ``inter`` of samples with all channels in ``groups``."""
     channels = sum(len(group) for group in groups)
     in_time = config.intra_ratio > 0.0 and patches > 1
@@ -164,7 +162,7 @@ def _draw(
     for number, group in enumerate(groups):
         group_of[list(group)] = number
 
-    def uniform(part: str, *shape: int) -> NDArray[np.float64]:
+    def uniform(part: str, *shape: int) -> Float64Array:
         return _uniform(seed, f"{purpose}/{part}", positions, math.prod(shape)).reshape(batch, *shape)
 
     whole = np.zeros((batch, channels), dtype=np.bool_)
@@ -193,7 +191,7 @@ def _draw(
     return intra & ~inter, inter
 
 
-def _hide_groups(draw: NDArray[np.float64], ratio: float) -> NDArray[np.bool_]:
+def _hide_groups(draw: Float64Array, ratio: float) -> BoolArray:
     """Groups to hide, bool ``[batch, groups]``: those drawn below ``ratio``, at least one."""
     hidden = draw < ratio
     none = ~hidden.any(axis=1)
@@ -203,11 +201,11 @@ def _hide_groups(draw: NDArray[np.float64], ratio: float) -> NDArray[np.bool_]:
 
 def _hide_leads(
     groups: Sequence[Sequence[int]],
-    draw: NDArray[np.float64],
-    hidden: NDArray[np.bool_],
-    keeps: NDArray[np.bool_],
-    which: NDArray[np.float64],
-) -> NDArray[np.bool_]:
+    draw: Float64Array,
+    hidden: BoolArray,
+    keeps: BoolArray,
+    which: Float64Array,
+) -> BoolArray:
     """Leads to hide as a whole, bool ``[batch, channels]``; at least one stays visible."""
     several = np.array([len(group) > 1 for group in groups])
     keeps = keeps & several
@@ -226,9 +224,7 @@ def _hide_leads(
     return whole
 
 
-def _hide_in_time(
-    count: int, scattered: NDArray[np.bool_], spot: NDArray[np.float64], start: NDArray[np.float64]
-) -> NDArray[np.bool_]:
+def _hide_in_time(count: int, scattered: BoolArray, spot: Float64Array, start: Float64Array) -> BoolArray:
     """Hide ``count`` patches of every group, scattered or in one span.
 
     Args:
@@ -244,13 +240,11 @@ def _hide_in_time(
     rank = spot.argsort(axis=2, kind="stable").argsort(axis=2, kind="stable")
     first = (start * patches).astype(np.int64)[:, :, None]
     after = (np.arange(patches) - first) % patches
-    chosen: NDArray[np.bool_] = np.where(scattered[:, :, None], rank, after) < count
+    chosen: BoolArray = np.where(scattered[:, :, None], rank, after) < count
     return chosen
 
 
-def _hide_spans(
-    count: int, spans: NDArray[np.int64], spot: NDArray[np.float64], start: NDArray[np.float64]
-) -> NDArray[np.bool_]:
+def _hide_spans(count: int, spans: Int64Array, spot: Float64Array, start: Float64Array) -> BoolArray:
     """Hide ``count`` patches of every group in ``spans`` ``[batch, groups]`` spans; otherwise as `_hide_in_time`.
 
     The partitions of the hidden patches into spans, and of the others into gaps, are drawn uniformly.
@@ -258,10 +252,10 @@ def _hide_spans(
     patches = spot.shape[2]
     cuts = np.clip(spans, 1, min(count, patches - count))[:, :, None] - 1
 
-    def part(draw: NDArray[np.float64]) -> NDArray[np.int64]:
+    def part(draw: Float64Array) -> Int64Array:
         """Number of the part that each patch belongs to; cuts fall between two patches."""
         rank = draw[:, :, 1:].argsort(axis=2, kind="stable").argsort(axis=2, kind="stable")
-        numbers: NDArray[np.int64] = np.zeros(draw.shape, dtype=np.int64)
+        numbers: Int64Array = np.zeros(draw.shape, dtype=np.int64)
         numbers[:, :, 1:] = (rank < cuts).cumsum(axis=2)
         return numbers
 
@@ -269,18 +263,18 @@ def _hide_spans(
     order = np.concatenate([2 * part(spot[:, :, :count]), 2 * part(spot[:, :, count:]) + 1], axis=2)
     hidden = order.argsort(axis=2, kind="stable") < count
     first = (start * patches).astype(np.int64)[:, :, None]
-    turned: NDArray[np.bool_] = np.take_along_axis(hidden, (np.arange(patches) - first) % patches, axis=2)
+    turned: BoolArray = np.take_along_axis(hidden, (np.arange(patches) - first) % patches, axis=2)
     return turned
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mix(x: UInt64Array) -> UInt64Array:
     """The output function of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))
 
 
-def _uniform(seed: int, purpose: str, positions: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+def _uniform(seed: int, purpose: str, positions: Int64Array, count: int) -> Float64Array:
     """Uniform draws in [0, 1), ``[batch, count]``: a hash of (seed, purpose, position, number of the draw).
 
     A counter-based hash is vectorised over samples and, unlike NumPy's generators, fixed for all future releases.

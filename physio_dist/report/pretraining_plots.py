@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from numpy.typing import NDArray
 
 from physio_dist.report.components import INK, LEADWISE, SOFT, TEMPORAL, Image, embed, new_figure, number, style
-from physio_dist.report.run_data import Examples, Floats
+from physio_dist.report.run_data import Examples
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Float64Array
 
 # Values that span less than this factor read better on a linear axis.
 LOG_FROM_FACTOR = 4.0
@@ -40,8 +40,8 @@ class Series:
     """One curve: ``x`` steps and ``y`` values, both float64 ``[row]``, NaN where there is none."""
 
     label: str
-    x: Floats
-    y: Floats
+    x: Float64Array
+    y: Float64Array
     colour: str
     kind: str = "raw"  # raw (faint, under a smoothed line), exact (as it is), marked (points), reference (dashed)
     dash: str = "--"
@@ -58,7 +58,7 @@ def smoothing_window(rows: int) -> int:
     return 1 if rows < SMOOTH_FROM_ROWS else 2 * (max(5, rows // 40) // 2) + 1
 
 
-def smooth(values: Floats, window: int) -> Floats:
+def smooth(values: Float64Array, window: int) -> Float64Array:
     """Centred mean over ``window`` rows, finite values only; near the ends over the rows that exist."""
     finite = np.isfinite(values)
     kernel = np.ones(window)
@@ -133,7 +133,7 @@ def _draw(axes: Axes, series: Series) -> None:
             axes.plot(series.x, smooth(series.y, window), "-", color=series.colour, lw=1.3, zorder=3)
 
 
-def _scale(axes: Axes, values: Floats, from_zero: bool) -> None:
+def _scale(axes: Axes, values: Float64Array, from_zero: bool) -> None:
     finite = values[np.isfinite(values)]
     low, high = float(finite.min()), float(finite.max())
     if not from_zero and low > 0 and high / low >= LOG_FROM_FACTOR:
@@ -157,7 +157,7 @@ def _tick(value: float) -> str:
     return f"{value:,g}" if abs(value) < 1e6 else f"{value:g}"
 
 
-def _steps(axes: Axes, steps: Floats, restarts: Sequence[float]) -> None:
+def _steps(axes: Axes, steps: Float64Array, restarts: Sequence[float]) -> None:
     first, last = float(np.nanmin(steps)), float(np.nanmax(steps))
     room = 0.02 * (last - first) or 0.5
     axes.set_xlim(first - room, last + room)
@@ -210,7 +210,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return result
 
 
-def squared_errors(examples: Examples, kind: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def squared_errors(examples: Examples, kind: str) -> tuple[Float64Array, Float64Array]:
     """Sums of squares in uV^2 over the samples hidden as ``kind``, both ``[n, channel]``: model's, and zero's."""
     hidden = examples.hidden_samples(kind)
     target = examples.target.astype(np.float64)
@@ -270,7 +270,7 @@ def cut_off_uv(examples: Examples, window: int) -> float | None:
     return limit if np.abs(examples.target[window][valid]).max(initial=0.0) > limit else None
 
 
-def _rooms(examples: Examples, window: int) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+def _rooms(examples: Examples, window: int) -> tuple[Float64Array, Float64Array, float]:
     """Reach of each lead above and below its baseline, ``[channel]`` in uV, and the limit for all."""
     target = np.nan_to_num(examples.target[window].astype(np.float64))
     valid = examples.valid[window]
@@ -285,12 +285,12 @@ def _rooms(examples: Examples, window: int) -> tuple[NDArray[np.float64], NDArra
     return high, low, limit
 
 
-def _baselines(high: NDArray[np.float64], low: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
+def _baselines(high: Float64Array, low: Float64Array, gap: float) -> Float64Array:
     below = np.concatenate([[0.0], np.cumsum(-low[:-1] + gap + high[1:])])
     return -below
 
 
-def _runs(mask: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+def _runs(mask: BoolArray) -> Iterator[tuple[int, int]]:
     """Start and end of every stretch of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
@@ -369,8 +369,8 @@ def _legend(axes: Axes, place: float) -> None:
 
 
 def draw_windows(
-    signal: NDArray[np.float32],
-    valid: NDArray[np.bool_],
+    signal: Float32Array,
+    valid: BoolArray,
     channels: Sequence[str],
     rate: float,
     titles: Sequence[str],

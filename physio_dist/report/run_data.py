@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
@@ -19,8 +18,8 @@ from physio_dist.errors import UserError
 from physio_dist.runs.run_dir import CONFIG, METRICS
 from physio_dist.runs.run_files import ATTEMPTS, DATA, EXAMPLES, Attempt, DataFacts, ShardSetFacts
 from physio_dist.runs.typed_json import from_json, parse_json, parse_lines, printable
+from physio_dist.runtime.arrays import BoolArray, Float32Array, Float64Array
 
-Floats = NDArray[np.float64]
 Reader = Callable[[str], "bytes | None"]
 
 # Without an attempts file, a pause this many times the usual one between two lines counts as a restart;
@@ -39,11 +38,11 @@ class Metrics:
         unfinished: whether the last line of the file was still being written.
     """
 
-    columns: dict[str, Floats]
+    columns: dict[str, Float64Array]
     rows: int
     unfinished: bool = False
 
-    def column(self, name: str) -> Floats:
+    def column(self, name: str) -> Float64Array:
         """Values of one field, float64 ``[row]``; all NaN where it was never logged."""
         values = self.columns.get(name)
         return np.full(self.rows, np.nan) if values is None else values
@@ -87,11 +86,11 @@ class Examples:
         simulated: whether the windows are; None where unknown.
     """
 
-    target: NDArray[np.float32]
-    reconstruction: NDArray[np.float32]
-    intra: NDArray[np.bool_]
-    inter: NDArray[np.bool_]
-    valid: NDArray[np.bool_]
+    target: Float32Array
+    reconstruction: Float32Array
+    intra: BoolArray
+    inter: BoolArray
+    valid: BoolArray
     rate: float
     step: str
     channels: list[str]
@@ -103,9 +102,9 @@ class Examples:
         """Samples in one patch."""
         return int(self.target.shape[2] // self.intra.shape[2])
 
-    def hidden_samples(self, kind: str) -> NDArray[np.bool_]:
+    def hidden_samples(self, kind: str) -> BoolArray:
         """bool ``[n, channel, time]``: samples hidden as ``intra`` or ``inter``, invalid leads left out."""
-        mask: NDArray[np.bool_] = getattr(self, kind) & self.valid[:, :, None]
+        mask: BoolArray = getattr(self, kind) & self.valid[:, :, None]
         return np.repeat(mask, self.patch_samples, axis=2)
 
 

@@ -13,11 +13,12 @@ import numpy as np
 from physio_dist.report import components as ui
 from physio_dist.report import sweep_analysis, sweep_search
 from physio_dist.report import sweep_plots as plots
-from physio_dist.report.run_data import Floats, without_credentials
-from physio_dist.report.sweep_data import METRICS, ROWS, HeldOut, Ints, Sweep, mean_roc, precision_recall, present, roc
+from physio_dist.report.run_data import without_credentials
+from physio_dist.report.sweep_data import METRICS, ROWS, HeldOut, Sweep, mean_roc, precision_recall, present, roc
 from physio_dist.report.sweep_plots import colour_of, label_of
 from physio_dist.report.sweep_summary import CHANCE, better_single, published, reached
 from physio_dist.runs.sweep_results import BOUND, PREDICTIONS, ResultRow
+from physio_dist.runtime.arrays import Float64Array, Int64Array
 from physio_dist.stats.auc import pooled_auc
 from physio_dist.stats.bootstrap import compared_rows
 from physio_dist.stats.permutation import PERMUTATIONS
@@ -118,7 +119,7 @@ def curves(sweep: Sweep) -> ui.Section:
 def confusion(sweep: Sweep) -> ui.Section:
     """Confusion matrices of the hand-made, the single and the fused rows."""
     rows = [row for name in ROWS[2:] if (row := sweep.row(name)) is not None]
-    tables: list[tuple[str, Ints]] = [(row.name, np.array(row.confusion)) for row in rows if row.confusion]
+    tables: list[tuple[str, Int64Array]] = [(row.name, np.array(row.confusion)) for row in rows if row.confusion]
     if not tables:
         return ui.Section("Confusion", "confusion", missing="results.json holds no confusion matrix.")
     classes = sweep.classes or [str(number) for number in range(len(tables[0][1]))]
@@ -337,7 +338,7 @@ def _curve_alt(what: str, drawn: list[plots.Curve]) -> str:
     return f"{what} over held-out windows; areas: {areas}."
 
 
-def _count_gains(sweep: Sweep, rows: dict[str, Floats], kind: str) -> str:
+def _count_gains(sweep: Sweep, rows: dict[str, Float64Array], kind: str) -> str:
     gain = rows["fused"] - plots.best_single(rows)
     up, same, n = int((gain > 0).sum()), int((gain == 0).sum()), gain.size
     text = f"{kind}: fused is above the better of a person's single signals for {up} of {n} people"

@@ -14,7 +14,6 @@ from matplotlib.patches import Circle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from physio_dist.report import components as ui
-from physio_dist.report.run_data import Floats
 from physio_dist.report.sweep_data import Reliability, Sweep, reliability
 from physio_dist.report.sweep_plots import colour_of, label_of
 from physio_dist.runs.sweep_results import (
@@ -25,6 +24,7 @@ from physio_dist.runs.sweep_results import (
     OcclusionResults,
     PatchOcclusion,
 )
+from physio_dist.runtime.arrays import Float64Array
 
 # Okabe and Ito's palette without its yellow, which is hard to see on white.
 CLASS_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1c1c1c")
@@ -267,7 +267,7 @@ class Group:
     """Points of one colour and marker."""
 
     name: str
-    place: Floats
+    place: Float64Array
     colour: Any
     marker: str = "o"
 
@@ -437,7 +437,7 @@ def on_scalp(name: str) -> tuple[float, float] | None:
     return (float(x) if right else -float(x)), float(y)
 
 
-def _sphere(radius: float, degrees: float) -> Floats:
+def _sphere(radius: float, degrees: float) -> Float64Array:
     """A point of the unit sphere by its distance from the vertex (1: a quarter of a circle) and degrees from the nose,
     to the right."""
     down, turn = radius * math.pi / 2, math.radians(degrees)

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from physio_dist.errors import DataError, UserError
-from physio_dist.report.run_data import Floats, Reader, RunInfo, load_info, metadata_of
+from physio_dist.report.run_data import Reader, RunInfo, load_info, metadata_of
 from physio_dist.runs.sweep_results import (
     BOUND,
     EMBEDDING,
@@ -29,6 +28,7 @@ from physio_dist.runs.sweep_results import (
     TrialResult,
 )
 from physio_dist.runs.typed_json import from_json, parse_json, parse_lines, printable
+from physio_dist.runtime.arrays import Float64Array, Int64Array, UInt64Array
 from physio_dist.stats.auc import (
     PairwiseComparisons,
     compare_all_pairs,
@@ -38,8 +38,6 @@ from physio_dist.stats.auc import (
 )
 from physio_dist.stats.bootstrap import Difference, auc_difference, compared_rows
 from physio_dist.stats.permutation import permutation_p_value
-
-Ints = NDArray[np.int64]
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "pr_auc")
 # Rows that every sweep reports, from the least informed to the one the sweep is about.
@@ -57,10 +55,10 @@ class Predictions:
     ``probability``: row name -> float64 ``[n, class]``. Rows with a value that is no number are in ``broken``.
     """
 
-    fold: Ints
-    person: NDArray[np.uint64]
-    label: Ints
-    probability: dict[str, Floats]
+    fold: Int64Array
+    person: UInt64Array
+    label: Int64Array
+    probability: dict[str, Float64Array]
     folds: list[str]
     broken: list[str] = field(default_factory=list)
 
@@ -75,9 +73,9 @@ class Plane:
         shares: of the nearest neighbours of a window in all dimensions.
     """
 
-    place: Floats
-    person: NDArray[np.uint64]
-    label: Ints
+    place: Float64Array
+    person: UInt64Array
+    label: Int64Array
     shares: NeighbourShares
 
 
@@ -114,7 +112,7 @@ class Sweep(RunInfo):
         return [row for row in self.results.rows if not row.name.startswith(BOUND)]
 
     @property
-    def permuted_auc(self) -> Floats:
+    def permuted_auc(self) -> Float64Array:
         """Finite AUCs under permuted labels; empty without that control."""
         auc = [] if self.results.permuted is None else self.results.permuted.auc
         return np.array([value for value in auc if math.isfinite(value)])
@@ -267,9 +265,9 @@ class Reliability:
     """Windows in bins of equal width by a probability: their number, its mean and the observed frequency (NaN in an
     empty bin), ``[bin]`` each."""
 
-    count: NDArray[np.int64]
-    probability: Floats
-    frequency: Floats
+    count: Int64Array
+    probability: Float64Array
+    frequency: Float64Array
 
 
 @dataclass(frozen=True)
@@ -282,9 +280,9 @@ class People:
 
     names: list[str]
     fold: list[str]
-    windows: NDArray[np.int64]
-    accuracy: dict[str, Floats]
-    auc: dict[str, Floats]
+    windows: Int64Array
+    accuracy: dict[str, Float64Array]
+    auc: dict[str, Float64Array]
 
 
 @dataclass(frozen=True)
@@ -331,13 +329,13 @@ def people_of(predictions: Predictions, pairs: dict[str, list[PairwiseComparison
     return People(_short([f"{person:016x}" for person in people.tolist()]), folds, windows, accuracy, auc)
 
 
-def roc(predictions: Predictions, row: str, positive: int) -> tuple[Floats, Floats]:
+def roc(predictions: Predictions, row: str, positive: int) -> tuple[Float64Array, Float64Array]:
     """Rates of false and of true positives, from (0, 0) to (1, 1)."""
     x, y, _ = roc_curve(predictions.label == positive, predictions.probability[row][:, positive])
     return np.asarray(x, np.float64), np.asarray(y, np.float64)
 
 
-def mean_roc(predictions: Predictions, row: str, classes: Sequence[int]) -> tuple[Floats, Floats]:
+def mean_roc(predictions: Predictions, row: str, classes: Sequence[int]) -> tuple[Float64Array, Float64Array]:
     """The mean over classes of the rate of true positives at the same rate of false ones."""
     x = np.linspace(0.0, 1.0, 501)
     heights = [np.interp(x, *roc(predictions, row, positive)) for positive in classes]
@@ -345,7 +343,7 @@ def mean_roc(predictions: Predictions, row: str, classes: Sequence[int]) -> tupl
     return np.concatenate([[0.0], x]), np.concatenate([[0.0], y])
 
 
-def precision_recall(predictions: Predictions, row: str, positive: int) -> tuple[Floats, Floats]:
+def precision_recall(predictions: Predictions, row: str, positive: int) -> tuple[Float64Array, Float64Array]:
     """Recall and precision, from the first positive window on: before it there is no precision to speak of."""
     precision, recall, _ = precision_recall_curve(
         predictions.label == positive, predictions.probability[row][:, positive]

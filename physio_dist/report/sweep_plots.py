@@ -27,9 +27,8 @@ from physio_dist.report.components import (
     new_figure,
     span,
 )
-from physio_dist.report.run_data import Floats
-from physio_dist.report.sweep_data import Ints
 from physio_dist.runs.sweep_results import BOUND
+from physio_dist.runtime.arrays import Float64Array, Int64Array
 
 # Row of results.json -> colour, label, and label where there is little room.
 ROWS = {
@@ -69,8 +68,8 @@ class Curve:
     """A curve over rates in 0..1, and what its label says; ``name`` as in results.json."""
 
     name: str
-    x: Floats
-    y: Floats
+    x: Float64Array
+    y: Float64Array
     value: float
 
 
@@ -143,7 +142,7 @@ def recall_panel(title: str, curves: Sequence[Curve], base: float, alt: str) -> 
     return embed(figure, alt)
 
 
-def confusions(tables: Sequence[tuple[str, Ints]], classes: Sequence[str], alt: str) -> Image:
+def confusions(tables: Sequence[tuple[str, Int64Array]], classes: Sequence[str], alt: str) -> Image:
     """Confusion matrices side by side: share of each true class in colour, counts below the shares."""
     k = len(classes)
     across = min(len(tables), 4 if k <= 3 else 2)
@@ -172,7 +171,7 @@ def confusions(tables: Sequence[tuple[str, Ints]], classes: Sequence[str], alt: 
     return embed(figure, alt)
 
 
-def people_panel(title: str, names: Sequence[str], rows: Mapping[str, Floats], chance: float, alt: str) -> Image:
+def people_panel(title: str, names: Sequence[str], rows: Mapping[str, Float64Array], chance: float, alt: str) -> Image:
     """A column a person, by the gain of the fused row over the better single one; ``rows``: name -> ``[person]``."""
     fused, better = rows["fused"], best_single(rows)
     gain = fused - better
@@ -204,7 +203,7 @@ def people_panel(title: str, names: Sequence[str], rows: Mapping[str, Floats], c
     return embed(figure, alt)
 
 
-def permuted_strip(values: Floats, observed: float, alt: str) -> Image:
+def permuted_strip(values: Float64Array, observed: float, alt: str) -> Image:
     """AUCs under permuted labels, one dot each where few, as a histogram where many; the observed one beside them."""
     figure = new_figure(WIDE_INCHES, 2.0)
     axes = axes_at(figure, 0.3, 0.52, WIDE_INCHES - 0.6, 1.1)
@@ -228,7 +227,7 @@ def permuted_strip(values: Floats, observed: float, alt: str) -> Image:
     return embed(figure, alt)
 
 
-def best_single(rows: Mapping[str, Floats]) -> Floats:
+def best_single(rows: Mapping[str, Float64Array]) -> Float64Array:
     """The higher of the single modalities for each person, NaN where neither has a value."""
     singles = [rows[name] for name in ("ecg", "eeg") if name in rows]
     best = singles[0] if len(singles) == 1 else np.fmax(singles[0], singles[1])
@@ -268,7 +267,7 @@ def _curves(axes: Axes, curves: Sequence[Curve], what: str) -> None:
         axes.text(1.125, y, words, fontsize=8.5, va="center", weight=weight, transform=axes.transAxes)
 
 
-def _matrix(axes: Axes, table: Ints, size: float) -> None:
+def _matrix(axes: Axes, table: Int64Array, size: float) -> None:
     k = len(table)
     total = table.sum(axis=1, keepdims=True)
     share = np.divide(table, total, out=np.full(table.shape, np.nan), where=total > 0)
@@ -313,7 +312,7 @@ def _divide(axes: Axes, losses: int, n: int) -> None:
         axes.text(n - 0.3, 1.02, f"fused better: {n - losses} of {n}", ha="right", weight="bold", **place)
 
 
-def _key(axes: Axes, rows: Mapping[str, Floats], inches: float, height: float) -> None:
+def _key(axes: Axes, rows: Mapping[str, Float64Array], inches: float, height: float) -> None:
     """The marks and what they stand for, in one line under the title."""
     x, y = 0.0, 1 + 0.33 / height
     for name in ("ecg", "eeg", "fused"):
@@ -327,7 +326,7 @@ def _key(axes: Axes, rows: Mapping[str, Floats], inches: float, height: float) -
         x += (0.3 + 0.075 * len(words)) / inches
 
 
-def _heap(axes: Axes, values: Floats, low: float, high: float) -> float:
+def _heap(axes: Axes, values: Float64Array, low: float, high: float) -> float:
     """Dots stacked in bins, or bars where there are many; returns the height of the highest heap."""
     bins = 90 if values.size <= 60 else 40
     edges = np.linspace(low, high, bins + 1)

@@ -15,11 +15,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
 from physio_dist.report import components as ui
-from physio_dist.report.run_data import Floats
 from physio_dist.report.sweep_data import ROWS, Sweep
 from physio_dist.report.sweep_plots import colour_of, label_of
 from physio_dist.runs.sweep_results import TRIALS, FoldResult, ResultRow, TrialResult
 from physio_dist.runs.typed_json import printable
+from physio_dist.runtime.arrays import Float64Array
 
 TITLE, ANCHOR = "Sweep", "sweep"
 # More folds than this are listed folded away.
@@ -204,7 +204,7 @@ class Axis:
     """One axis of the parallel coordinates: heights 0..1 of the trials (NaN: no value) and its marks."""
 
     name: str
-    place: Floats
+    place: Float64Array
     marks: list[tuple[float, str]]
 
 
@@ -328,7 +328,7 @@ def _axis(name: str, configs: Sequence[dict[str, Any]]) -> Axis:
     return Axis(name, place, [(middle[level], word(level)) for level in levels])
 
 
-def _result_axis(value: Floats, low: float, high: float) -> Axis:
+def _result_axis(value: Float64Array, low: float, high: float) -> Axis:
     ticks = [t for t in MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= t <= high]
     marks = [((t - low) / (high - low), f"{t:.3g}") for t in ticks]
     return Axis("validation\nAUC", (value - low) / (high - low), marks)
@@ -350,7 +350,7 @@ def _draw_axis(axes: Axes, x: int, axis: Axis, total: int) -> None:
             axes.text(x + 0.04, y, mark, ha="left", va="center", fontsize=8.5, zorder=6, bbox=box)
 
 
-def _mark_chosen(axes: Axes, heights: Floats, chosen: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def _mark_chosen(axes: Axes, heights: Float64Array, chosen: Sequence[tuple[str, dict[str, Any]]]) -> None:
     last = heights.shape[0] - 1
     ends: list[tuple[float, str]] = []
     for number, (label, _) in enumerate(chosen):

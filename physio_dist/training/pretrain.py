@@ -163,7 +163,7 @@ def _training_data(dataset: ShardDataset) -> TrainingData:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one rank of a run has opened."""
+    """Options, data and files of one rank of a run."""
 
     options: PretrainConfig
     ranks: DistInfo

@@ -34,7 +34,7 @@ class TrainingSource:
 
     @property
     def fingerprints(self) -> list[str]:
-        """Of the shard sets, in the mixture's order."""
+        """Fingerprints of the shard sets, in the mixture's order."""
         return [shards.fingerprint for shards in self.dataset.sets]
 
     @classmethod

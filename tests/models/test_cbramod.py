@@ -37,8 +37,8 @@ def test_features_and_reconstructions_match_reference_implementation(
     model.load_state_dict(state)
     model.to(dtype).eval()
     with np.load(data_dir / "cbramod-reference" / "two_layers_cases.npz") as cases:
-        known = {name.split(".")[1]: torch.from_numpy(cases[name]) for name in cases if name[0] == str(case)}
-    x, hidden = known["input"].to(dtype), known["mask"].bool()
+        expected = {name.split(".")[1]: torch.from_numpy(cases[name]) for name in cases if name[0] == str(case)}
+    x, hidden = expected["input"].to(dtype), expected["mask"].bool()
     valid = torch.ones_like(hidden) if with_valid else None
     with torch.no_grad():
         results = {
@@ -48,7 +48,7 @@ def test_features_and_reconstructions_match_reference_implementation(
         }
     for name, result in results.items():
         assert result.dtype == dtype
-        assert float((result.double() - known[name]).abs().max()) <= tolerance, name
+        assert float((result.double() - expected[name]).abs().max()) <= tolerance, name
 
 
 def test_read_cbramod_reads_same_tensors_from_pth_and_safetensors(data_dir: Path, reference: dict[str, Tensor]) -> None:

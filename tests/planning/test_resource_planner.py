@@ -1,4 +1,4 @@
-"""What `physio-dist plan` tells, and what it refuses."""
+"""Result, warnings and errors of `physio-dist plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node fetches, played through, against a walk through the order."""
+"""Simulated traffic of a node against a direct walk through the sample order."""
 
 from __future__ import annotations
 

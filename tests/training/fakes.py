@@ -215,15 +215,15 @@ class Run:
         self.saved: list[int] = []
         self.batches: dict[int, MaskedBatch] = {}
         self.share = BatchShare(0, 1, 2, BATCH // 2, 1000)
-        found = checkpoint.newest(self.folder, self.recorder.warnings.append)
-        self.start = found.progress.step if found else 0
+        saved = checkpoint.newest(self.folder, self.recorder.warnings.append)
+        self.start = saved.progress.step if saved else 0
         micro = torch.zeros(2, CHANNELS, PATCHES, 200)
-        if found:
-            self.backend.model.load_state_dict(found.model)
+        if saved:
+            self.backend.model.load_state_dict(saved.model)
         self.backend.prepare((micro, torch.zeros(2, CHANNELS, PATCHES, dtype=torch.bool), None))
-        if found:
-            self.backend.load_optimizer_state(found.optimizer)
-        self.guard = StepGuard(options.train, found.progress.guard if found else {})
+        if saved:
+            self.backend.load_optimizer_state(saved.optimizer)
+        self.guard = StepGuard(options.train, saved.progress.guard if saved else {})
         run_dir = SimpleNamespace(url=self.folder, sync=lambda: None)
         logger: Any = SimpleNamespace(
             first=True, options=options, run_dir=run_dir, newest={}, flush=lambda: None
@@ -251,7 +251,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """Of the steps so far."""
+        """Losses of the steps so far."""
         return [line["loss"] for line in self.recorder.lines]
 
     def _loader(self) -> Iterator[MaskedBatch]:

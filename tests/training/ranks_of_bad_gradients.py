@@ -1,4 +1,4 @@
-"""One rank of `test_bad_gradients.py`: one rank's gradient is spoilt, and all write what became of their weights.
+"""One rank of `test_bad_gradients.py`: one rank's gradient is not finite; all write whether their weights changed.
 
 Started by a launcher with an output folder, it goes through all ZeRO stages and precisions.
 """
@@ -24,7 +24,7 @@ from physio_dist.models.encoders.criss_cross import MaskedModel, preset  # noqa:
 from physio_dist.training.backends.deepspeed_engine import Engine, Tensors, quiet  # noqa: E402
 
 
-def whole(engine: Engine) -> Tensors:
+def full_state(engine: Engine) -> Tensors:
     state = engine.optimizer_state()
     return {**engine.weights(), **state}
 
@@ -44,12 +44,12 @@ def engine_of(stage: int, precision: str, batch: tuple[torch.Tensor, torch.Tenso
     return engine
 
 
-def step(engine: Engine, batch: tuple[torch.Tensor, torch.Tensor, None], spoilt: bool = False) -> float:
-    """A step of two passes; a spoilt one has, on the last rank alone, a finite loss and a gradient that is not."""
+def step(engine: Engine, batch: tuple[torch.Tensor, torch.Tensor, None], nonfinite: bool = False) -> float:
+    """A step of two passes; with ``nonfinite`` the last rank has a finite loss and a gradient that is not finite."""
     for k in range(2):
         out = engine(*batch).float()
         loss = out.square().mean()
-        if spoilt and k == 0 and dist.get_rank() == dist.get_world_size() - 1:
+        if nonfinite and k == 0 and dist.get_rank() == dist.get_world_size() - 1:
             # The root of zero is zero; its slope is infinite, and times zero no number.
             loss = loss + (out * 0.0).square().sum().sqrt()
         assert torch.isfinite(loss)
@@ -71,22 +71,24 @@ def main(out: str) -> None:
     hidden = torch.zeros(2, 3, 4, dtype=torch.bool)
     hidden[:, :, 1] = True
     batch = (x, hidden, None)
-    found = {}
+    results = {}
     for stage in range(4):
         for precision in ("fp32", "bf16", "fp16"):
             disturbed, calm = engine_of(stage, precision, batch), engine_of(stage, precision, batch)
             norms = [step(disturbed, batch), step(disturbed, batch)]
-            before = whole(disturbed)
-            norms += [step(disturbed, batch, spoilt=True), step(disturbed, batch, spoilt=True)]
-            kept = same(before, whole(disturbed))
+            before = full_state(disturbed)
+            norms += [step(disturbed, batch, nonfinite=True), step(disturbed, batch, nonfinite=True)]
+            unchanged = same(before, full_state(disturbed))
             norms.append(step(disturbed, batch))
             for _ in range(3):
                 step(calm, batch)
-            found[f"{stage} {precision}"] = {
-                "finite": [math.isfinite(norm) for norm in norms], "kept": kept,
-                "moved": not same(before, whole(disturbed)), "as_undisturbed": same(whole(disturbed), whole(calm)),
+            results[f"{stage} {precision}"] = {
+                "finite": [math.isfinite(norm) for norm in norms], "kept": unchanged,
+                "moved": not same(before, full_state(disturbed)), "as_undisturbed": same(
+                    full_state(disturbed), full_state(calm)
+                ),
             }  # fmt: skip
-    Path(out, f"rank-{rank}.json").write_text(json.dumps(found))
+    Path(out, f"rank-{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     os._exit(0)
 

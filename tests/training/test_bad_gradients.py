@@ -26,8 +26,8 @@ def test_nonfinite_gradient_of_one_rank_changes_no_weights_at_any_stage_and_prec
     files = sorted(tmp_path.glob("rank-*.json"))
     assert len(files) == 2
     for file in files:
-        found = json.loads(file.read_text())
-        assert len(found) == 12
-        for case, facts in found.items():
+        results = json.loads(file.read_text())
+        assert len(results) == 12
+        for case, facts in results.items():
             assert facts["finite"] == [True, True, False, False, True], (file.name, case)
             assert facts["kept"] and facts["moved"] and facts["as_undisturbed"], (file.name, case, facts)

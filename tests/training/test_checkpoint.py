@@ -30,16 +30,16 @@ def draft(run: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[
 
 
 def test_read_returns_what_write_stored(tmp_path: Path) -> None:
-    found = checkpoint.read(str(write(tmp_path, 7)))
-    assert found.progress == progress(7)
-    assert torch.equal(found.model["weight"], torch.full((3, 2), 7.0))
-    assert torch.equal(found.optimizer["exp_avg/weight"], torch.full((3, 2), -7.0))
+    loaded = checkpoint.read(str(write(tmp_path, 7)))
+    assert loaded.progress == progress(7)
+    assert torch.equal(loaded.model["weight"], torch.full((3, 2), 7.0))
+    assert torch.equal(loaded.optimizer["exp_avg/weight"], torch.full((3, 2), -7.0))
 
 
 def test_write_leaves_manifest_to_commit(tmp_path: Path) -> None:
     draft(tmp_path, 7, {}, {})
-    found = {file.name for file in (tmp_path / "checkpoints" / "step-00000007").iterdir()}
-    assert found == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    loaded = {file.name for file in (tmp_path / "checkpoints" / "step-00000007").iterdir()}
+    assert loaded == {"model.safetensors", "optimizer.safetensors", "state.json"}
     assert checkpoint.newest(str(tmp_path), pytest.fail) is None
 
 
@@ -47,12 +47,12 @@ def test_read_returns_ema_only_if_written(tmp_path: Path) -> None:
     assert checkpoint.read(str(write(tmp_path, 3))).ema is None
     tensors = {name: {"weight": torch.ones(1)} for name in (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.EMA)}
     folder = checkpoint.commit(checkpoint.write(str(tmp_path), progress(4), tensors))
-    found = checkpoint.read(folder).ema
-    assert found is not None and torch.equal(found["weight"], torch.ones(1))
+    loaded = checkpoint.read(folder).ema
+    assert loaded is not None and torch.equal(loaded["weight"], torch.ones(1))
 
 
 def test_read_accepts_format_1(tmp_path: Path) -> None:
-    """It has no state of the judge of steps."""
+    """Format 1 has no state of the step guard."""
     folder = write(tmp_path, 7)
     manifest, state = folder / "manifest.json", folder / "state.json"
     old = {k: v for k, v in json.loads(state.read_text()).items() if k != "guard"}
@@ -61,16 +61,16 @@ def test_read_accepts_format_1(tmp_path: Path) -> None:
     data = state.read_bytes()
     document["files"]["state.json"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     manifest.write_text(json.dumps({**document, "format": 1}))
-    found = checkpoint.newest(str(tmp_path), pytest.fail)
-    assert found is not None and found.progress == progress(7)
+    loaded = checkpoint.newest(str(tmp_path), pytest.fail)
+    assert loaded is not None and loaded.progress == progress(7)
 
 
 def test_newest_ignores_folder_without_manifest(tmp_path: Path) -> None:
     write(tmp_path, 5)
     newer = write(tmp_path, 9)
     (newer / "manifest.json").unlink()
-    found = checkpoint.newest(str(tmp_path), pytest.fail)
-    assert found is not None and found.progress.step == 5
+    loaded = checkpoint.newest(str(tmp_path), pytest.fail)
+    assert loaded is not None and loaded.progress.step == 5
     with pytest.raises(UserError, match="not a committed checkpoint"):
         checkpoint.read(str(newer))
 
@@ -86,8 +86,8 @@ def test_newest_falls_back_on_damaged_checkpoint(tmp_path: Path, name: str, dama
     if damage == "remove":
         victim.unlink()
     warnings: list[str] = []
-    found = checkpoint.newest(str(tmp_path), warnings.append)
-    assert found is not None and found.progress.step == 5
+    loaded = checkpoint.newest(str(tmp_path), warnings.append)
+    assert loaded is not None and loaded.progress.step == 5
     assert len(warnings) == 1 and name in warnings[0] and "step-00000009" in warnings[0]
 
 
@@ -133,5 +133,5 @@ def test_newest_ignores_checkpoint_pruned_while_read(tmp_path: Path, monkeypatch
         return read_bytes(url, *ends)
 
     monkeypatch.setattr(checkpoint.storage, "read_bytes", overtaken)
-    found = checkpoint.newest(str(tmp_path), pytest.fail)
-    assert found is not None and found.progress.step == 9
+    loaded = checkpoint.newest(str(tmp_path), pytest.fail)
+    assert loaded is not None and loaded.progress.step == 9

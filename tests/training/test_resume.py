@@ -1,4 +1,4 @@
-"""Which checkpoints a run may continue."""
+"""Checkpoints that a run may continue."""
 
 from __future__ import annotations
 

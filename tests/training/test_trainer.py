@@ -41,12 +41,12 @@ def test_metrics_lines_have_fields_of_contract(tmp_path: Path) -> None:
 
 
 def test_loss_is_mean_over_global_batch_whatever_the_micro_steps(tmp_path: Path) -> None:
-    one, two = Run(tmp_path / "1", options_for(1)), Run(tmp_path / "2", options_for(1))
-    one.share = replace(one.share, micro=4, micro_steps=1)
-    for run in (one, two):
+    single, double = Run(tmp_path / "1", options_for(1)), Run(tmp_path / "2", options_for(1))
+    single.share = replace(single.share, micro=4, micro_steps=1)
+    for run in (single, double):
         run.backend.train(False)  # No dropout, whose draws depend on the micro step.
         run.fit()
-    assert one.losses == pytest.approx(two.losses)
+    assert single.losses == pytest.approx(double.losses)
 
 
 def test_callbacks_hear_of_phases_in_order(tmp_path: Path) -> None:

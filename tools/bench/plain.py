@@ -88,7 +88,7 @@ class Encoder(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """What ``MaskedModel`` computes where all is valid, the plain way."""
+    """Plain implementation of ``MaskedModel`` without ``valid``."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()

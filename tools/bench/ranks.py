@@ -1,4 +1,4 @@
-"""How much two ranks of one core give beside one rank of one core: ``python tools/bench/ranks.py``.
+"""Throughput of two ranks on one core each, relative to one rank on one core: ``python tools/bench/ranks.py``.
 
 docs/benchmarks.md says what is measured and how. The table and, as the last line, one JSON object go to stdout.
 """
@@ -70,17 +70,17 @@ def run(options: argparse.Namespace) -> str:
         say("simulates windows")
         data, count = make_set(folder), iter(range(10_000))
 
-        def measure(mine: list[int]) -> float:
-            return rate(options, data, folder, f"run-{next(count)}", mine)
+        def measure(rank_cores: list[int]) -> float:
+            return rate(options, data, folder, f"run-{next(count)}", rank_cores)
 
         ours = f"{options.ranks} ranks"
-        found = interleave(options.repeats, {ours: lambda: measure(cores), PEER: lambda: measure(cores[:1])})
+        rates = interleave(options.repeats, {ours: lambda: measure(cores), PEER: lambda: measure(cores[:1])})
     title = (
         f"Training of {options.preset} in {options.precision}, ZeRO stage {options.stage}, {options.windows} windows a "
         "rank and step, one core a rank"
     )
-    print(table(title, "windows/s", found))
-    medians = {name: statistics.median(values) for name, values in found.items()}
+    print(table(title, "windows/s", rates))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     return last_line("ranks", "windows/s", options.repeats, medians[ours], {PEER: medians[PEER]}, {})
 
 

@@ -1,4 +1,4 @@
-"""How fast a training step is beside the same mathematics written the plain way: ``python tools/bench/step.py``.
+"""Speed of a training step relative to a plain implementation of the same mathematics: ``python tools/bench/step.py``.
 
 docs/benchmarks.md says what is measured and how. The table and, as the last line, one JSON object go to stdout.
 """
@@ -205,21 +205,21 @@ def rate(step: Step, windows: int, steps: int, clock: Clock, losses: list[float]
 
 def best_windows(make: Callable[[int], Step], tried: Sequence[int]) -> int:
     """The batch size with which a row is fastest, of those that fit into memory."""
-    found: dict[int, float] = {}
+    rates: dict[int, float] = {}
     for windows in tried:
         try:
             step = make(windows)
             rate(step, windows, 3, time.perf_counter, [])
-            found[windows] = rate(step, windows, 10, time.perf_counter, [])
+            rates[windows] = rate(step, windows, 10, time.perf_counter, [])
         except torch.OutOfMemoryError:
             break
-    if not found:
+    if not rates:
         raise BenchError(f"not even {tried[0]} windows fit into the device's memory")
-    return max(found, key=lambda windows: found[windows])
+    return max(rates, key=lambda windows: rates[windows])
 
 
 def breakdown(step: Step, device: torch.device) -> str:
-    """Where a step's time goes, by torch's profiler."""
+    """Profile a step with torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -275,14 +275,14 @@ def run(options: argparse.Namespace) -> str:
     say("warms up")
     for measure in measures.values():
         measure()
-    found = interleave(options.repeats, measures)
+    rates = interleave(options.repeats, measures)
     loop.close()
     title = f"Training steps of {options.preset}, {CHANNELS} leads x {PATCHES} patches, {options.threads} threads"
     unit = "windows/s of CPU time" if options.cpu_time else "windows/s"
-    print(table(title, unit, found))
+    print(table(title, unit, rates))
     if options.profile:
         print(breakdown(steps["ours bf16"], device))
-    medians = {name: statistics.median(values) for name, values in found.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     also: dict[str, object] = {
         "ours_fp32": versus(medians, "ours fp32"), "plain_bf16": versus(medians, "plain bf16"),
         "ours_to_plain_bf16": round(medians["ours bf16"] / medians["plain bf16"], 3),

@@ -43,11 +43,13 @@ def test_package_lists_load_encoder_and_rejects_unknown_names() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.integration
 def test_importing_the_package_does_not_import_torch() -> None:
     result = run_without_extras("import physio_dist; assert 'torch' not in sys.modules")
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.integration
 @pytest.mark.integration
 def test_load_encoder_reads_an_export_without_extras(export: Path) -> None:
     result = run_without_extras(
@@ -59,6 +61,7 @@ def test_load_encoder_reads_an_export_without_extras(export: Path) -> None:
     assert result.stdout.split() == ["2", "3", "4", "80"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("words", "extra"),
     [(["report", "runs/none"], "report"), (["predict", "runs/none", "a.edf"], "readers")],

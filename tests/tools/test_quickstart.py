@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = json.dumps({"physio_dist": {"fingerprint": "abc", "splits": {"train": 100}}})
 METRICS = json.dumps(

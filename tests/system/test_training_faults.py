@@ -114,7 +114,7 @@ def test_hanging_rank_is_named_and_run_finishes(new_run: Make) -> None:
     finally:
         end_session(process)
     assert "without progress, waiting for" in said
-    assert "in train" in said and "Current thread" in said, "the stacks of its threads"
+    assert "in fit" in said and "Current thread" in said, "the stacks of its threads"
     assert list(run.metrics()) == list(range(1, 31))
 
 

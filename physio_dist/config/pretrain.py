@@ -65,7 +65,8 @@ def _parse_index(name: str, value: Any) -> list[ShardSource]:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise UserError(f"{form}; the weight of {item['url']} must be a positive number, not {weight!r}")
         sources.append(ShardSource(_set_url(item["url"]), float(weight)))
-    return sources
+    # The weight of a single set has no effect, so that runs with different ones are the same run.
+    return sources if len(sources) > 1 else [ShardSource(sources[0].url)]
 
 
 def _set_url(url: str) -> str:
@@ -73,7 +74,6 @@ def _set_url(url: str) -> str:
 
 
 def _plain_index(sources: list[ShardSource]) -> str | list[dict[str, Any]]:
-    # The weight of a single set has no effect, so that runs with different ones are the same run.
     return sources[0].url if len(sources) == 1 else [source._asdict() for source in sources]
 
 

@@ -171,7 +171,7 @@ def test_a_file_that_is_missing_or_a_folder_is_named(tmp_path: Path) -> None:
 def test_an_index_may_be_a_mixture(yaml: Callable[[str], Path]) -> None:
     file = yaml("data:\n  index:\n  - {url: s3://b/x/index.json, weight: 2}\n  - url: y/\n")
     assert pretrain(file=file).data.index == [("s3://b/x", 2.0), ("y", 1.0)]
-    assert pretrain("data.index=[{url: a, weight: 0.5}]").data.index == [("a", 0.5)]
+    assert pretrain("data.index=[{url: a, weight: 0.5}]").data.index == [("a", 1.0)]  # a single set's has no effect
     assert pretrain("data.index=/a/index.json").data.index == [("/a", 1.0)]
 
 

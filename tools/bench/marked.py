@@ -64,12 +64,12 @@ def rank_of(given: dict[str, Any]) -> None:
     from physio_dist.training.trainer import Trainer
 
     note("rank's imports")
-    dataset, fit, on_metrics = source.ShardDataset, Trainer.fit, MetricsCallback.on_metrics
+    open_dataset, fit, on_metrics = source.open_dataset, Trainer.fit, MetricsCallback.on_metrics
 
     def opened(*args: Any) -> Any:
-        opened_dataset = dataset(*args)
+        dataset = open_dataset(*args)
         note("data opened")
-        return opened_dataset
+        return dataset
 
     def marked_fit(self: Any, start: int) -> None:
         note("engine built")
@@ -80,7 +80,7 @@ def rank_of(given: dict[str, Any]) -> None:
         if step == 1:
             note("first step done")
 
-    source.ShardDataset, Trainer.fit, MetricsCallback.on_metrics = opened, marked_fit, logged  # type: ignore[misc]
+    source.open_dataset, Trainer.fit, MetricsCallback.on_metrics = opened, marked_fit, logged  # type: ignore[misc]
     train_driver.train_one_rank(given)
 
 

@@ -43,6 +43,8 @@ from tests.evaluation.study_samples import (
     table_of,
 )
 
+pytestmark = pytest.mark.integration
+
 TABLE = table_of(people=9, recordings=2, windows=5)
 
 

@@ -29,6 +29,8 @@ from tests.report.sweep_samples import (
     write_sweep,
 )
 
+pytestmark = pytest.mark.integration
+
 CLASSES = ("rest", "task")
 
 

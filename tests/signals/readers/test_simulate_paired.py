@@ -21,6 +21,8 @@ from physio_dist.signals.readers.simulate import SEPARATION, best_auc
 from physio_dist.signals.recording import LazySignals, Recording, Signal
 from physio_dist.signals.windows import Window, WindowSpec, waveform_hash, windows_of
 
+pytestmark = pytest.mark.integration
+
 BOTH = WindowSpec(signals=("ecg", "eeg"))
 STUDY = "people=120,trials=4,windows=1,seed=2"
 

@@ -33,6 +33,8 @@ from physio_dist.models.fusion.heads import build_head, input_kind
 from physio_dist.stats.scores import auc, calibration_error, fit_temperature
 from tests.evaluation.study_samples import CONFIG, changed, conclude_study, features_of, job_of, study_of, table_of
 
+pytestmark = pytest.mark.integration
+
 N = 90
 RNG = np.random.default_rng(3)
 LABEL = RNG.integers(0, 2, N)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,6 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
 from physio_dist import storage
 from physio_dist.config import FoldEncoders, TuneConfig, refuse_another
@@ -33,6 +31,7 @@ from physio_dist.runs.sweep_results import RESULTS as RESULTS
 from physio_dist.runs.sweep_results import TRIALS as TRIALS
 from physio_dist.runs.sweep_results import TrialResult
 from physio_dist.runs.typed_json import from_json, to_json
+from physio_dist.runtime.progress import Progress
 from physio_dist.stats.scores import METRICS
 
 BOARD = "tensorboard"
@@ -218,9 +217,7 @@ class TrialLog:
             for line in record.history:
                 self._update_best(record, line)
         self._started = self._reported = self._synced = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=len(trials), initial=len(self.ended), unit="trial", dynamic_ncols=True)
+        self._progress = Progress(len(trials), "trials", initial=len(self.ended))
 
     @property
     def pending(self) -> list[Trial]:
@@ -294,8 +291,6 @@ class TrialLog:
             self.run.add_line(TRIALS, to_line(record, self._max_epochs))
             self.ended[name] = record
             self._write_hparams(running)
-            if self._bar is not None:
-                self._bar.update(1)
         running.writer.close()
         self._report()
 
@@ -325,9 +320,7 @@ class TrialLog:
         for running in self._running.values():
             running.writer.close()
         self._running.clear()
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._progress.close()
         self.run.close()
 
     def _write_hparams(self, running: _Running) -> None:
@@ -346,8 +339,8 @@ class TrialLog:
             self._best[record.row] = max(value, self._best.get(record.row, 0.0))
 
     def _report(self) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(self.summary_line())
+        if self._progress.is_bar:
+            self._progress.report(len(self.ended), self.summary_line())
         elif time.monotonic() - self._reported > _REPORT_S:
             self._reported = time.monotonic()
             elapsed = time.strftime("%H:%M:%S", time.gmtime(self._reported - self._started))

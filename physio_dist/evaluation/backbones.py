@@ -102,7 +102,7 @@ def _export(url: str) -> Backbone:
 
 
 def _instead(url: str) -> str:
-    """What to do about a folder that is no export."""
+    """Advice for a folder that is no export."""
     if "checkpoints" in storage.names(url):
         return f"this is a run: `physio-dist export {url} OUT` makes an export of it"
     return "give the folder that `physio-dist export RUN OUT` wrote, or a CBraMod checkpoint (.pth, .safetensors)"

@@ -1,5 +1,7 @@
-"""Who trains, who selects, who tests: folds that keep people, clips or both whole; one protocol that divides windows,
-called leaky; and labels permuted as a control. All pure."""
+"""Folds that keep people, clips or both on one side of a split; a leaky protocol that divides windows; permuted labels.
+
+All functions are pure.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +57,17 @@ class Fold:
 
 @dataclass(frozen=True)
 class _Whole:
-    """What a protocol never divides: for each row a number, and its name for messages."""
+    """Units that a protocol never divides.
+
+    Attributes:
+        unit: ``[n]``, the unit of each row.
+        called: their name for messages.
+        windows: whether each row is a unit of its own.
+    """
 
     unit: npt.NDArray[np.generic]
     called: str
+    windows: bool = False
 
 
 def folds_of(
@@ -97,7 +106,7 @@ def folds_of(
         if protocol == "clip_disjoint":
             whole = _clips(table)
         elif protocol == LEAKY:
-            whole = _Whole(rows, "windows")
+            whole = _Whole(rows, "windows", windows=True)
 
         def leaves_all_classes(groups: Sequence[Int64Array]) -> bool:
             return all(_has_all(table, np.setdiff1d(rows, group)) for group in groups)
@@ -123,7 +132,7 @@ def _outer(
     """All rows in ``folds`` groups that take turns as those tested."""
     count = len(np.unique(whole.unit))
     if count < folds:
-        never = "" if whole.called == "windows" else f", and a {_ONE[whole.called]} is never split"
+        never = "" if whole.windows else f", and a {_ONE[whole.called]} is never split"
         raise UserError(
             f"{section}.folds={folds}: only {count} {whole.called} have the label{never}; "
             f"set {section}.folds={count} or less"
@@ -292,7 +301,7 @@ def _groups(
 def _way(
     whole: _Whole, number: int, rows: Int64Array, label: Int64Array, unit: Int64Array
 ) -> Iterator[tuple[Int64Array, Int64Array]]:
-    if whole.called == "windows":  # The same, without a search for every single window's best group.
+    if whole.windows:  # The same, without a search for every single window's best group.
         yield from StratifiedKFold(number, shuffle=False).split(rows, label)
     else:
         yield from StratifiedGroupKFold(number, shuffle=False).split(rows, label, unit)

@@ -89,7 +89,7 @@ def _interval(first: Sequence[PairwiseComparisons], second: Sequence[PairwiseCom
 
 
 def _resample_counts(people: int) -> Float64Array:
-    """How often each person is drawn in each resample, ``[resample, person]``: the same for all rows of results."""
+    """Number of times each person is drawn, ``[resample, person]``: the same for all rows of results."""
     bits = random_bits(b"report, people drawn again", RESAMPLES * people)
     drawn = (bits % np.uint64(people)).astype(np.int64).reshape(RESAMPLES, people)
     counts = np.zeros((RESAMPLES, people))

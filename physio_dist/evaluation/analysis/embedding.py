@@ -79,8 +79,8 @@ def _filled(values: Float32Array, valid: BoolArray) -> Float32Array:
 
 
 def neighbours(x: Float64Array, person: UInt64Array, label: Int64Array, k: int = _NEIGHBOURS) -> dict[str, float]:
-    """Of the ``k`` nearest windows of each how many are of the same person; and of the ``k`` nearest ones of *other*
-    people how many have the same label, because somebody's windows of one recording share label and person.
+    """Compute shares of nearest neighbours: the same person among the ``k`` nearest windows, and the same label among
+    the ``k`` nearest windows of *other* people, because windows of one recording share label and person.
 
     Args:
         x: ``[n, f]``.

@@ -46,7 +46,7 @@ Rest = Recording | tuple[float, float]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier says of the windows of a recording.
+    """Predictions for the windows of a recording.
 
     Attributes:
         start_s: float64 ``[window]``, start of each in seconds.
@@ -82,7 +82,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """What embedding asks of an encoder."""
+    """An encoder with its unit and URL."""
 
     module: CrissCrossEncoder
     unit_uv: float
@@ -235,7 +235,7 @@ class FusionClassifier:
         return self._features(still)
 
     def _window(self, recording: Recording) -> tuple[WindowSpec, list[str]]:
-        """How this recording is cut, and what has to be said of it."""
+        """Window specification for this recording, and notes on it."""
         window, notes = self.window, []
         there = tuple(name for name in window.signals if name in recording.signals)
         if lacking := [name.upper() for name in window.signals if name not in there]:
@@ -283,7 +283,7 @@ class FusionClassifier:
         return found
 
     def _features(self, cut: Sequence[Window]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each signal that is there what its encoder makes of it, and which channels are valid."""
+        """Features and valid channels of each available signal."""
         found = {}
         for signal in self.heads[0].features:
             if signal in cut[0].data:
@@ -299,7 +299,7 @@ class FusionClassifier:
 def _given(
     head: Head, kind: str, features: Mapping[str, tuple[Tensor, Tensor]], windows: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """What a head is given of each signal, and what of it is there."""
+    """Pooled features of each signal, and their availability."""
     inputs, there = {}, {}
     for signal, size in head.features.items():
         if signal in features:

@@ -10,7 +10,7 @@ import pytest
 from physio_dist.config import TuneConfig
 from physio_dist.evaluation.trials import SEARCHED, Study, TrialRecord, train
 from tests.evaluation.study_samples import CONFIG, conclude_study, prepare_study, publish_set, waves
-from tests.evaluation.test_study import export, quiet
+from tests.evaluation.test_study import export, quiet, set_encoders
 
 pytestmark = pytest.mark.integration
 
@@ -36,7 +36,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     options = TuneConfig()
     options.tune.data, options.tune.task = str(folder / "set"), "eegmat"
     for number, signal in enumerate(signals):
-        setattr(options.tune, f"{signal}_encoder", export(str(folder / signal), signal, number))
+        set_encoders(options, **{signal: export(str(folder / signal), signal, number)})
     options.tune.folds, options.tune.val_folds, options.tune.max_epochs = FOLDS, 2, 1
     options.tune.finetune, options.tune.finetune_lr = True, 1e-3
     options.search.pooling = ["mean"]

@@ -44,14 +44,18 @@ def spec_of(options: ShardConfig) -> WindowSpec:
 def spec_behind(shards: ShardSet) -> WindowSpec | None:
     """The window specification that a set was converted with, its channels those of the index.
 
-    None where the index does not say, as those that `physio-dist index` makes.
+    None where the index does not say, as those that `physio-dist index` makes, or says it in options that this version
+    does not have.
     """
     stored = shards.made_by.get("options")
     if not isinstance(stored, dict):
         return None
     # The column of a table that the index does not name says nothing about windows.
     overrides = [f"{name}={'' if value is None else value}" for name, value in stored.items() if name != "person"]
-    options = load(ShardConfig, None, overrides)
+    try:
+        options = load(ShardConfig, None, overrides)
+    except UserError:
+        return None
     of = {name: ",".join(info.channels) for name, info in shards.signals.items()}
     eeg = replace(options.eeg, channels=of.get("eeg", ""))
     return spec_of(replace(options, signals=",".join(of), leads=of.get("ecg", ""), eeg=eeg))

@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,12 @@ class FusionClassifier:
         told: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in about["window"].items()
         }
+        unknown = sorted(told.keys() - {item.name for item in fields(WindowSpec)})
+        if unknown:
+            raise UserError(
+                f"{url}/{CONFIG} describes windows by {', '.join(unknown)}, which this version of physio-dist does not "
+                "know: run the sweep again"
+            )
         window = WindowSpec(**told)
         marks = about["simulated"], about["leaky"], about.get("rest", "")
         return cls(name, tuple(about["classes"]), window, configs, heads, *marks, encoders)

@@ -350,6 +350,15 @@ def test_another_rate_and_another_format(cli: Cli, run: Path, raw: Path, tmp_pat
     assert all(np.array_equal(one, other, equal_nan=True) for other in others)
 
 
+def test_classifier_load_names_window_options_of_another_version(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run / "classifier", tmp_path / "copy"))
+    about = json.loads((folder / "config.json").read_text())
+    about["window"]["exchanged"] = about["window"].pop("swapped_leads")
+    (folder / "config.json").write_text(json.dumps({**about, "sha256": classifier_files.hash_of(about)}))
+    with pytest.raises(UserError, match="describes windows by exchanged, which this version"):
+        FusionClassifier.load(str(folder))
+
+
 def test_recordings_that_will_not_do(cli: Cli, run: Path, raw: Path, tmp_path: Path) -> None:
     record = reader("simulate").records("people=6,windows=3,trials=2,seed=5")[3]
     signals = signals_of(record)

@@ -32,7 +32,7 @@ _ABOVE_ZERO = Range(0.0, math.inf, "it must be positive", open_low=True)
 
 @dataclass
 class RunOptions:
-    """Where a run is written, and its seed."""
+    """Folder and name of a run, and its seed."""
 
     name: str = option("pretrain", "Folder of the run below `run.dir`.", folder_name)
     dir: str = option("runs", "Folder of runs, a path or a URL.", urls=one_url)
@@ -170,7 +170,7 @@ class ZeroOptions:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run starts.
+    """Starting point of a run.
 
     Attributes:
         existing: whether a run that is there already goes on; otherwise it is refused.

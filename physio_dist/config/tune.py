@@ -33,7 +33,7 @@ class FoldEncoders:
 
     @property
     def differ(self) -> bool:
-        """Whether folds may take different encoders."""
+        """True if folds may take different encoders."""
         return not self.url or _FOLD in self.url
 
     def urls(self, folds: Sequence[str]) -> dict[str, str]:

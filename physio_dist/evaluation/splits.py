@@ -147,7 +147,7 @@ def _outer(
 
 
 def _too_few(table: LabelTable, whole: _Whole) -> str:
-    """Which class is in how many people or clips."""
+    """Message with the number of people or clips that each class is in."""
     counts = [f"{name} in {len(np.unique(whole.unit[table.label == one]))}" for one, name in enumerate(table.classes)]
     return f"a class is found in too few {whole.called} ({', '.join(counts)})"
 
@@ -308,7 +308,7 @@ def _way(
 
 
 def can_permute(table: LabelTable) -> bool:
-    """Whether :func:`permuted` can change anything: somebody has windows of two classes."""
+    """True if :func:`permuted` can change anything: somebody has windows of two classes."""
     pairs = np.unique(np.stack([np.unique(table.person, return_inverse=True)[1], table.label]), axis=1)
     return bool((np.bincount(pairs[0]) > 1).any())
 

@@ -75,7 +75,7 @@ class CBraModCheckpoint:
 
 
 def is_checkpoint(url: str) -> bool:
-    """Whether a URL names a checkpoint file rather than an export folder."""
+    """True if a URL names a checkpoint file rather than an export folder."""
     return url.endswith((".pth", ".safetensors"))
 
 

@@ -171,7 +171,7 @@ def windows(run: Run) -> ui.Section:
 
 
 def per_lead(run: Run) -> ui.Section:
-    """Which leads the model reconstructs well, from the example windows alone."""
+    """Error per lead, from the example windows alone."""
     examples = run.examples
     if examples is None or not len(examples.target):
         return ui.Section("Leads", "leads", missing="The run holds no examples to compare leads on.")

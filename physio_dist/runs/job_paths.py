@@ -15,7 +15,7 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def inside_ray_job() -> bool:
-    """Whether this process is the driver of a submitted job."""
+    """True if this process is the driver of a submitted job."""
     return _JOB in os.environ
 
 

@@ -130,7 +130,7 @@ class RunDir:
 
 
 def _is_current_line(line: str, up_to: int | None) -> bool:
-    """Whether a line is complete and of a step up to ``up_to``."""
+    """True if a line is complete and of a step up to ``up_to``."""
     try:
         document = json.loads(line)
     except json.JSONDecodeError:

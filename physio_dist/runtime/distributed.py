@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks, and how much of a batch is its own."""
+"""Position of a process among the ranks, and its share of a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from physio_dist.errors import UserError
 
 @dataclass(frozen=True)
 class DistInfo:
-    """Where this process stands among the ranks."""
+    """Position of this process among the ranks."""
 
     rank: int
     world: int

@@ -47,7 +47,7 @@ class Progress:
 
     @property
     def is_bar(self) -> bool:
-        """Whether a terminal shows a bar."""
+        """True if a terminal shows a bar."""
         return self._bar is not None
 
     def update(self, count: int = 1) -> None:

@@ -56,6 +56,6 @@ def _form(left: Float64Array, matrix: Float64Array, right: Float64Array) -> Floa
 
 
 def _swaps(people: int) -> Float64Array:
-    """Whether each person's rows are swapped in each permutation, 0 or 1 ``[permutation, person]``."""
+    """1 where a person's rows are swapped in a permutation, else 0, ``[permutation, person]``."""
     bits = random_bits(b"rows of people exchanged", PERMUTATIONS * people)
     return np.asarray(bits >> np.uint64(63), np.float64).reshape(PERMUTATIONS, people)

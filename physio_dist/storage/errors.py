@@ -54,7 +54,7 @@ def response_of(error: BaseException) -> tuple[int | None, str]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again later may succeed."""
+    """True if trying again later may succeed."""
     if isinstance(error, StorageError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
     status, code = response_of(error)

@@ -319,7 +319,7 @@ def _ignoring_unsupported() -> Iterator[None]:
 
 
 def exists(url: str) -> bool:
-    """Whether there is an object or folder at the URL."""
+    """True if there is an object or folder at the URL."""
     fs, path = _resolve(url)
     # Unless told to be strict, the client takes a web server that does not answer for one that has not got it.
     options = {"strict": True} if protocol(url) in WEB else {}

@@ -10,7 +10,7 @@ WEB = ("http", "https")
 
 
 def is_local(url: str) -> bool:
-    """Whether the URL names a file of this machine."""
+    """True if the URL names a file of this machine."""
     return "://" not in url or url.startswith(("file://", "local://"))
 
 

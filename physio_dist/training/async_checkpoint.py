@@ -54,7 +54,7 @@ class _Work(threading.Thread):
             self._error = error
 
     def done(self) -> bool:
-        """Whether it has finished; raises the error that ended it."""
+        """True if it has finished; raises the error that ended it."""
         if self.is_alive():
             return False
         if self._error is not None:
@@ -93,7 +93,7 @@ class AsyncCheckpointer:
         self.blocked_s += time.perf_counter() - began
 
     def local_status(self) -> tuple[bool, bool]:
-        """Whether this rank has uploaded the checkpoint in flight, and whether it has committed it.
+        """Progress of the checkpoint in flight on this rank: uploaded, committed.
 
         Raises:
             StorageError, UserError: the thread's error, such as a full disk or a lost lease.

@@ -87,7 +87,7 @@ def steps(run: str) -> list[int]:
 
 
 def is_committed(folder: str) -> bool:
-    """Whether a folder has its manifest."""
+    """True if a folder has its manifest."""
     return storage.exists(storage.join(folder, MANIFEST))
 
 

@@ -83,16 +83,16 @@ class Trainer:
                 raise Stopped(f"stopped ({reason}) after saving step {step}")
 
     def should_log(self, step: int) -> bool:
-        """Whether metrics of this step are logged, validated or not."""
+        """True if metrics of this step are logged, validated or not."""
         return step % self.options.train.log_every == 0 or step in (1, self.options.train.steps)
 
     def should_validate(self, step: int) -> bool:
-        """Whether to validate after this step."""
+        """True if validation follows this step."""
         train = self.options.train
         return self.validation.total > 0 and (step % train.val_every == 0 or step == train.steps)
 
     def should_save(self, step: int) -> bool:
-        """Whether this step's checkpoint is due."""
+        """True if this step's checkpoint is due."""
         return step % self.options.train.save_every == 0 or step == self.options.train.steps
 
     def _next_batch(self, step: int, batches: Iterator[MaskedBatch]) -> MaskedBatch:

@@ -159,7 +159,7 @@ class FusionClassifier:
 
     @property
     def takes_one(self) -> bool:
-        """Whether its heads have learnt to answer from one signal alone."""
+        """True if its heads were trained to answer from one signal alone."""
         return all(one.get("head") == "late" or one.get("modality_dropout", 0.0) > 0 for one in self.configs)
 
     def predict(

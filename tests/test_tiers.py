@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,13 @@ def test_summary_counts_tests_by_missing_requirement() -> None:
     assert not_run(skipped) == [
         "not run: 1 tests need recordings", "not run: 2 tests need root", "not run: 1 tests (unsupported)",
     ]  # fmt: skip
+
+
+@pytest.mark.integration
+def test_processes_share_tests_by_group() -> None:
+    words = ["-n", "1", "--dist", "loadgroup", "-v", "-p", "no:cacheprovider", "tests/test_proxy.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "@test_proxy.py" in done.stdout, done.stdout

@@ -69,7 +69,7 @@ def group_of(item: pytest.Item) -> str:
     marker = item.get_closest_marker("xdist_group")
     if marker is not None:
         return str(marker.args[0])
-    return "launchers" if SYSTEM in item.path.parents else item.path.as_posix()
+    return "launchers" if SYSTEM in item.path.parents else item.path.relative_to(SYSTEM.parent).as_posix()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

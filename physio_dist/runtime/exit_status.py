@@ -97,6 +97,9 @@ def _print_once(message: str, status: int) -> None:
     claim = _claim_message()
     if claim is not None:
         word = _WORDS.get(status, "failed")
+        # What workers logged comes before it, where both go to one file.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         print(f"physio-dist: {word}: {message} (exit status {status})", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         # The launcher ends the other ranks when it sees one go; the one that speaks needs to be heard first.

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 RANDOM = random.Random(os.environ.get("PHYSIO_DIST_TEST_SEED"))
 # The one after which a fault strikes.
 STEP = RANDOM.randint(9, 14)
-EXACT = ("zero.stage=1", "train.precision=fp32", "model.dropout=0", "train.steps=40", "train.save_every=8")
+EXACT = ("zero.stage=1", "train.precision=fp32", "model.dropout=0", "train.steps=96", "train.save_every=8")
 # Some minutes, in which hosts can come and go; no checkpoint but those that are asked for.
 LONG = ("train.steps=240", "train.global_batch=64", "train.save_every=1000", "train.val_every=1000")
 

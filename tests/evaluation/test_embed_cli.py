@@ -70,7 +70,7 @@ def test_a_published_checkpoint_embeds_eeg(cli: Cli, place: Path, data_dir: Path
         (["--encoder", "{}/ecg", "--out", "{}/x"], "the following arguments are required: --data"),
         (["--encoder", "{}/ecg", "--data", "{}/set"], "the following arguments are required: --out"),
         (["--encodr", "{}/ecg"], "there is no option '--encodr' here: did you mean '--encoder'?"),
-        (["--encoder", "{}/ecg", "--data", "{}/set", "--out", "{}/x", "a=b"], "unknown option 'a' (command line): known: data.cache_dir, data.cache_gb"),
+        (["--encoder", "{}/ecg", "--data", "{}/set", "--out", "{}/x", "a=b"], "unknown option 'a' (command line)"),
         (["--encoder", "{}/ecg", "--data", "{}/set", "--out", "{}/x", "--signal", "emg"], "invalid choice: 'emg'"),
         (["--encoder", "{}/ecg", "--data", "{}/set", "--out", "{}/x", "--signal", "eeg"], "eeg was asked for"),
         (["--encoder", "{}/none", "--data", "{}/set", "--out", "{}/x"], "`physio-dist export RUN OUT`"),

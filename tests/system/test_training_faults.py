@@ -67,6 +67,18 @@ def test_nonfinite_step_names_samples_and_saves_nothing(
     assert "Traceback" not in run.said()
 
 
+def kill_rank_after(run: Run, step: int) -> None:
+    """Start a run and kill one of its ranks after a step; return when the others have ended."""
+    process = run.start()
+    try:
+        run.wait_for_step(process, step)
+        random.choice(run.ranks()).kill()
+        assert process.wait(timeout=90) != 0
+        wait_until(lambda: not run.ranks(), "the ranks to end")
+    finally:
+        end_session(process)
+
+
 def test_fp16_loss_scale_adapts_to_large_signals(simulated: str, new_run: Make, tmp_path: Path) -> None:
     odd = odd_set(simulated, tmp_path / "odd", "1000")
     # A later sample of the odd set is too large for a forward pass too.
@@ -86,14 +98,7 @@ def test_resumed_run_skips_same_spikes(undisturbed: Make, new_run: Make) -> None
     spikes = [step for step, line in reference.metrics().items() if line["skipped"]]
     assert spikes and min(spikes) > 20
     assert f"spike in step {spikes[0]}, left out" in reference.said()
-    process = run.start()
-    try:
-        run.wait_for_step(process, random.randint(22, 36))
-        random.choice(run.ranks()).kill()
-        assert process.wait(timeout=90) != 0
-        wait_until(lambda: not run.ranks(), "the ranks to end")
-    finally:
-        end_session(process)
+    kill_rank_after(run, random.randint(22, 36))
     assert run() == 0, run.said()
     ours, theirs = run.metrics(), reference.metrics()
     for name in ("loss", "grad_norm", "skipped"):
@@ -121,14 +126,7 @@ def test_hanging_rank_is_named_and_run_finishes(new_run: Make) -> None:
 def test_ema_survives_kill_bit_equal_and_is_exported(undisturbed: Make, new_run: Make, tmp_path: Path) -> None:
     options = ("train.ema=0.9", "zero.stage=3")
     reference, run = undisturbed(*options), new_run(*options)
-    process = run.start()
-    try:
-        run.wait_for_step(process, random.randint(6, 13))
-        random.choice(run.ranks()).kill()
-        assert process.wait(timeout=90) != 0
-        wait_until(lambda: not run.ranks(), "the ranks to end")
-    finally:
-        end_session(process)
+    kill_rank_after(run, random.randint(6, 13))
     assert run() == 0, run.said()
     last = "checkpoints/step-00000016"
     for name in ("model", "ema"):

@@ -164,6 +164,18 @@ def to_yaml(options: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_plain(options)))
 
 
+class OptionsDifferError(UserError):
+    """A run was started with another configuration.
+
+    Attributes:
+        options: names of the options that differ.
+    """
+
+    def __init__(self, message: str, options: Collection[str]) -> None:
+        super().__init__(message)
+        self.options = frozenset(options)
+
+
 def refuse_another(
     url: str, options: Options, may_differ: Collection[str], grow: str | None = None,
     adapt: Callable[[dict[str, Any]], None] = lambda _: None,
@@ -178,7 +190,7 @@ def refuse_another(
         adapt: brings either side, flattened, to the form in which they are compared.
 
     Raises:
-        UserError: an option differs that must not; all of them are named.
+        OptionsDifferError: an option differs that must not; all of them are named.
     """
     try:
         written = OmegaConf.to_container(OmegaConf.create(storage.read_bytes(url).decode()))
@@ -197,9 +209,10 @@ def refuse_another(
         differing.remove(grow)
     if differing:
         changes = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing)
-        raise UserError(
+        raise OptionsDifferError(
             f"{url.rpartition('/')[0]} was started with another configuration ({changes}). Give the same options to go "
-            "on, or choose another run.name"
+            "on, or choose another run.name",
+            differing,
         )
 
 

@@ -16,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from physio_dist import storage
 from physio_dist.config import FoldEncoders, TuneConfig, refuse_another
+from physio_dist.config.loader import OptionsDifferError
 from physio_dist.config.task import LEAKY, SHARED_PEOPLE
 from physio_dist.data.format.index import ShardSet, open_set
 from physio_dist.errors import UserError
@@ -56,8 +57,8 @@ def finished(run: RunDir, options: TuneConfig) -> dict[str, Any] | None:
     """
     try:
         refuse_another(run.file(CONFIG), options, MAY_DIFFER)
-    except UserError as error:
-        if "train.steps" in str(error):
+    except OptionsDifferError as error:
+        if "train.steps" in error.options:
             raise UserError(f"{run.url} is a run of pretraining: choose another run.name or run.dir") from None
         raise
     try:

@@ -87,10 +87,11 @@ def load_checkpoint(url: str) -> CBraModCheckpoint:
         DataError: it is damaged, or the published checkpoint is not what was published.
     """
     data = fetch_checkpoint(url)
+    published = read_cbramod(url, lambda _: data)
     try:
-        state, report = from_cbramod(read_cbramod(url, lambda _: data))
+        state, report = from_cbramod(published)
     except UserError as error:
-        raise error if url in str(error) else UserError(f"{url}: {error}") from None
+        raise UserError(f"{url}: {error}") from None
     model = MaskedModel(report.config)
     model.load_state_dict(state, strict=report.has_head)
     return CBraModCheckpoint(model.encoder.eval(), hashlib.sha256(data).hexdigest(), report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import math
 from collections.abc import Callable
@@ -82,6 +83,14 @@ def page_of(folder: Path) -> tuple[str, Page]:
     if key not in _PAGES:
         _PAGES[key] = render(reader(folder))
     return _PAGES[key], Page(_PAGES[key])
+
+
+def assert_escaped(text: str, page: Page, evil: str) -> None:
+    """Markup in names of files and recordings is shown, and not taken for a page's own."""
+    assert "<script" not in text
+    assert html.escape("<script>") in text
+    assert evil in page.texts
+    assert all("onload" not in attrs for _, attrs in page.tags)
 
 
 def metric_rows(steps: int = 60, every: int = 1, validate: int = 20, seed: int = 0) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 
@@ -12,7 +11,7 @@ import pytest
 from physio_dist import cli
 from physio_dist.report.page import render
 from physio_dist.runtime import exit_status
-from tests.report.report_samples import jsonl, metric_rows, page_of, reader
+from tests.report.report_samples import assert_escaped, jsonl, metric_rows, page_of, reader
 from tests.report.sweep_samples import (
     auc_of,
     paired_data,
@@ -51,6 +50,12 @@ def changed(**rows) -> bytes:
     for row in document["rows"]:
         row |= rows.get(row["name"], {})
     return json.dumps(document).encode()
+
+
+def files_of(tensors) -> dict[str, bytes]:
+    """Predictions of four folds, and the results that they lead to."""
+    results = results_of(tensors, CLASSES)
+    return {"predictions": predictions_file(tensors, CLASSES, 4), "results": json.dumps(results).encode()}
 
 
 @pytest.mark.parametrize(
@@ -223,18 +228,12 @@ def test_summary_names_a_loss_and_an_interval_with_zero(tmp_path):
         tensors["probability.untrained"].copy(),
         tensors["probability.fused"].copy(),
     )
-    files = {
-        "predictions": predictions_file(tensors, CLASSES, 4),
-        "results": json.dumps(results_of(tensors, CLASSES)).encode(),
-    }
+    files = files_of(tensors)
     _, page = page_of(write_sweep(tmp_path, **files))
     assert re.search(r"single signal \(EEG alone\): \S+, 95 % interval [^:]*: worse on", page.text)
     tensors["probability.fused"] = tensors["probability.eeg"].copy()
     tensors["probability.fused"][::2] = tensors["probability.fused"][::2] * 0.98 + 0.01
-    files = {
-        "predictions": predictions_file(tensors, CLASSES, 4),
-        "results": json.dumps(results_of(tensors, CLASSES)).encode(),
-    }
+    files = files_of(tensors)
     _, page = page_of(write_sweep(tmp_path, **files))
     assert re.search(r"single signal \(EEG alone\): \S+, 95 % interval [^:]*: it includes zero", page.text)
 
@@ -291,10 +290,7 @@ def test_curves_have_one_area_per_class(tmp_path):
 def test_people_leaves_out_and_counts_people_of_one_class(tmp_path):
     tensors = predictions_of()
     tensors["label"][tensors["person"] == tensors["person"].min()] = 0
-    files = {
-        "predictions": predictions_file(tensors, CLASSES, 4),
-        "results": json.dumps(results_of(tensors, CLASSES)).encode(),
-    }
+    files = files_of(tensors)
     _, page = page_of(write_sweep(tmp_path, **files))
     assert "of 11 people" in page.text
     assert "1 have windows of one class only and are left out" in page.text
@@ -368,10 +364,7 @@ def test_render_sweep_with_bare_results(tmp_path):
 def test_render_sweep_names_absent_rows(tmp_path):
     tensors = predictions_of()
     del tensors["probability.ecg"], tensors["probability.handmade"]
-    files = {
-        "predictions": predictions_file(tensors, CLASSES, 4),
-        "results": json.dumps(results_of(tensors, CLASSES)).encode(),
-    }
+    files = files_of(tensors)
     _, page = page_of(write_sweep(tmp_path, **files))
     assert "results.json has no row for: Hand-made features, ECG alone." in page.text
     del tensors["probability.eeg"]
@@ -383,10 +376,7 @@ def test_render_sweep_names_absent_rows(tmp_path):
 def test_render_sweep_with_one_class(tmp_path):
     tensors = predictions_of()
     tensors["label"][:] = 0
-    files = {
-        "predictions": predictions_file(tensors, CLASSES, 4),
-        "results": json.dumps(results_of(tensors, CLASSES)).encode(),
-    }
+    files = files_of(tensors)
     _, page = page_of(write_sweep(tmp_path, **files))
     assert "Nothing to draw: the held-out windows are all of one class." in page.text
     assert "ROC-AUC is not defined for any person" in page.text
@@ -460,10 +450,7 @@ def test_render_sweep_escapes_markup(tmp_path):
         trials="".join(json.dumps(line) + "\n" for line in lines).encode(),
     )
     text, page = page_of(folder)
-    assert "<script" not in text
-    assert html.escape("<script>") in text
-    assert evil in page.texts
-    assert all("onload" not in attrs for _, attrs in page.tags)
+    assert_escaped(text, page, evil)
 
 
 def test_credentials_stay_out(tmp_path):

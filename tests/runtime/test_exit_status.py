@@ -60,23 +60,26 @@ def raising(error: BaseException) -> Callable[[], None]:
         (DataError("shard y"), 3, "physio-dist: data failed verification: shard y (exit status 3)\n"),
         (Stopped("step 5 is saved"), 75, "physio-dist: stopped: step 5 is saved (exit status 75)\n"),
         (KeyboardInterrupt(), 75, "physio-dist: stopped: interrupted; the same command goes on where it can (exit"),
-        (BrokenPipeError(), 1, ""),
     ],
 )
 def test_status_of_exception_gives_status_and_one_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, said: str
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    # A closed pipe makes the process forget its standard output, which is pytest's here.
-    saved = os.dup(1)
-    try:
-        assert status_of(raising(error)) == status
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-    told = capfd.readouterr().err
-    assert told.startswith(said)
-    assert bool(told) == bool(said)
+    assert status_of(raising(error)) == status
+    assert capfd.readouterr().err.startswith(said)
+
+
+def test_status_of_broken_pipe_is_silent_and_drops_buffered_output(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The process's standard output leads nowhere afterwards: a file of the test's own here, not pytest's.
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        out.write("buffered")
+        assert status_of(raising(BrokenPipeError())) == EXIT_FAULT
+    assert (tmp_path / "out").read_text() == ""
+    assert capfd.readouterr().err == ""
 
 
 def test_status_of_internal_fault_keeps_traceback(capfd: pytest.CaptureFixture[str]) -> None:
@@ -107,3 +110,17 @@ def test_status_of_ranks_of_one_launcher_prints_message_once() -> None:
         script.unlink()
     assert done.stdout == "[2, 2, 2]\n"
     assert done.stderr == "physio-dist: wrong input or configuration: wrong (exit status 2)\n"
+
+
+@pytest.mark.integration
+def test_message_comes_after_unflushed_lines_in_a_common_file(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom physio_dist.errors import UserError\nfrom physio_dist.runtime.exit_status import status_of\n"
+        "def act():\n    print('a line of a worker')\n    raise UserError('wrong')\nsys.exit(status_of(act))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with (tmp_path / "log").open("wb") as log:
+        done = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, env=env, timeout=60)
+    assert done.returncode == EXIT_USER
+    worker, message = (tmp_path / "log").read_text().splitlines()
+    assert worker == "a line of a worker" and message.startswith("physio-dist: wrong input")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +141,9 @@ class FakeDataset:
     sets = (SimpleNamespace(rate=200, simulated=True),)
     info = SimpleNamespace(channels=["V1", "V2", "V3"], samples=PATCHES * 200)
 
+    def __init__(self) -> None:
+        self.released: list[int] = []
+
     def keys(self, samples: tuple[np.ndarray, np.ndarray]) -> list[str]:
         return [f"window-{i}" for i in samples[1]]
 
@@ -156,7 +160,8 @@ class FakeDataset:
         weight = (np.arange(size) < len(ids)).astype(np.float32)
         padded = np.concatenate([positions, np.zeros(size - len(ids), np.int64)])
         valid = np.ones((size, CHANNELS), dtype=bool)
-        return Batch(step, signal, np.ones(size, np.float32), valid, weight, padded, (sets, ids))
+        release = functools.partial(self.released.append, step)
+        return Batch(step, signal, np.ones(size, np.float32), valid, weight, padded, (sets, ids), release)
 
     def batch(self, step: int, seed: int = 0) -> MaskedBatch:
         """The global batch of a step (from 1) with its masks."""

@@ -57,6 +57,15 @@ def test_callbacks_hear_of_phases_in_order(tmp_path: Path) -> None:
     assert run.recorder.phases == [(1, phase) for phase in step] + [(2, phase) for phase in [*step, watchdog.SAVE]]
 
 
+def test_batches_are_released_after_their_step_and_validation(tmp_path: Path) -> None:
+    run = Run(tmp_path, options_for(3, val_every=3))
+    released: dict[int, list[int]] = {}
+    run.recorder.on_metrics = lambda step, line: released.update({step: list(run.dataset.released)})  # type: ignore
+    run.fit(Validation(run.dataset, MASK, run.options, run.share))  # type: ignore[arg-type]
+    # Batches of training count from 0; each of the three passes of validation reads a batch 0.
+    assert released == {1: [0], 2: [0, 1], 3: [0, 1, 2, 0, 0, 0]}
+
+
 def test_checkpoints_are_saved_every_save_every_steps_and_at_the_end(tmp_path: Path) -> None:
     run = Run(tmp_path, options_for(7, save_every=3, keep_checkpoints=10))
     run.fit()
